@@ -1,0 +1,3 @@
+from jaxlm.cli import main
+
+main()

@@ -1,0 +1,121 @@
+"""`jaxlm <verb>`: finds the verb's binary, reads its flags, and turns a user's mistake into one line and exit code 2."""
+
+import importlib
+import importlib.metadata
+import os
+import pathlib
+import sys
+import textwrap
+import traceback
+from collections.abc import Sequence
+
+VERBS = {
+    "prepare": "read text, split it, train a tokenizer, write token shards",
+    "tokenizer": "train a tokenizer alone, or look at what one does to a text",
+    "train": "train a model, or resume the run in a workdir",
+    "eval": "loss, perplexity and bits per byte of a checkpoint; --watch follows a run",
+    "generate": "continue prompts with a checkpoint",
+}
+
+_HELP = """jaxlm {version}: from raw text to a trained, evaluated language model
+
+Usage: jaxlm VERB [--flag=value ...] [--config.part.key=value ...]
+
+{verbs}
+
+Start here, no data needed:
+  jaxlm train --config=quickstart --workdir=runs/quickstart
+  jaxlm eval --workdir=runs/quickstart
+  jaxlm generate --workdir=runs/quickstart --prompt="The with statement"
+
+`jaxlm VERB --help` explains a verb. Config files are Python programs: run only those you trust.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The console script. Exits 0, 2 for a user's mistake (one line on stderr), 130 for Ctrl-C, else what the verb returns."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    verb = argv[0] if argv else "--help"
+    if verb in ("--help", "-h", "help", "--version"):
+        from jaxlm import __version__
+        verbs = "\n".join(f"  {name:<10} {text}" for name, text in VERBS.items())
+        print(__version__ if verb == "--version" else _HELP.format(version=__version__, verbs=verbs), end="\n" if verb == "--version" else "")
+        sys.exit(0)
+    if verb not in VERBS:
+        _fail(f"unknown verb {verb!r}; known: {', '.join(VERBS)}; see jaxlm --help")
+    sys.exit(run(verb, argv[1:]))
+
+
+def run(verb: str, argv: Sequence[str]) -> int:
+    """Runs one verb with its flags and returns its exit code. The binary's module has a docstring (its help), `define` and `main`."""
+    from absl import flags
+
+    module = importlib.import_module(f"jaxlm.bin.{verb}")
+    values = flags.FlagValues()
+    flags.DEFINE_bool("v", False, "Say more: tracebacks and the environment that jaxlm sets.", flag_values=values)
+    module.define(values)
+    if any(a in ("--help", "-h", "-help") for a in argv):
+        print(module.__doc__.strip() + "\n\nFlags:\n" + _flag_help(values))
+        return 0
+    try:
+        overrides = _take_overrides(argv) if "config" in values else []
+        rest = values([f"jaxlm {verb}", *(a for a in argv if not ("config" in values and a.startswith("--config.")))])
+        if len(rest) > 1:
+            raise ValueError(f"unexpected argument {rest[1]!r}; flags look like --name=value; see jaxlm {verb} --help")
+        flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl's global flags
+        _environment(values.v)
+        return module.main(values, overrides) if "config" in values else module.main(values) or 0
+    except flags.Error as error:
+        _fail(f"{str(error).replace(chr(10), ' ')}; see jaxlm {verb} --help")
+    except KeyboardInterrupt:
+        print("\njaxlm: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if values.v or not (isinstance(error, OSError) or _raised_here(error)):
+            raise
+        _fail(" ".join(str(error).split()))
+
+
+def _take_overrides(argv: Sequence[str]) -> list[tuple[str, str]]:
+    overrides = []
+    for argument in argv:
+        if argument.startswith("--config."):
+            key, equals, text = argument[len("--config."):].partition("=")
+            if not equals:
+                raise ValueError(f"{argument}: write --config.{key}=value")
+            overrides.append((key, text))
+    return overrides
+
+
+def _flag_help(values) -> str:
+    lines = []
+    for name in sorted(values):
+        flag = values[name]
+        default = "" if flag.default in (None, False, "", []) else f" (default: {flag.default})"
+        lines.append(f"  --{name}\n" + textwrap.fill(flag.help + default, 100, initial_indent="      ", subsequent_indent="      "))
+    if "config" in values:
+        lines.append("  --config.PART.KEY=VALUE\n      Overrides one key of the config; every key is explained in jaxlm/config.py.")
+    return "\n".join(lines)
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether jaxlm itself raised the error: then it is a sentence for the user; from anywhere else it is a fault and needs its traceback."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and pathlib.Path(frames[-1][0].f_code.co_filename).is_relative_to(pathlib.Path(__file__).parent)
+
+
+def _environment(verbose: bool) -> None:
+    """Settings that must stand before jax is imported; what the user has set wins."""
+    chosen = {
+        "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "jaxlm" / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
+    for name, value in chosen.items():
+        os.environ.setdefault(name, value)
+    if verbose:
+        print("\n".join(f"{name}={os.environ[name]}" for name in chosen), file=sys.stderr)
+
+
+def _fail(message: str) -> None:
+    print(f"jaxlm: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,438 @@
+"""Every configuration key of jaxlm, its default, its meaning and its unit: this file is the reference.
+
+A recipe (`configs/*.py`) returns an `ml_collections.ConfigDict` that names only what differs from the defaults below; the command line
+overrides it (`--config.optim.lr=3e-4`); `build` turns the result into one frozen dataclass per part and refuses, in one line, a key that
+does not exist, a value of the wrong type or a value that cannot work. The same tree, as JSON, lies in every checkpoint, so evaluation and
+generation never need the recipe again.
+
+Config files are Python programs: run only those you trust.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import pathlib
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+# A length of training: "2000 steps", "3 epochs", "1e9 tokens", "5%" of the run, or a bare number of steps. "0" means never or none.
+Duration = typing.NewType("Duration", str)
+
+Rules = tuple[tuple[str, bool], ...]
+
+
+def _need(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    kind: Literal["unigram", "bpe", "bytes"] = "unigram"  # SentencePiece unigram or BPE with byte fallback, or plain UTF-8 bytes
+    vocab_size: int = 8192  # pieces to learn, special tokens included; ignored by "bytes" (259)
+    path: str = ""  # a trained SentencePiece .model file to use as it is; empty: train one on the training split
+    special_tokens: tuple[str, ...] = ()  # extra symbols that are never split
+    train_bytes: int = 100_000_000  # the most text, in bytes, that the tokenizer is trained on
+
+    def __post_init__(self):
+        _need(self.kind == "bytes" or self.path or self.vocab_size >= 300,
+              f"tokenizer.vocab_size={self.vocab_size} is too small: 256 byte pieces and the special tokens need at least 300")
+        _need(self.train_bytes > 0, f"tokenizer.train_bytes={self.train_bytes} must be positive")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: tuple[str, ...] = ()  # files, folders or globs (.txt .jsonl[.gz|.zst] .parquet), or "python_docs", the text in every CPython
+    text_key: str = "text"  # the field (JSONL) or column (Parquet) that holds the text
+    dir: str = ""  # prepared shards; empty: <workdir>/data, prepared on the first run
+    validation: float = 0.03  # share of documents, by hash of their text
+    test: float = 0.05  # likewise
+    shard_bytes: int = 64 * 2**20  # tokens of one shard file, in bytes, before compression
+    sequence_length: int = 512  # tokens in one row of a batch
+    batch_size: int = 8  # rows of one optimiser step, over all devices, hosts and microbatches
+    seed: int = 0  # order of documents and rows
+    threads: int = 1  # reader threads of one process
+    prefetch: int = 4  # batches read ahead
+
+    def __post_init__(self):
+        _need(0 <= self.validation and 0 <= self.test and self.validation + self.test < 1,
+              f"data.validation={self.validation} and data.test={self.test} must be shares that leave something to train on")
+        for key in ("shard_bytes", "sequence_length", "batch_size", "prefetch"):
+            _need(getattr(self, key) > 0, f"data.{key}={getattr(self, key)} must be positive")
+        _need(self.threads >= 0, f"data.threads={self.threads} must not be negative")
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    vocab_size: int = 0  # rows of the embedding; 0: the tokenizer's size rounded up to a multiple of 64
+    context: int = 512  # longest sequence the model may see, in tokens
+    layers: int = 4
+    width: int = 256  # size of the residual stream
+    heads: int = 4  # query heads
+    kv_heads: int = 0  # key and value heads (grouped-query attention); 0: as many as query heads
+    head_size: int = 0  # 0: width / heads
+    feedforward: int = 0  # inner size of the MLP; 0: 4 x width
+    norm: Literal["layer", "rms"] = "rms"
+    norm_eps: float = 1e-5
+    positions: Literal["rotary", "learned", "none"] = "rotary"
+    rope_theta: float = 10_000.0  # base of the rotary wavelengths
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "silu"
+    gated: bool = True  # activation(x W_gate) * (x W_up), as in SwiGLU
+    tied: bool = True  # the output projection is the token embedding
+    bias: bool = False  # biases in projections and layer norms
+    dropout: float = 0.0  # on embeddings and on each branch of the residual stream
+    attention_softcap: float = 0.0  # c * tanh(scores / c) as in Gemma 2; 0: off
+    final_softcap: float = 0.0  # the same on the logits
+    qk_norm: bool = False  # RMS norm of queries and keys, per head
+    windows: tuple[int, ...] = (0,)  # sliding window of each layer in tokens, repeated over the layers; 0: all that came before
+    init: Literal["normal", "truncated_normal", "xavier", "kaiming", "lecun"] = "normal"
+    init_std: float = 0.02  # of "normal" and "truncated_normal"
+    init_depth_scaled: bool = True  # divide the std of projections into the residual stream by sqrt(2 x layers), as GPT-2 does
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are always float32
+    remat: Literal["none", "full", "dots"] = "none"  # keep all activations, only the layers' inputs, or these and matrix products
+    attention: Literal["auto", "reference", "blocked"] = "auto"  # kernel
+
+    def __post_init__(self):
+        for key in ("context", "layers", "width", "heads"):
+            _need(getattr(self, key) > 0, f"model.{key}={getattr(self, key)} must be positive")
+        for key in ("vocab_size", "kv_heads", "head_size", "feedforward"):
+            _need(getattr(self, key) >= 0, f"model.{key}={getattr(self, key)} must not be negative")
+        if self.head_size == 0:
+            _need(self.width % self.heads == 0, f"model.heads={self.heads} must divide model.width={self.width}: "
+                  f"try {_nearest_divisor(self.width, self.heads)}, or set model.head_size")
+        _need(self.heads % (self.kv_heads or self.heads) == 0, f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}: "
+              f"try {_nearest_divisor(self.heads, self.kv_heads or 1)}")
+        head_size = self.head_size or self.width // self.heads
+        _need(self.positions != "rotary" or head_size % 2 == 0, f"rotary positions need an even head size, not {head_size}: "
+              "change model.width, model.heads or model.head_size")
+        _need(0 <= self.dropout < 1, f"model.dropout={self.dropout} must be in [0, 1)")
+        _need(bool(self.windows) and all(w >= 0 for w in self.windows), f"model.windows={self.windows} must be one or more sizes >= 0")
+
+    def filled(self) -> "TransformerConfig":
+        """The same model with every 0-means-default size written out."""
+        return dataclasses.replace(
+            self, kv_heads=self.kv_heads or self.heads, head_size=self.head_size or self.width // self.heads,
+            feedforward=self.feedforward or 4 * self.width)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    name: Literal["next_token"] = "next_token"
+    z_loss: float = 0.0  # weight of log(Z)^2, which keeps the logits from drifting (PaLM uses 1e-4)
+    chunk_rows: int = 0  # tokens whose logits exist at one time, the rest is recomputed in the backward pass; 0: all
+
+    def __post_init__(self):
+        _need(self.z_loss >= 0, f"objective.z_loss={self.z_loss} must not be negative")
+        _need(self.chunk_rows >= 0, f"objective.chunk_rows={self.chunk_rows} must not be negative")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    data: int = 1  # copies of the model, each with its share of the batch
+    fsdp: int = -1  # likewise, with parameters and optimiser state split too; -1: the devices that are left (one axis may say so)
+    tensor: int = 1  # each matrix split by heads, feed-forward or vocabulary
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        _need(all(n == -1 or n > 0 for n in sizes.values()), f"mesh={sizes}: each axis must be positive, or -1 for the devices left over")
+        _need(list(sizes.values()).count(-1) <= 1, f"mesh={sizes}: only one axis may be -1")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
+    lr: float = 1e-3  # the peak
+    schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "wsd", "step", "inverse_sqrt"] = "cosine"
+    warmup: Duration = Duration("2%")  # from 0 to lr, linearly; part of train.steps
+    end_lr_ratio: float = 0.1  # lr at the end over lr at the peak (linear, cosine, cosine_restarts, wsd)
+    restarts: int = 1  # cosine_restarts: how often the cosine starts again
+    decay: Duration = Duration("20%")  # wsd: length of the final linear decay
+    step_every: Duration = Duration("30%")  # step: distance of the drops after warm-up
+    step_ratio: float = 0.1  # step: each drop multiplies lr by this
+    weight_decay: float = 0.1
+    decay_rules: Rules = ()  # (path regex, decays or not), strict; empty: every weight with two or more dimensions of its own decays
+    trainable: Rules = ()  # (path regex, trained or frozen), strict; empty: everything is trained
+    clip: float = 1.0  # global norm of the gradient; 0: off
+    b1: float = 0.9  # first-moment decay (adamw, lion), momentum (sgd, muon)
+    b2: float = 0.95  # second-moment decay (adamw, lion); of muon's adamw part too
+    eps: float = 1e-8
+    muon_adam_lr_ratio: float = 0.1  # muon: lr of the weights that are not matrices (embeddings, norms, biases) over lr
+    ema: float = 0.0  # decay of an exponential moving average of the parameters, used by eval and generate; 0: off
+
+    def __post_init__(self):
+        for key in ("lr", "eps"):
+            _need(getattr(self, key) > 0, f"optim.{key}={getattr(self, key)} must be positive")
+        for key in ("b1", "b2", "ema"):
+            _need(0 <= getattr(self, key) < 1, f"optim.{key}={getattr(self, key)} must be in [0, 1)")
+        for key in ("weight_decay", "clip", "end_lr_ratio"):
+            _need(getattr(self, key) >= 0, f"optim.{key}={getattr(self, key)} must not be negative")
+        _need(self.restarts >= 0, f"optim.restarts={self.restarts} must not be negative")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: Duration = Duration("10%")  # a checkpoint is written every so often, and at the end
+    keep_last: int = 2
+    keep_best: int = 1  # the k with the lowest validation loss
+    keep_every: Duration = Duration("0")  # and every m-th for good
+
+    def __post_init__(self):
+        _need(self.keep_last >= 1, f"checkpoint.keep_last={self.keep_last} must be at least 1")
+        _need(self.keep_best >= 0, f"checkpoint.keep_best={self.keep_best} must not be negative")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: Duration = Duration("1000 steps")
+    seed: int = 0  # of the initial parameters and of dropout
+    microbatches: int = 1  # the batch is computed in so many parts, one after the other; the result is the same
+    log_every: Duration = Duration("10 steps")
+    eval_every: Duration = Duration("10%")
+    eval_documents: int = 200  # validation documents of the evaluations during training; 0: all
+    bad_steps: int = 10  # stop after so many non-finite losses or gradients in a row; each is skipped and counted
+    watchdog_seconds: float = 1800.0  # end the process when no step finishes for so long; 0: off
+    sample_prompt: str = ""  # text continued at each evaluation; empty: the beginning of a validation document
+
+    def __post_init__(self):
+        for key in ("microbatches", "bad_steps"):
+            _need(getattr(self, key) > 0, f"train.{key}={getattr(self, key)} must be positive")
+        for key in ("eval_documents", "watchdog_seconds"):
+            _need(getattr(self, key) >= 0, f"train.{key}={getattr(self, key)} must not be negative")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    batch_size: int = 0  # rows of one batch; 0: data.batch_size
+    overlap: float = 0.5  # share of a window that a document longer than the context sees again as context, in [0, 1)
+    bootstrap: int = 1000  # resamples of the documents behind each confidence interval
+
+    def __post_init__(self):
+        _need(self.batch_size >= 0, f"eval.batch_size={self.batch_size} must not be negative")
+        _need(0 <= self.overlap < 1, f"eval.overlap={self.overlap} must be in [0, 1)")
+        _need(self.bootstrap > 0, f"eval.bootstrap={self.bootstrap} must be positive")
+
+
+@dataclass(frozen=True)
+class Config:
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: TransformerConfig = field(default_factory=TransformerConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self):
+        rows, parts = self.data.batch_size, self.train.microbatches
+        _need(rows % parts == 0, f"train.microbatches={parts} must divide data.batch_size={rows}: try {_nearest_divisor(rows, parts)}")
+        _need(self.data.sequence_length <= self.model.context, f"data.sequence_length={self.data.sequence_length} is longer than "
+              f"model.context={self.model.context}: make the first smaller or the second larger")
+
+
+def load(name: str, overrides: Iterable[tuple[str, str]] = ()) -> Config:
+    """Reads a recipe and applies command-line overrides.
+
+    Args:
+      name: path of a config file or name of a packaged recipe, each with an optional argument after a colon: "quickstart:long".
+      overrides: pairs of dotted key and text, for example `("optim.lr", "3e-4")`; text is read as the key's type.
+
+    Returns:
+      The checked configuration.
+
+    Raises:
+      ValueError: one line for an unknown file, key, type or impossible value.
+    """
+    path, argument = find(name)
+    spec = importlib.util.spec_from_file_location(f"jaxlm_recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        recipe = module.get_config(argument) if argument is not None else module.get_config()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{path} could not be read as a config: {type(error).__name__}: {error}") from error
+    _need(isinstance(recipe, ConfigDict), f"{path}: get_config() must return an ml_collections.ConfigDict, not {type(recipe).__name__}")
+    tree = recipe.to_dict()
+    for key, text in overrides:
+        _override(tree, key, text)
+    return build(tree)
+
+
+def find(name: str) -> tuple[pathlib.Path, str | None]:
+    """Path of the recipe and its argument for `path[.py][:argument]` or `name[:argument]`."""
+    text, _, argument = name.partition(":")
+    given = pathlib.Path(text)
+    if given.suffix == ".py" and given.is_file():
+        return given, argument or None
+    folder = recipes_folder()
+    packaged = folder / f"{given.stem}.py"
+    if packaged.is_file() and text in (given.stem, f"configs/{given.stem}.py"):
+        return packaged, argument or None
+    known = sorted(p.stem for p in folder.glob("[a-z]*.py"))
+    guess = difflib.get_close_matches(given.stem, known, n=1)
+    hint = f"did you mean {guess[0]!r}? " if guess else ""
+    raise ValueError(f"--config={name}: no such file or recipe; {hint}packaged recipes: {', '.join(known)}")
+
+
+def recipes_folder() -> pathlib.Path:
+    """Where the recipes lie: inside the package when installed from a wheel, beside it in a checkout."""
+    package = pathlib.Path(__file__).parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def keys() -> dict[str, Any]:
+    """Every dotted key with its default, in order."""
+    return {f"{part}.{key}": value for part, values in to_dict(Config()).items() for key, value in values.items()}
+
+
+def build(tree: Mapping[str, Any]) -> Config:
+    """The frozen configuration of a nested mapping that names only what differs from the defaults.
+
+    Raises:
+      ValueError: one line, for an unknown key, a wrong type or an impossible value.
+    """
+    parts = typing.get_type_hints(Config)
+    built = {}
+    for part, values in tree.items():
+        if part not in parts:
+            raise ValueError(_unknown(part))
+        _need(isinstance(values, Mapping), f"config.{part} holds keys of its own ({', '.join(typing.get_type_hints(parts[part]))}), "
+              f"it cannot be {values!r}")
+        hints = typing.get_type_hints(parts[part])
+        for key in values:
+            if key not in hints:
+                raise ValueError(_unknown(f"{part}.{key}"))
+        built[part] = parts[part](**{key: _coerce(f"{part}.{key}", value, hints[key]) for key, value in values.items()})
+    return Config(**built)
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    return dataclasses.asdict(config)
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """The inverse of `to_json`; JSON lists become tuples."""
+    return build(json.loads(text))
+
+
+def difference(old: Config, new: Config) -> list[str]:
+    """One line per key whose value differs: `optim.lr: 0.001 -> 0.003`."""
+    a, b = to_dict(old), to_dict(new)
+    return [f"{part}.{key}: {a[part][key]!r} -> {b[part][key]!r}" for part in a for key in a[part] if a[part][key] != b[part][key]]
+
+
+_DURATION = re.compile(r"^\s*([0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*(%|steps?|tokens?|epochs?)?\s*$")
+
+
+def steps_of(key: str, duration: str, *, tokens_per_step: int, tokens_per_epoch: int | None = None, total: int | None = None) -> int:
+    """A duration in optimiser steps, rounded up to a whole one, so that whatever is not nothing lasts at least a step.
+
+    Args:
+      key: the config key, for the error message.
+      duration: "2000 steps", "1e9 tokens", "3 epochs", "5%" or a bare number of steps.
+      tokens_per_step: tokens of one global batch.
+      tokens_per_epoch: tokens of the training split; None where epochs make no sense.
+      total: steps of the run; None where a percentage makes no sense.
+    """
+    number, unit = _split_duration(key, duration)
+    if unit == "%":
+        _need(total is not None, f"{key}={duration!r}: a share of the run cannot define the run itself; use steps, tokens or epochs")
+        return math.ceil(number / 100 * total - 1e-9)
+    if unit == "epoch":
+        _need(tokens_per_epoch is not None, f"{key}={duration!r}: epochs are not known here; use steps or tokens")
+        return math.ceil(number * tokens_per_epoch / tokens_per_step - 1e-9)
+    if unit == "token":
+        return math.ceil(number / tokens_per_step - 1e-9)
+    return math.ceil(number)
+
+
+def _split_duration(key: str, duration: str) -> tuple[float, str]:
+    match = _DURATION.match(duration)
+    _need(match is not None, f"{key}={duration!r} is not a duration: write '2000 steps', '3 epochs', '1e9 tokens', '5%' or a number of steps")
+    return float(match[1].replace("_", "")), (match[2] or "step").rstrip("s")
+
+
+def _override(tree: dict, key: str, text: str) -> None:
+    part, _, name = key.partition(".")
+    hints = typing.get_type_hints(Config)
+    hint = typing.get_type_hints(hints[part]).get(name) if part in hints else None
+    if hint is None:
+        raise ValueError(_unknown(key))
+    tree.setdefault(part, {})[name] = text if hint in (str, Duration) or typing.get_origin(hint) is Literal else _literal(key, text, hint)
+
+
+def _literal(key: str, text: str, hint) -> Any:
+    if hint is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if typing.get_origin(hint) is tuple and not isinstance(value, (tuple, list)):
+        # `a,b` and a single value are lists too; a comma inside is read by literal_eval unless the items are bare words.
+        value = tuple(item.strip() for item in text.split(",") if item.strip()) if isinstance(value, str) else (value,)
+    return value
+
+
+def _coerce(key: str, value: Any, hint) -> Any:
+    """`value` as the annotated type, or one line that says what is allowed."""
+    if hint is Duration:
+        text = f"{value} steps" if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+        _need(isinstance(text, str), f"config.{key}={value!r} is not a duration: write '2000 steps', '3 epochs', '1e9 tokens' or '5%'")
+        _split_duration(f"config.{key}", text)
+        return Duration(text)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in arguments:
+            guess = difflib.get_close_matches(str(value), arguments, n=1)
+            raise ValueError(f"config.{key}={value!r} is not known{f'; did you mean {guess[0]!r}?' if guess else ';'} "
+                             f"allowed: {', '.join(arguments)}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, (tuple, list)):
+            value = (value,)
+        if arguments[-1] is Ellipsis:
+            return tuple(_coerce(key, item, arguments[0]) for item in value)
+        _need(len(value) == len(arguments), f"config.{key}: {value!r} must have {len(arguments)} items")
+        return tuple(_coerce(key, item, kind) for item, kind in zip(value, arguments))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value == int(value):  # 1e6 is how people write a million
+        return int(value)
+    if type(value) is not hint:
+        raise ValueError(f"config.{key}={value!r} is {_article(type(value).__name__)}; it must be {_article(hint.__name__)}")
+    return value
+
+
+def _article(name: str) -> str:
+    return {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "nothing"}.get(name, f"a {name}")
+
+
+def _unknown(key: str) -> str:
+    known = list(keys())
+    leaf = key.rpartition(".")[2]
+    elsewhere = [k for k in known if k.rpartition(".")[2] == leaf]  # the right name in the wrong part
+    guess = elsewhere[:1] or difflib.get_close_matches(key, [*known, *Config.__dataclass_fields__], n=1, cutoff=0.5)
+    part = key.partition(".")[0]
+    inside = [k.partition(".")[2] for k in known if k.startswith(part + ".")] or [f.name for f in dataclasses.fields(Config)]
+    return (f"config.{key} does not exist; " + (f"did you mean config.{guess[0]}? " if guess else "")
+            + f"known{f' in {part}' if part in Config.__dataclass_fields__ else ' parts'}: {', '.join(inside)}")
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: abs(n - wanted))
