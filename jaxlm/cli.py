@@ -104,6 +104,10 @@ def _raised_here(error: BaseException) -> bool:
     return bool(frames) and pathlib.Path(frames[-1][0].f_code.co_filename).is_relative_to(pathlib.Path(__file__).parent)
 
 
+# jaxlib 0.10.2 on CPUs fuses some reductions wrongly unless this is empty (tests/test_cli.py has the case); others do not know or need it.
+_YNN = "--xla_cpu_experimental_ynn_fusion_type"
+
+
 def _environment(verbose: bool) -> None:
     """Settings that must stand before jax is imported; what the user has set wins."""
     chosen = {
@@ -112,8 +116,10 @@ def _environment(verbose: bool) -> None:
     }
     for name, value in chosen.items():
         os.environ.setdefault(name, value)
+    if importlib.metadata.version("jaxlib").startswith("0.10.") and _YNN not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_YNN}=".strip()
     if verbose:
-        print("\n".join(f"{name}={os.environ[name]}" for name in chosen), file=sys.stderr)
+        print("\n".join(f"{name}={os.environ[name]}" for name in (*chosen, "XLA_FLAGS") if name in os.environ), file=sys.stderr)
 
 
 def _fail(message: str) -> None:

@@ -1,0 +1,101 @@
+"""Batches of a prepared corpus, read ahead by Grain in threads. Home of grain.
+
+The batch of a step is a pure function of (corpus, seed, step): the step is the whole position, there is no other state to save, and it is
+the same for any number of hosts, each of which reads its own rows of it.
+"""
+
+import functools
+import math
+import threading
+from collections.abc import Callable, Iterator
+
+import grain
+import numpy as np
+
+from jaxlm.data import pack, tasks
+from jaxlm.data.shards import Corpus
+from jaxlm.data.tasks import Batch
+
+
+def epoch_size(corpus: Corpus, split: str, *, sequence_length: int, batch_size: int) -> pack.EpochSize:
+    """Rows, targets and padding of an epoch, which has rows / batch_size steps: a batch may end one epoch and begin the next.
+
+    Raises:
+      ValueError: the split is smaller than one batch, which would have to repeat itself.
+    """
+    size = pack.epoch_size(corpus.splits[split].tokens, sequence_length)
+    if size.rows < batch_size:
+        raise ValueError(
+            f"the {split} split in {corpus.folder} is smaller than one batch: its {size.targets} tokens fill {size.rows} rows of data.sequence_length="
+            f"{sequence_length}, data.batch_size={batch_size} needs {batch_size}: lower one of them, or prepare more text")
+    return size
+
+
+def batches(corpus: Corpus, split: str, *, sequence_length: int, batch_size: int, seed: int, start_step: int, stop_step: int,
+            rows: tuple[int, int] | None = None, threads: int = 1, prefetch: int = 4) -> Iterator[tuple[int, Batch]]:
+    """The training batches of steps [start_step, stop_step), epoch after epoch, nothing dropped between them.
+
+    Args:
+      batch_size: rows of the global batch.
+      rows: the rows [a, b) of each global batch that this process reads; None: all.
+      threads: 0 reads in the caller's own thread, when a batch is asked for.
+      prefetch: batches read ahead.
+
+    Returns:
+      An iterator of (step, batch of [b - a, sequence_length]) without "documents".
+
+    Raises:
+      ValueError: see `epoch_size`; while iterating, a damaged shard (see `Corpus.read`).
+    """
+    per_epoch = epoch_size(corpus, split, sequence_length=sequence_length, batch_size=batch_size).rows
+    begin, end = rows or (0, batch_size)
+    lengths, lock = corpus.splits[split].tokens, threading.Lock()
+    cached = functools.lru_cache(2)(lambda epoch: pack.epoch_plan(lengths, sequence_length, seed, epoch))
+
+    def row(index: int) -> list[pack.Piece]:
+        with lock:  # a plan is large and takes a second for ten million documents: one thread makes it, the others wait
+            plan = cached(index // per_epoch)
+        return pack.epoch_row(plan, index % per_epoch)
+
+    def batch(step: int) -> tuple[int, Batch]:
+        local = tasks.next_token_batch([row(step * batch_size + i) for i in range(begin, end)], functools.partial(corpus.read, split), sequence_length)
+        del local["documents"]
+        return step, local
+
+    return _read_ahead(batch, start_step, stop_step, threads, prefetch)
+
+
+def evaluation_batches(corpus: Corpus, split: str, *, sequence_length: int, batch_size: int, overlap: float, rows: tuple[int, int] | None = None,
+                       limit_documents: int = 0, threads: int = 1, prefetch: int = 4) -> Iterator[Batch]:
+    """Batches in which every target of the split has weight 1 exactly once; the last is filled up with rows of padding.
+
+    Args:
+      overlap: see `pack.evaluation_plan`.
+      rows: the rows [a, b) of each global batch that this process reads; None: all.
+      limit_documents: at most so many documents, spread evenly over the split; 0: all.
+
+    Returns:
+      An iterator of batches of [b - a, sequence_length], the same number for every process.
+
+    Raises:
+      ValueError: the split has no documents.
+    """
+    lengths = corpus.splits[split].tokens
+    if not len(lengths):
+        raise ValueError(f"the {split} split in {corpus.folder} has no documents: raise data.{split} and prepare it again, or give more text")
+    count = min(limit_documents or len(lengths), len(lengths))
+    plan = pack.evaluation_plan(lengths, sequence_length, overlap, np.arange(count) * len(lengths) // count)
+    begin, end = rows or (0, batch_size)
+    total = len(plan.row_ends)
+
+    def batch(number: int) -> Batch:
+        indices = range(number * batch_size + begin, number * batch_size + end)
+        return tasks.next_token_batch([pack.evaluation_row(plan, i) if i < total else [] for i in indices], functools.partial(corpus.read, split),
+                                      sequence_length)
+
+    return _read_ahead(batch, 0, math.ceil(total / batch_size), threads, prefetch)
+
+
+def _read_ahead(element: Callable, start: int, stop: int, threads: int, prefetch: int) -> Iterator:
+    """`element(start)` ... `element(stop - 1)` in order. What `element` raises is raised here."""
+    return iter(grain.MapDataset.range(start, stop).map(element).to_iter_dataset(grain.ReadOptions(threads, prefetch)))

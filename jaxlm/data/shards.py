@@ -1,0 +1,316 @@
+"""The prepared corpus on disk: documents of token ids in ArrayRecord shards, found by number. Home of array_record.
+
+A folder holds, for each split, shards and two indexes (lengths, ids), the tokenizer's file, and `manifest.json`, which lists every other
+file with its size and sha256. A record is a header and up to `RECORD_TOKENS` ids of one document: a row of training that needs a part of a
+very long document reads that part only. Every record carries a checksum of its own and says what it is, so no damage, exchange or
+truncation of a file is ever read as different tokens. The folder appears whole or not at all.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import io
+import json
+import os
+import shutil
+import struct
+import zlib
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+RECORD_TOKENS = 1 << 12
+
+# crc32 of all that follows, first token of this record in the document, document in the split, bytes of the document's text
+_HEADER = struct.Struct("<IIQQ")
+_OPEN_SHARDS = 256  # file handles kept; the kernel's usual limit is 1,024
+
+
+class ShardWriter:
+    """Writes one split. A shard is closed when its ids reach `shard_bytes` and the document ends."""
+
+    def __init__(self, folder: Path, split: str, vocab_size: int, shard_bytes: int):
+        self._folder, self._split, self._vocab_size, self._shard_bytes = folder, split, vocab_size, shard_bytes
+        self._dtype = token_dtype(vocab_size)
+        self._writer, self._shards = None, []
+        self._tokens, self._text_bytes, self._ids, self._id_ends = array("i"), array("q"), bytearray(), array("q")
+
+    def add(self, document_id: str, tokens: np.ndarray, text_bytes: int) -> None:
+        """Appends a document of `tokens` (whole numbers in [0, vocab_size)) whose text has `text_bytes` bytes as UTF-8."""
+        assert len(tokens) and 0 <= tokens.min() and tokens.max() < self._vocab_size, "token id out of range"
+        if self._writer is None:
+            self._shard = {"file": f"{self._split}-{len(self._shards):05d}.array_record", "documents": 0, "records": 0, "tokens": 0, "text_bytes": 0}
+            self._path = self._folder / self._shard["file"]
+            self._writer = array_record_module.ArrayRecordWriter(str(self._path), "group_size:1")
+        for start in range(0, len(tokens), RECORD_TOKENS):
+            payload = tokens[start:start + RECORD_TOKENS].astype(self._dtype).tobytes()
+            header = _HEADER.pack(0, start, len(self._tokens), text_bytes)[4:]
+            with self._naming_disk_errors():
+                self._writer.write(struct.pack("<I", zlib.crc32(payload, zlib.crc32(header))) + header + payload)
+            self._shard["records"] += 1
+        for key, value in (("documents", 1), ("tokens", len(tokens)), ("text_bytes", text_bytes)):
+            self._shard[key] += value
+        self._tokens.append(len(tokens))
+        self._text_bytes.append(text_bytes)
+        self._ids += document_id.encode("utf-8", "surrogateescape")
+        self._id_ends.append(len(self._ids))
+        if self._shard["tokens"] * self._dtype.itemsize >= self._shard_bytes:
+            self._close_shard()
+
+    def close(self) -> dict[str, Any]:
+        """Finishes the last shard, writes the indexes and returns the split's part of the manifest."""
+        if self._writer is not None:
+            self._close_shard()
+        lengths, ids = f"lengths-{self._split}.npz", f"ids-{self._split}.npz"
+        np.savez(self._folder / lengths, tokens=np.array(self._tokens, np.int32), text_bytes=np.array(self._text_bytes, np.int64))
+        np.savez(self._folder / ids, text=np.frombuffer(bytes(self._ids), np.uint8), ends=np.array(self._id_ends, np.int64))
+        totals = {key: sum(shard[key] for shard in self._shards) for key in ("documents", "tokens", "text_bytes")}
+        return totals | {"lengths": file_entry(self._folder / lengths), "ids": file_entry(self._folder / ids), "shards": self._shards}
+
+    def _close_shard(self) -> None:
+        with self._naming_disk_errors():
+            self._writer.close()
+            written = _open_shard(self._path).num_records()
+        if written != self._shard["records"]:
+            raise OSError(f"{self._path}: {written} of {self._shard['records']} records were written")
+        self._shards.append(self._shard | file_entry(self._path))
+        self._writer = None
+
+    @contextlib.contextmanager
+    def _naming_disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise OSError(f"writing {self._path} failed: {' '.join(str(error).split())}") from None
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """How ids are stored: 2 bytes where they fit, else 4, little-endian."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file: its name, size and sha256."""
+    with open(path, "rb") as file:
+        return {"file": path.name, "size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes `manifest` with its own checksum and the format's version."""
+    manifest = {"format": FORMAT, **manifest}
+    text = json.dumps({**manifest, "sha256": _canonical_sha256(manifest)}, indent=1)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name when the block ends well, after everything is on the disk.
+
+    What an earlier, killed writer left is removed.
+
+    Raises:
+      ValueError: `folder` is there and not empty, or another process is writing it now.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already and holds no prepared corpus: choose another folder, or remove it")
+    parent, prefix = folder.absolute().parent, f".{folder.name}.preparing-"
+    parent.mkdir(parents=True, exist_ok=True)
+    for leftover in parent.glob(f"{prefix}*"):
+        _remove_unless_locked(leftover, folder)
+    temporary = parent / f"{prefix}{os.getpid()}"
+    temporary.mkdir()
+    try:
+        with open(temporary / "lock", "w") as lock:  # the kernel lets go of it however this process ends
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield temporary
+            (temporary / "lock").unlink()
+            for path in [*temporary.iterdir(), temporary]:
+                _fsync(path)
+            os.rename(temporary, folder)
+        _fsync(parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _remove_unless_locked(leftover: Path, folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError), open(leftover / "lock", "r+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is preparing {folder} now ({leftover}): wait for it, or choose another folder") from None
+    shutil.rmtree(leftover)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Split:
+    tokens: np.ndarray  # int32 [documents], with bos and eos
+    text_bytes: np.ndarray  # int64 [documents], of the text as UTF-8
+    first_record: np.ndarray  # int64 [documents + 1], counted over all shards
+    shard_ends: np.ndarray  # int64 [shards], one past the last record of each, counted likewise
+
+
+class Corpus:
+    """A prepared corpus. Reading is thread-safe; shards are opened when they are first needed.
+
+    Attributes:
+      folder: where it lies.
+      manifest: the whole of manifest.json.
+      splits: "train", "validation" and "test".
+      fingerprint: sha256 over the tokens and the tokenizer. With a seed and a step it determines every batch.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], splits: Mapping[str, Split]):
+        self.folder, self.manifest, self.splits = folder, manifest, splits
+        self.fingerprint = _canonical_sha256([manifest["tokenizer"]["sha256"], {
+            name: [shard["sha256"] for shard in split["shards"]] for name, split in manifest["splits"].items()}])
+        self._dtype = token_dtype(manifest["tokenizer"]["vocab_size"])
+        self._shard = functools.lru_cache(_OPEN_SHARDS)(_open_shard)
+        self._ids = functools.cache(self._load_ids)
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.folder / self.manifest["tokenizer"]["file"]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.manifest["tokenizer"]["vocab_size"]
+
+    def read(self, split: str, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Token ids of a document, or its tokens [start, stop): int32 [stop - start].
+
+        Raises:
+          ValueError: the record is damaged or not the one that was written; names the shard's file and the record.
+        """
+        index = self.splits[split]
+        length = int(index.tokens[document])
+        stop = length if stop is None else stop
+        assert 0 <= start < stop <= length, (start, stop, length)
+        parts = [self._record(split, index, document, part, length) for part in range(start // RECORD_TOKENS, (stop - 1) // RECORD_TOKENS + 1)]
+        offset = start - start % RECORD_TOKENS
+        return (np.concatenate(parts) if len(parts) > 1 else parts[0])[start - offset:stop - offset].astype(np.int32)
+
+    def document_id(self, split: str, document: int) -> str:
+        """Where the document came from: "path:line"."""
+        text, ends = self._ids(split)
+        return bytes(text[ends[document - 1] if document else 0:ends[document]]).decode("utf-8", "surrogateescape")
+
+    def _record(self, split: str, index: Split, document: int, part: int, length: int) -> np.ndarray:
+        record = int(index.first_record[document]) + part
+        shard = int(np.searchsorted(index.shard_ends, record, side="right"))
+        record -= int(index.shard_ends[shard - 1]) if shard else 0
+        path = self.folder / self.manifest["splits"][split]["shards"][shard]["file"]
+        start = part * RECORD_TOKENS
+        count = min(RECORD_TOKENS, length - start)
+        try:
+            data = self._shard(path).read([record])[0]
+            whole = len(data) >= _HEADER.size and zlib.crc32(memoryview(data)[4:]) == _HEADER.unpack_from(data)[0]
+            fault = "" if whole else "its checksum is wrong"
+        except (RuntimeError, IndexError) as error:
+            fault = " ".join(str(error).split())
+        if not fault and (_HEADER.unpack_from(data)[1:3] != (start, document) or len(data) != _HEADER.size + count * self._dtype.itemsize):
+            fault = "it holds another document than the index says"
+        if fault:
+            raise ValueError(f"{path}, record {record} is damaged ({fault}): check with jaxlm prepare --verify --out={self.folder}, then prepare again")
+        return np.frombuffer(data, self._dtype, count, _HEADER.size)
+
+    def _load_ids(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        ids = _load_index(self.folder, self.manifest["splits"][split]["ids"])
+        return ids["text"], ids["ends"]
+
+
+def open_corpus(folder: str | Path) -> Corpus:
+    """Opens a prepared folder; checks the manifest, the size of every file and the sha256 of the small ones.
+
+    Raises:
+      ValueError: there is none, or a file is missing, cut off, damaged or from another corpus; names the file.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    for entry in _entries(manifest):
+        path = folder / entry["file"]
+        if not path.is_file():
+            raise ValueError(f"{path} is missing, which {MANIFEST} lists: prepare the corpus again")
+        if path.stat().st_size != entry["size"]:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {entry['size']}: it is cut off or damaged; prepare the corpus again")
+    _checked_bytes(folder, manifest["tokenizer"])
+    splits = {}
+    for name, split in manifest["splits"].items():
+        lengths = _load_index(folder, split["lengths"])
+        tokens = lengths["tokens"]
+        records = -(-tokens.astype(np.int64) // RECORD_TOKENS)
+        splits[name] = Split(tokens, lengths["text_bytes"], np.concatenate([[0], np.cumsum(records)]).astype(np.int64),
+                             np.cumsum([shard["records"] for shard in split["shards"]], dtype=np.int64))
+        assert splits[name].first_record[-1] == sum(shard["records"] for shard in split["shards"]), name
+    return Corpus(folder, manifest, splits)
+
+
+def verify(folder: str | Path) -> int:
+    """Reads every file of a prepared folder and compares its sha256 with the manifest's; returns the number of bytes read.
+
+    Raises:
+      ValueError: names every file that differs.
+    """
+    folder = Path(folder)
+    entries = _entries(_read_manifest(folder))
+    bad = [str(folder / e["file"]) for e in entries if not (folder / e["file"]).is_file() or file_entry(folder / e["file"])["sha256"] != e["sha256"]]
+    if bad:
+        raise ValueError(f"{len(bad)} of {len(entries)} files are missing or damaged: {', '.join(bad)}; prepare the corpus again")
+    open_corpus(folder)
+    return sum(entry["size"] for entry in entries)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no prepared corpus (no {MANIFEST}): make one with jaxlm prepare --config=... --out={folder}")
+    try:
+        manifest = json.loads(path.read_bytes())
+        version, checksum = manifest["format"], manifest.pop("sha256")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is damaged: prepare the corpus again") from None
+    if version != FORMAT:
+        raise ValueError(f"{path} has format {version}, this jaxlm reads format {FORMAT}: prepare the corpus again")
+    if checksum != _canonical_sha256(manifest):
+        raise ValueError(f"{path} is damaged (its checksum is wrong): prepare the corpus again")
+    return manifest
+
+
+def _entries(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [manifest["tokenizer"], *(entry for split in manifest["splits"].values() for entry in [split["lengths"], split["ids"], *split["shards"]])]
+
+
+def _load_index(folder: Path, entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(_checked_bytes(folder, entry)), allow_pickle=False) as index:
+        return dict(index)
+
+
+def _checked_bytes(folder: Path, entry: Mapping[str, Any]) -> bytes:
+    data = (folder / entry["file"]).read_bytes()
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise ValueError(f"{folder / entry['file']} is damaged or belongs to another corpus (its sha256 is not the one in {MANIFEST}): prepare the corpus again")
+    return data
+
+
+def _open_shard(path: Path):
+    return array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")  # for random access
+
+
+def _canonical_sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

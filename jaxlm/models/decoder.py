@@ -1,0 +1,112 @@
+"""The decoder-only language model: embedding, stack, norm, output projection, as pure functions over a nested dict."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.config import TransformerConfig
+from jaxlm.models import stack
+from jaxlm.models.axes import decoder_axes
+from jaxlm.models.layers import Norm, Slots, dropout, initialiser, project
+from jaxlm.ops import attention, positions
+from jaxlm.sharding import constrain
+
+
+class Model(NamedTuple):
+    """A language model: pure functions and a table.
+
+    `apply` ends before the output projection, which `head` does, so that a loss may take the vocabulary in pieces and generation may ask
+    for the last token only.
+    """
+    init: Callable  # key -> params, nested dict of float32
+    apply: Callable  # params, {tokens, positions, segments} each int32 [B, T], *, cache=None, key=None, view=... -> hidden [B, T, D], cache
+    head: Callable  # params, hidden [..., D] -> logits [..., V] float32
+    init_cache: Callable  # batch, length -> cache
+    axes: tuple[tuple[str, tuple[str, ...]], ...]  # path regex -> logical axes, strict
+
+
+def vocabulary(cfg: TransformerConfig, tokenizer_size: int) -> TransformerConfig:
+    """`cfg` with the vocabulary filled in from the tokenizer.
+
+    Raises:
+      ValueError: a `vocab_size` smaller than the tokenizer's, whose last ids the model could not tell apart.
+    """
+    if cfg.vocab_size == 0:
+        cfg = dataclasses.replace(cfg, vocab_size=-(-tokenizer_size // 64) * 64)
+    if cfg.vocab_size < tokenizer_size:
+        raise ValueError(f"model.vocab_size={cfg.vocab_size} is smaller than the tokenizer's {tokenizer_size} pieces: set it to 0 or to at least {tokenizer_size}")
+    return cfg
+
+
+def build(cfg: TransformerConfig) -> Model:
+    """The model of a config whose `vocab_size` is known (see `vocabulary`)."""
+    assert cfg.vocab_size > 0
+    cfg = cfg.filled()
+    return Model(functools.partial(_init, cfg), functools.partial(_apply, cfg), functools.partial(_head, cfg),
+                 functools.partial(_init_cache, cfg), decoder_axes(cfg))
+
+
+def _init(cfg: TransformerConfig, key: jax.Array) -> dict:
+    k_tokens, k_positions, k_layers, k_head = jax.random.split(key, 4)
+    one = jnp.zeros((1, 1), jnp.int32)
+    embed = {"tokens": initialiser(cfg, cfg.vocab_size, cfg.width)(k_tokens, (cfg.vocab_size, cfg.width), jnp.float32)}
+    if cfg.positions == "learned":
+        embed["positions"] = initialiser(cfg, cfg.context, cfg.width)(k_positions, (cfg.context, cfg.width), jnp.float32)
+    params = {"embed": embed, "layers": stack.init(cfg, k_layers, _slots(cfg, {"positions": one, "segments": one}, None)),
+              "final_norm": Norm(cfg).init(k_head, jnp.zeros((1, 1, cfg.width)))["params"]}
+    if not cfg.tied:
+        params["head"] = {"kernel": initialiser(cfg, cfg.width, cfg.vocab_size)(k_head, (cfg.width, cfg.vocab_size), jnp.float32)}
+    return params
+
+
+def _slots(cfg: TransformerConfig, inputs: dict, cache: dict | None) -> Slots:
+    queries = attention.Tokens(inputs["positions"], inputs["segments"])
+    keys = queries
+    if cache is not None:
+        keys = attention.Tokens(*(jax.lax.dynamic_update_slice_in_dim(cache[name], inputs[name], cache["length"], axis=1)
+                                  for name in ("positions", "segments")))
+    angles = positions.rotary_angles(inputs["positions"], cfg.head_size, cfg.rope_theta) if cfg.positions == "rotary" else None
+    return Slots(queries, keys, angles, None if cache is None else cache["length"])
+
+
+def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: dict | None = None, key: jax.Array | None = None,
+           view: stack.View | None = None) -> tuple[jax.Array, dict | None]:
+    """Hidden states `[B, T, D]` in the compute dtype, before the output projection, and the cache after the tokens.
+
+    Args:
+      inputs: `tokens`, `positions`, `segments`, int32 `[B, T]`; segment 0 is padding.
+      cache: from `init_cache` or an earlier call; the new tokens go to its next T slots. The caller keeps count of the room.
+      key: dropout key; None for evaluation.
+      view: what one layer computes with, given its weights; the default casts to the compute dtype.
+    """
+    dtype = jnp.dtype(cfg.dtype)
+    view = view or (lambda layer: jax.tree.map(lambda w: w.astype(dtype), layer))
+    slots = _slots(cfg, inputs, cache)
+    k_embed, k_layers = (None, None) if key is None or cfg.dropout == 0 else jax.random.split(key)
+    x = params["embed"]["tokens"].astype(dtype)[inputs["tokens"]]
+    if cfg.positions == "learned":
+        x = x + params["embed"]["positions"].astype(dtype)[inputs["positions"]]
+    x = constrain(dropout(x, cfg.dropout, k_embed), "batch", "sequence", "residual")
+    x, kv = stack.run(cfg, params["layers"], x, slots, None if cache is None else {"k": cache["k"], "v": cache["v"]}, k_layers, view)
+    x = Norm(cfg).apply({"params": params["final_norm"]}, x)
+    if cache is not None:
+        cache = {**kv, "positions": slots.keys.positions, "segments": slots.keys.segments, "length": cache["length"] + inputs["tokens"].shape[1]}
+    return x, cache
+
+
+def _head(cfg: TransformerConfig, params: dict, hidden: jax.Array) -> jax.Array:
+    """Logits `[..., V]` float32 of hidden states `[..., D]`."""
+    kernel = params["embed"]["tokens"].T if cfg.tied else params["head"]["kernel"]
+    logits = project(hidden, kernel.astype(hidden.dtype)).astype(jnp.float32)
+    return cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap) if cfg.final_softcap else logits
+
+
+def _init_cache(cfg: TransformerConfig, batch: int, length: int) -> dict:
+    """An empty cache: keys and values `[L, B, S, K, H]` in the compute dtype, positions and segments int32 `[B, S]`, and the next free slot."""
+    shape = (cfg.layers, batch, length, cfg.kv_heads, cfg.head_size)
+    return {"k": jnp.zeros(shape, cfg.dtype), "v": jnp.zeros(shape, cfg.dtype), "positions": jnp.zeros((batch, length), jnp.int32),
+            "segments": jnp.zeros((batch, length), jnp.int32), "length": jnp.zeros((), jnp.int32)}

@@ -1,0 +1,106 @@
+"""Learning-rate schedules and the optimiser chain, built from the config and the model's own table of axes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from jaxlm import trees
+from jaxlm.config import OptimConfig, steps_of
+
+
+def schedule(cfg: OptimConfig, total: int, tokens_per_step: int, tokens_per_epoch: int | None = None) -> Callable[[Any], jax.Array]:
+    """Learning rate of step 0, 1, ... `total - 1`.
+
+    constant, linear, cosine (Loshchilov & Hutter 2017; with restarts: equal cycles), wsd (warm-up, stable, linear decay: Hu et al. 2024),
+    step (times `step_ratio` at each multiple), inverse_sqrt (Vaswani et al. 2017), each after a linear warm-up whose first step is already above 0.
+
+    Raises:
+      ValueError: a warm-up, or a warm-up and final decay, longer than the run.
+    """
+    steps = lambda key: steps_of(f"optim.{key}", getattr(cfg, key), tokens_per_step=tokens_per_step, tokens_per_epoch=tokens_per_epoch, total=total)
+    warmup = steps("warmup")
+    if warmup > total:
+        raise ValueError(f"optim.warmup={cfg.warmup!r} is {warmup} steps, longer than the run of {total}: shorten it or raise train.steps")
+    rest, low = max(total - warmup, 1), cfg.lr * cfg.end_lr_ratio
+    if cfg.schedule == "constant":
+        after = optax.constant_schedule(cfg.lr)
+    elif cfg.schedule == "linear":
+        after = optax.linear_schedule(cfg.lr, low, rest)
+    elif cfg.schedule == "cosine":
+        after = optax.cosine_decay_schedule(cfg.lr, rest, alpha=cfg.end_lr_ratio)
+    elif cfg.schedule == "cosine_restarts":
+        cycles = cfg.restarts + 1
+        ends = [rest * (i + 1) // cycles for i in range(cycles)]
+        parts = [optax.cosine_decay_schedule(cfg.lr, max(b - a, 1), alpha=cfg.end_lr_ratio) for a, b in zip([0, *ends], ends)]
+        after = optax.join_schedules(parts, ends[:-1])
+    elif cfg.schedule == "wsd":
+        decay = steps("decay")
+        if warmup + decay > total:
+            raise ValueError(f"optim.warmup={cfg.warmup!r} and optim.decay={cfg.decay!r} are {warmup} + {decay} steps, longer than the run of {total}")
+        after = optax.join_schedules([optax.constant_schedule(cfg.lr), optax.linear_schedule(cfg.lr, low, max(decay, 1))], [rest - decay])
+    elif cfg.schedule == "step":
+        every = max(steps("step_every"), 1)
+        after = optax.piecewise_constant_schedule(cfg.lr, {every * i: cfg.step_ratio for i in range(1, rest // every + 1)})
+    else:
+        assert cfg.schedule == "inverse_sqrt"
+        after = lambda step: cfg.lr * jnp.sqrt(max(warmup, 1) / (max(warmup, 1) + step))
+    if not warmup:
+        return after
+    # Warm-up counts from 1, so that the first update is not lost on a learning rate of 0.
+    return lambda step: jnp.where(step < warmup, cfg.lr * (step + 1) / warmup, after(jnp.maximum(step - warmup, 0)))
+
+
+def trainable(cfg: OptimConfig, params: Any) -> dict[str, bool]:
+    """path -> whether it is trained, by the strict rules `optim.trainable` (empty: everything)."""
+    paths = trees.flatten(params)
+    return trees.match(cfg.trainable, paths, "optim.trainable") if cfg.trainable else dict.fromkeys(paths, True)
+
+
+def decays(cfg: OptimConfig, axes: dict[str, tuple[str, ...]]) -> dict[str, bool]:
+    """path -> whether weight decay applies: by `optim.decay_rules`, else to whatever has two dimensions of its own (not norms and biases)."""
+    if cfg.decay_rules:
+        return trees.match(cfg.decay_rules, axes, "optim.decay_rules")
+    return {path: len([a for a in names if a not in ("layers", "head_size")]) > 1 for path, names in axes.items()}
+
+
+def build(cfg: OptimConfig, rate: Callable, axes: dict[str, tuple[str, ...]]) -> optax.GradientTransformation:
+    """The optimiser: clip by global norm, then the named method with decoupled weight decay.
+
+    Args:
+      rate: learning rate by step.
+      axes: path -> logical axes of each trained parameter.
+    """
+    decay = decays(cfg, axes)
+    mask = lambda tree: trees.map_paths(lambda path, _: decay[path], tree)
+    clip = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
+    return optax.chain(*clip, _method(cfg, rate, mask, axes))
+
+
+def _method(cfg: OptimConfig, rate: Callable, mask: Callable, axes: dict[str, tuple[str, ...]]) -> optax.GradientTransformation:
+    if cfg.name == "adamw":
+        return optax.adamw(rate, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=mask)
+    if cfg.name == "lion":
+        return optax.lion(rate, cfg.b1, cfg.b2, weight_decay=cfg.weight_decay, mask=mask)
+    if cfg.name == "sgd":
+        return optax.chain(optax.add_decayed_weights(cfg.weight_decay, mask), optax.sgd(rate, momentum=cfg.b1))
+    if cfg.name == "adafactor":  # without the relative step: the schedule above is the learning rate
+        return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.add_decayed_weights(cfg.weight_decay, mask),
+                           optax.scale_by_learning_rate(rate))
+    assert cfg.name == "muon"
+    # Jordan et al. 2024; update scaled to AdamW's RMS (Liu et al. 2025), so that lr means the same in both.
+    matrices = lambda tree: trees.map_paths(lambda path, _: _matrix(path, axes[path]), tree)
+    return contrib.muon(rate, beta=0.95, weight_decay=cfg.weight_decay, weight_decay_mask=mask, adam_b1=cfg.b1, adam_b2=cfg.b2, eps=cfg.eps,
+                        adam_learning_rate=lambda step: cfg.muon_adam_lr_ratio * rate(step), adam_weight_decay=0.0,
+                        muon_weight_dimension_numbers=matrices, consistent_rms=0.2)
+
+
+def _matrix(path: str, axes: tuple[str, ...]) -> contrib.MuonDimensionNumbers | None:
+    """Which axes of a stacked weight are a matrix's rows and columns; None for what Muon leaves to AdamW."""
+    if not path.startswith("layers/") or len(axes) < 3 or "embed" not in axes:
+        return None
+    inner = tuple(range(1, len(axes)))  # axis 0 is the layer
+    return contrib.MuonDimensionNumbers(inner[:1], inner[1:]) if axes[1] == "embed" else contrib.MuonDimensionNumbers(inner[:-1], inner[-1:])

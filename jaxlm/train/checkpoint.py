@@ -1,0 +1,603 @@
+"""Durable checkpoints: Orbax writes the arrays, this module makes an acknowledgement mean something.
+
+Orbax alone sums nothing, syncs none of the metadata and locks nothing. Here a step counts as saved only when Orbax has written it, every
+file is summed with sha256, every file and folder is fsynced up to the workdir, and `MANIFEST.json`, written last, names it all. So a
+process may be killed, or the power fail, at any point: a step without a manifest was never saved, and a damaged one is found and named.
+
+    <workdir>/LOCK                           who writes here: host, process id, since when
+    <workdir>/checkpoints/<step>/params/     Orbax: the parameters, a nested dict
+                                 ema/        Orbax: their moving average, when there is one
+                                 rest/       Orbax: step, optimiser state, random key
+                                 files/      plain files: config.json, tokenizer, position in the data
+                                 MANIFEST.json
+
+Parameters lie apart so that evaluation reads and verifies only them: a third of the bytes under Adam. In several processes (which share
+the file system) the functions named "together" are called by every process; process 0 alone locks, sums, writes manifests and deletes.
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from jaxlm import __version__, trees
+from jaxlm.train.state import State
+
+MANIFEST = "MANIFEST.json"
+
+# Orbax reports its own progress and each error it also raises; the user gets our one line instead.
+logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+
+
+class Locked(ValueError):
+    """Another process writes this workdir."""
+
+
+class Lock:
+    """The right to write a workdir, which it creates: `with Lock(workdir) as lock`. Entered together; held by process 0.
+
+    An flock on `<workdir>/LOCK`, which the kernel releases when the process ends, however it ends: a stale lock does not exist. Where the
+    file system knows no flock (object stores), the run goes on and one line says that nothing keeps a second one out.
+
+    Raises:
+      Locked: one line with host, process id and start time of the process that holds it.
+      OSError: one line, when the workdir cannot be created or written.
+    """
+
+    def __init__(self, workdir: os.PathLike | str, *, log: Callable[[str], None] = print):
+        self.workdir = _path(workdir)
+        self._log = log
+        self._descriptor: int | None = None
+        # An flock belongs to the open file: a forked child that outlives us would hold on to it.
+        os.register_at_fork(after_in_child=self._close)
+
+    def __enter__(self) -> "Lock":
+        _first(self._take)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.held:
+            os.ftruncate(self._descriptor, 0)
+        self._close()
+
+    @property
+    def held(self) -> bool:
+        return self._descriptor is not None
+
+    def _take(self) -> None:
+        path = self.workdir / "LOCK"
+        try:
+            _make(self.workdir)
+            if _remote(path):
+                return self._log(f"{self.workdir} has no locks: make sure that no second run writes there")
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = _owner(os.pread(descriptor, 4096, 0))
+                os.close(descriptor)
+                raise Locked(f"{self.workdir} is in use: {owner}; wait for it to end, stop it, or choose another workdir") from None
+            except OSError as error:
+                self._log(f"{path} cannot be locked ({error.strerror}): make sure that no second run writes there")
+            self._descriptor = descriptor
+            since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}).encode(), 0)
+        except OSError as error:
+            self._close()
+            raise OSError(f"{self.workdir} cannot be written: {_reason(error)}; choose another workdir") from error
+
+    def _close(self) -> None:
+        if self.held:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+class Checkpoints:
+    """The one writer of a workdir: `with Checkpoints(lock, ...) as checkpoints`. Its methods are called together.
+
+    On entry it removes what killed saves left behind. Leaving the `with` block waits for the save in flight.
+
+    Args:
+      lock: the held lock of the workdir.
+      keep_last, keep_best, keep_every: see `kept`.
+      log: receives one line for each damaged checkpoint that is deleted and each old one that cannot be.
+    """
+
+    def __init__(self, lock: Lock, *, keep_last: int, keep_best: int, keep_every: int, log: Callable[[str], None] = print):
+        assert lock.held or jax.process_index() > 0 or _remote(lock.workdir)
+        self.workdir = lock.workdir
+        self._keep = {"keep_last": keep_last, "keep_best": keep_best, "keep_every": keep_every}
+        self._log = log
+        self._newest = _first(self._prepare)
+        self._pending: Future | None = None
+        self._worker = ThreadPoolExecutor(1, "checkpoint")
+        self._manager = ocp.CheckpointManager(self.workdir / "checkpoints", options=ocp.CheckpointManagerOptions(
+            max_to_keep=None, enable_async_checkpointing=True, create=True, cleanup_tmp_directories=True,
+            # Else a folder that cannot be made leaves threads waiting for it, and the process with them, for ten minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False)))
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            return self.close()
+        with contextlib.suppress(Exception):  # the error that ends the block is the one to show; and nobody may be left to call together
+            self._collect()
+        self._worker.shutdown()
+
+    def save(self, step: int, state: State, files: Mapping[str, bytes], loss: float | None = None) -> None:
+        """Starts to save; returns when the arrays are copied from the devices. Waits for the save before.
+
+        Args:
+          step: the name of the checkpoint. One that is saved and whole is left as it is; a damaged one is replaced.
+          state: every leaf a `jax.Array` (global in several processes), at least one element each.
+          files: content by plain file name.
+          loss: validation loss, for `keep_best`.
+
+        Raises:
+          OSError: one line, for this save or the one before.
+        """
+        parts = _parts(state)
+        for part, leaves in parts.items():
+            for name, leaf in leaves.items():
+                assert isinstance(leaf, jax.Array) and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key), f"{part}/{name}: {leaf}"
+        self.wait()
+        if _first(lambda: self._clear(step)):
+            return
+        arrays = {f"{part}/{name}": _spec(leaf) for part, leaves in parts.items() for name, leaf in leaves.items()}
+        try:
+            self._manager.reload()  # it remembers steps that were deleted behind its back
+            self._manager.save(step, force=True, args=ocp.args.Composite(
+                **{part: ocp.args.StandardSave(trees.unflatten(leaves)) for part, leaves in parts.items()}))
+        except Exception as error:
+            raise self._failure(step, error) from error
+        self._pending = self._worker.submit(self._acknowledge, step, arrays, dict(files), loss)
+
+    def wait(self) -> int | None:
+        """Waits for the save in flight. Returns the newest step that is safe on disk, None before the first.
+
+        Raises:
+          OSError: one line, when the save failed. Earlier checkpoints are intact; `save` may be tried again.
+        """
+        self._newest = _together(self._collect)
+        return self._newest
+
+    def close(self) -> None:
+        """Waits for the save in flight, as `wait` does, and lets go of Orbax."""
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+            self._manager.close()
+
+    def _prepare(self) -> int | None:
+        _make(self.workdir / "checkpoints")
+        _sweep(self.workdir)
+        return max(steps(self.workdir), default=None)
+
+    def _clear(self, step: int) -> bool:
+        """Whether `step` is there already, whole; else makes room for it."""
+        if step in steps(self.workdir):
+            try:
+                verify(self.workdir, step)
+                return True
+            except ValueError:
+                _discard(_step(self.workdir, step))
+        _sweep(self.workdir)
+        return False
+
+    def _collect(self) -> int | None:
+        pending, self._pending = self._pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        except Exception:
+            with contextlib.suppress(Exception):  # Orbax raises the same error once more in each thread that asks
+                self._manager.wait_until_finished()
+            raise
+        return self._newest
+
+    def _acknowledge(self, step: int, arrays: dict[str, str], files: dict[str, bytes], loss: float | None) -> None:
+        """Runs in the background thread."""
+        try:
+            self._manager.wait_until_finished()
+            if jax.process_index() > 0:
+                return
+            folder = _step(self.workdir, step)
+            (folder / "files").mkdir(exist_ok=True)
+            for name, content in files.items():
+                (folder / "files" / name).write_bytes(content)
+            loss = float(loss) if loss is not None and math.isfinite(loss) else None
+            _seal(folder, {"jaxlm": __version__, "step": step, "loss": loss, "arrays": arrays})
+        except Exception as error:
+            raise self._failure(step, error) from error
+        self._newest = step
+        try:
+            self._retain(step)
+        except OSError as error:
+            self._log(f"an old checkpoint could not be deleted: {error}")
+
+    def _retain(self, step: int) -> None:
+        saved = {s: _loss(self.workdir, s) for s in steps(self.workdir)}
+        for later in sorted(s for s in saved if s > step):  # the run came back to before these: normally because they are damaged
+            try:
+                verify(self.workdir, later)
+            except ValueError as error:
+                self._log(f"deleted: {error}")
+                _discard(_step(self.workdir, later))
+                del saved[later]
+        for old in sorted(saved.keys() - kept(saved, **self._keep) - {step}):
+            _discard(_step(self.workdir, old))
+
+    def _failure(self, step: int, error: Exception) -> OSError:
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):
+                _sweep(self.workdir)  # the half of a checkpoint is what fills a full disk
+        other = "no earlier one exists" if self._newest is None else f"the newest whole one is step {self._newest}"
+        return OSError(f"checkpoint of step {step} could not be written to {self.workdir}: {_reason(error)}; {other}")
+
+
+def kept(losses: Mapping[int, float | None], *, keep_last: int, keep_best: int, keep_every: int) -> set[int]:
+    """The steps that stay: the newest `keep_last`, the `keep_best` of lowest loss (of equals the newer; None and NaN are no loss), and
+    each that `keep_every` divides (0: none)."""
+    ranked = sorted((loss, -step) for step, loss in losses.items() if loss is not None and not math.isnan(loss))
+    newest = sorted(losses)[-keep_last:] if keep_last else []
+    return {*newest, *(-step for _, step in ranked[:keep_best]), *(s for s in losses if keep_every and s % keep_every == 0)}
+
+
+def steps(workdir: os.PathLike | str) -> list[int]:
+    """The saved steps, oldest first, unverified. Safe beside a writer: a step appears when it is whole and goes before its files do."""
+    folder = _path(workdir) / "checkpoints"
+    names = [p.name for p in folder.iterdir()] if folder.exists() else []
+    return sorted(int(name) for name in names if name.isdigit() and (folder / name / MANIFEST).exists())
+
+
+def verify(workdir: os.PathLike | str, step: int) -> None:
+    """Reads every file of a checkpoint and compares its size and sha256 sum with the manifest.
+
+    Raises:
+      ValueError: one line that names the damaged or missing file.
+    """
+    _check(workdir, step, _manifest(workdir, step)["files"])
+
+
+def newest(workdir: os.PathLike | str, *, log: Callable[[str], None] = print) -> int | None:
+    """The newest step that verifies; None where nothing was ever saved. Called together.
+
+    Args:
+      log: receives one line for each newer checkpoint that is damaged.
+
+    Raises:
+      ValueError: one line, when there are checkpoints and none is whole: training from scratch must not happen by accident.
+    """
+    def find() -> int | None:
+        found = steps(workdir)
+        for step in reversed(found):
+            try:
+                verify(workdir, step)
+                return step
+            except ValueError as error:
+                if step not in steps(workdir):  # a writer has deleted it meanwhile, so it has newer ones
+                    return find()
+                log(f"passed over: {error}")
+                last = error
+        if found:
+            raise ValueError(f"{len(found)} checkpoints in {workdir} and none is whole ({last}); "
+                             f"restore them from a copy, or remove {_path(workdir) / 'checkpoints'} to begin anew")
+        return None
+
+    return _first(find)
+
+
+def read_file(workdir: os.PathLike | str, step: int, name: str) -> bytes:
+    """One of the plain files saved beside the state, verified.
+
+    Raises:
+      ValueError: one line, when there is no such checkpoint or file, or it is damaged.
+    """
+    files, key = _manifest(workdir, step)["files"], f"files/{name}"
+    if key not in files:
+        there = ", ".join(sorted(k.partition("/")[2] for k in files if k.startswith("files/")))
+        raise ValueError(f"checkpoint of step {step} in {workdir} holds no {name}; it holds {there or 'no files'}")
+    _check(workdir, step, {key: files[key]})
+    return (_step(workdir, step) / key).read_bytes()
+
+
+def restore(workdir: os.PathLike | str, step: int, target: State) -> State:
+    """Reads a whole State, verified, onto any devices. Called together.
+
+    Args:
+      target: the State wanted, of `jax.ShapeDtypeStruct` with shardings (or arrays): each leaf arrives as it says, bit by bit as saved.
+
+    Raises:
+      ValueError: one line; the checkpoint is missing or damaged, or a leaf has another shape or type (never cast) or is on one side only.
+    """
+    # One tree per part, so that a part wanted but not saved, or saved but not wanted, is seen as well.
+    found = _read(workdir, step, {"params": {}, "ema": {}, **_parts(target)})
+    leaves = [found[part][name] for part, name in _places(target)]
+    return jax.tree.unflatten(jax.tree.structure(target), leaves)
+
+
+def restore_params(workdir: os.PathLike | str, step: int, target: Any, *, ema: bool = False) -> Any:
+    """The parameters alone, or their moving average: neither reads nor verifies the optimiser state. Otherwise as `restore`."""
+    part = "ema" if ema else "params"
+    if ema and not any(name.startswith("ema/") for name in _manifest(workdir, step)["arrays"]):
+        raise ValueError(f"checkpoint of step {step} in {workdir} holds no moving average: it was trained with optim.ema=0")
+    found = _read(workdir, step, {part: _flat(target)})[part]
+    return jax.tree.unflatten(jax.tree.structure(target), [found[name] for name in _flat(target)])
+
+
+def _read(workdir, step: int, wanted: dict[str, dict[str, Any]]) -> dict[str, dict[str, jax.Array]]:
+    """Arrays by part and name. `wanted` says for each part all the leaves it must have."""
+    def check() -> None:
+        manifest = _manifest(workdir, step)
+        _fit(workdir, step, manifest["arrays"], wanted)
+        if jax.process_index() == 0:
+            _check(workdir, step, {k: v for k, v in manifest["files"].items() if k.partition("/")[0] in wanted})
+
+    _together(check)
+    found = {}
+    for part, leaves in wanted.items():
+        if leaves:
+            structs = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in leaves.items()}
+            assert all(x.sharding is not None for x in structs.values())
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+                tree = reader.restore(_step(workdir, step) / part, args=ocp.args.StandardRestore(trees.unflatten(structs)))
+            found[part] = _flat(tree)
+    return found
+
+
+def _fit(workdir, step: int, arrays: Mapping[str, str], wanted: dict[str, dict[str, Any]]) -> None:
+    saved = {name: spec for name, spec in arrays.items() if name.partition("/")[0] in wanted}
+    here = {f"{part}/{name}": _spec(leaf) for part, leaves in wanted.items() for name, leaf in leaves.items()}
+    wrong = [name for name in sorted(saved.keys() | here.keys()) if saved.get(name) != here.get(name)]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ValueError(f"checkpoint of step {step} in {workdir} does not fit: {wrong[0]} is {saved.get(wrong[0], 'missing')} in it and "
+                         f"{here.get(wrong[0], 'missing')} here{more}; use the config it was trained with")
+
+
+# --- trees: Orbax sees nested dicts of arrays only, so that no version's idea of tuples, None or empty nodes matters ---
+
+
+def _parts(state: State) -> dict[str, dict[str, Any]]:
+    """Leaves by part and path; a part without leaves is left out."""
+    parts = {"params": _flat(state.params), "ema": _flat(state.ema),
+             "rest": _flat({k: v for k, v in state._asdict().items() if k not in ("params", "ema")})}
+    return {part: leaves for part, leaves in parts.items() if leaves}
+
+
+def _places(state: State) -> list[tuple[str, str]]:
+    """Part and path of each leaf, in the order of the tree."""
+    split = [name.partition("/") for name in _flat(state)]
+    return [(field, path) if field in ("params", "ema") else ("rest", f"{field}/{path}".rstrip("/")) for field, _, path in split]
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """Leaves by their whole path: unlike `trees.flatten`, positions in tuples count, so that an optimiser's moments stay apart."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _spec(leaf: Any) -> str:
+    return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+
+
+# --- the manifest ---
+
+
+def _seal(folder: epath.Path, facts: dict) -> None:
+    """Sums and syncs all that lies in a step's folder, then, last, writes the manifest: from then on the step counts."""
+    files, folders = _walk(folder)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        sums = dict(zip((str(f.relative_to(folder)) for f in files), pool.map(_sum, files)))
+        list(pool.map(_sync, files))
+    for path in (*folders, folder.parent, folder.parent.parent):
+        _sync(path)
+    text = _manifest_text({**facts, "files": sums})
+    if _remote(folder):
+        return (folder / MANIFEST).write_text(text)  # an object appears whole or not at all
+    temporary = folder / f"{MANIFEST}.tmp"
+    temporary.write_text(text)
+    _sync(temporary)
+    os.replace(temporary, folder / MANIFEST)
+    _sync(folder)
+
+
+def _manifest_text(content: dict) -> str:
+    """JSON that carries the sum of itself: a flipped bit in the manifest is found like one in the data."""
+    render = lambda value: json.dumps(value, indent=1, sort_keys=True) + "\n"
+    return render({**content, "sha256": hashlib.sha256(render(content).encode()).hexdigest()})
+
+
+def _manifest(workdir, step: int) -> dict:
+    path = _step(workdir, step) / MANIFEST
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        there = ", ".join(map(str, steps(workdir))) or "none"
+        raise ValueError(f"no checkpoint of step {step} in {workdir}; saved steps: {there}") from None
+    except OSError as error:
+        raise ValueError(f"checkpoint of step {step} in {workdir} is damaged: {MANIFEST}: {_reason(error)}") from error
+    try:
+        content = json.loads(text)
+        whole = _manifest_text({k: v for k, v in content.items() if k != "sha256"}).encode() == text
+    except (ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"checkpoint of step {step} in {workdir} is damaged: {MANIFEST} does not match its own sum")
+    return content
+
+
+def _loss(workdir, step: int) -> float | None:
+    try:
+        return _manifest(workdir, step)["loss"]
+    except ValueError:
+        return None
+
+
+def _check(workdir, step: int, files: Mapping[str, dict]) -> None:
+    folder = _step(workdir, step)
+
+    def fault(name: str) -> str | None:
+        try:
+            found = _sum(folder / name)
+        except FileNotFoundError:
+            return "is missing"
+        except OSError as error:
+            return f"cannot be read: {_reason(error)}"
+        if found["bytes"] != files[name]["bytes"]:
+            return f"has {found['bytes']} bytes instead of {files[name]['bytes']}"
+        return None if found == files[name] else "does not match its sha256 sum"
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for name, wrong in zip(files, pool.map(fault, files)):
+            if wrong:
+                raise ValueError(f"checkpoint of step {step} in {workdir} is damaged: {name} {wrong}")
+
+
+def _sum(path: epath.Path) -> dict:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):  # hashing so much at a time runs outside of the GIL: files are summed in parallel
+            digest.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+# --- files and folders ---
+
+
+def _path(workdir) -> epath.Path:
+    path = epath.Path(workdir)
+    return path if _remote(path) else epath.Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _remote(path) -> bool:
+    return "://" in os.fspath(path)
+
+
+def _step(workdir, step: int) -> epath.Path:
+    return _path(workdir) / "checkpoints" / str(step)
+
+
+def _make(folder: epath.Path) -> None:
+    """Creates a folder and its parents for good: a new folder is an entry of its parent, which needs a sync of its own."""
+    if _remote(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    elif not folder.exists():
+        _make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync(folder.parent)
+
+
+def _walk(folder: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
+    """All files in a folder, and all folders, inner ones first, itself last."""
+    files, folders = [], []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            below = _walk(path)
+            files += below[0]
+            folders += below[1]
+        else:
+            files.append(path)
+    return files, [*folders, folder]
+
+
+def _sync(path: epath.Path) -> None:
+    if _remote(path):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems have no sync of folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _discard(folder: epath.Path) -> None:
+    """Deletes a step; its manifest first, so that half a deleted one is never believed."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    _sync(folder)
+    folder.rmtree()
+
+
+def _sweep(workdir) -> None:
+    """Removes what killed or failed saves and deletions left behind."""
+    saved = set(map(str, steps(workdir)))
+    for path in (_path(workdir) / "checkpoints").iterdir():
+        if path.name not in saved and (path.name.isdigit() or ".orbax-checkpoint-tmp" in path.name):
+            for patience in reversed(range(50)):
+                try:
+                    path.rmtree()
+                    break
+                except OSError as error:  # when one writer of a save has failed, others still put files there for a moment
+                    if error.errno not in (errno.ENOTEMPTY, errno.ENOENT) or not patience:
+                        raise
+                    time.sleep(0.1)
+
+
+def _owner(content: bytes) -> str:
+    try:
+        owner = json.loads(content)
+        return f"process {owner['pid']} on {owner['host']} has been writing it since {owner['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process writes it"  # and has not yet written who it is
+
+
+_REASONS = [os.strerror(getattr(errno, name)) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EFBIG", "EIO", "ENOTDIR")]
+
+
+def _reason(error: Exception) -> str:
+    """Why, in a few words: TensorStore reports the system's error somewhere in the middle of a page."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    known = [reason for reason in _REASONS if reason in text]
+    return known[0] if known else f"{type(error).__name__}: {text[:300]}"
+
+
+# --- several processes ---
+
+
+def _together(work: Callable[[], int | None]) -> int | None:
+    """Every process does its `work`. All get the result of process 0, or, when any failed, all raise: none is left waiting for another."""
+    value, error = None, None
+    try:
+        value = work()
+    except Exception as raised:
+        error = raised
+    if jax.process_count() > 1:
+        rows = multihost_utils.process_allgather(np.array([-1 if value is None else value, error is not None], np.int32))
+        value = None if rows[0, 0] < 0 else int(rows[0, 0])
+        failed = np.flatnonzero(rows[:, 1])
+        if error is None and failed.size:
+            error = OSError(f"process {failed[0]} failed; the line it printed says why")
+    if error is not None:
+        raise error
+    return value
+
+
+def _first(work: Callable[[], int | None]) -> int | None:
+    """Process 0 does the `work` for all."""
+    return _together(work if jax.process_index() == 0 else lambda: None)

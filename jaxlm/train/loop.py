@@ -1,0 +1,326 @@
+"""A run from start to end: prepare or open the corpus, start or resume, step, log, evaluate, save, finish."""
+
+import collections
+import contextlib
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from jaxlm import config as configs
+from jaxlm import generate, sharding, trees
+from jaxlm.config import Config
+from jaxlm.data import loader, prepare, shards, tasks
+from jaxlm.evaluate import compression, likelihood
+from jaxlm.train import checkpoint, report, setup
+from jaxlm.train.state import State
+from jaxlm.train.stop import StopRequest, Watchdog
+
+# What may differ when a run goes on in its workdir: how it is computed and reported, not what is computed.
+FREE = ("mesh.", "checkpoint.", "eval.", "train.microbatches", "train.log_every", "train.eval_every", "train.eval_documents", "train.bad_steps",
+        "train.watchdog_seconds", "train.sample_prompt", "data.dir", "data.threads", "data.prefetch", "model.remat", "model.attention",
+        "objective.chunk_rows")
+
+
+def run(config: Config, workdir: pathlib.Path) -> int:
+    """Trains, or resumes, until the last step or a request to stop.
+
+    Returns:
+      The exit code: 0 at the end or after SIGTERM, 130 after Ctrl-C; either way everything is saved.
+
+    Raises:
+      ValueError, OSError: one line, for whatever the user can mend.
+    """
+    stop = StopRequest()
+    progress = report.Progress()
+    note = progress.note if jax.process_index() == 0 else lambda line: None
+    with checkpoint.Lock(workdir) as lock:
+        _adopt(config, workdir)
+        mesh = sharding.make_mesh(config.mesh)
+        folder = pathlib.Path(config.data.dir) if config.data.dir else workdir / "data"
+        corpus = _corpus(config, folder, note)
+        tokens_per_epoch = loader.tokens_per_epoch(corpus, "train")
+        parts = setup.build(config, mesh, corpus.tokenizer.vocab_size, tokens_per_epoch)
+        keep_every = parts.steps("checkpoint.keep_every", config.checkpoint.keep_every)
+        with checkpoint.Checkpoints(lock, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best, keep_every=keep_every,
+                                    log=note) as checkpoints, jax.set_mesh(mesh):
+            return _train(parts, corpus, folder, workdir, checkpoints, stop, progress)
+
+
+def _adopt(config: Config, workdir: pathlib.Path) -> None:
+    """Writes the config of a new workdir, refuses that of another run."""
+    path = workdir / "config.json"
+    if path.exists():
+        changed = [line for line in configs.difference(configs.from_json(path.read_text(encoding="utf-8")), config) if not line.startswith(FREE)]
+        if changed:
+            raise ValueError(f"{workdir} holds a run with another config ({'; '.join(changed)}): choose another --workdir, or undo the change")
+    if jax.process_index() == 0:
+        (workdir / "FINISHED").unlink(missing_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(configs.to_json(config), encoding="utf-8")
+        temporary.replace(path)
+
+
+def _corpus(config: Config, folder: pathlib.Path, note) -> shards.Corpus:
+    """Process 0 prepares what is missing; then all open the same shards."""
+    if jax.process_index() == 0:
+        prepare.prepare(config.data, config.tokenizer, folder, log=note)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("corpus")
+    return shards.open_corpus(folder)
+
+
+def _train(parts: setup.Setup, corpus: shards.Corpus, data_folder: pathlib.Path, workdir: pathlib.Path, checkpoints: checkpoint.Checkpoints,
+           stop: StopRequest, progress: report.Progress) -> int:
+    config, total, primary = parts.config, parts.total, jax.process_index() == 0
+    note = progress.note if primary else lambda line: None
+    manifest = shards.manifest_fingerprint(corpus)
+    start = checkpoint.newest(workdir, log=note) or 0
+    if start:
+        saved = json.loads(checkpoint.read_file(workdir, start, "data.json"))
+        if saved["manifest"] != manifest:
+            raise ValueError(f"{data_folder} holds another corpus than the run in {workdir} was trained on until step {start}: bring that one back, "
+                             "or choose another --workdir")
+        state = checkpoint.restore(workdir, start, parts.target)
+    else:
+        state = parts.init()
+    tokens_per_step = config.data.batch_size * config.data.sequence_length
+    peak, peak_source = report.peak_flops()
+    step_flops = tokens_per_step * report.flops_per_token(config.model, trees.count(state.params), config.data.sequence_length)
+    note(_introduction(parts, corpus, state, start, peak_source))
+    if start >= total:
+        note(f"this run is finished (step {start}); jaxlm eval and jaxlm generate use it; for a longer one choose another --workdir")
+        return 0
+
+    every = {name: parts.steps(key, duration) for name, key, duration in (
+        ("log", "train.log_every", config.train.log_every), ("eval", "train.eval_every", config.train.eval_every),
+        ("save", "checkpoint.every", config.checkpoint.every))}
+    due = lambda name, step: step == total or (every[name] and step % every[name] == 0)
+    evaluator = likelihood.scorer(parts.model, parts.mesh)
+    reporter = report.Reporter(workdir, start) if primary else None
+    files = {"config.json": configs.to_json(config).encode(), corpus.tokenizer.filename: corpus.tokenizer.to_bytes()}
+
+    def save(step: int, state: State, loss: float | None) -> None:
+        position = {"step": step, "dir": str(data_folder.absolute()), "manifest": manifest}
+        checkpoints.save(step, state, files | {"data.json": json.dumps(position).encode()}, loss)
+
+    step_fn = _compile(parts, state)
+    rows = sharding.local_rows(parts.mesh, config.data.batch_size)
+    batches = loader.batches(corpus, "train", sequence_length=config.data.sequence_length, batch_size=config.data.batch_size, seed=config.data.seed,
+                             start_step=start, stop_step=total, rows=rows, threads=config.data.threads, prefetch=config.data.prefetch)
+    clock, health = _Clock(), _Health(config, workdir)
+    pending: tuple[int, dict] | None = None
+    saved_step, step = start, start
+
+    def read(pending) -> None:
+        """Looks at a finished step's metrics; the device is busy with the next one meanwhile."""
+        at, metrics = pending
+        values = jax.device_get(metrics)
+        health.check(at, values)
+        clock.finished()
+        if not primary:
+            return
+        loss = float(values["sums"]["loss"][0]) / max(float(values["sums"]["loss"][1]), 1.0)
+        speed = tokens_per_step / clock.step_seconds
+        if due("log", at):
+            reporter.scalars(at, {
+                **{f"train/{name}": float(total) / max(float(weight), 1.0) for name, (total, weight) in values["sums"].items()},
+                "train/lr": float(parts.rate(at - 1)), "train/grad_norm": float(values["grad_norm"]), "train/param_norm": float(values["param_norm"]),
+                "train/skipped": health.skipped, "train/tokens": at * tokens_per_step, "perf/tokens_per_second": speed,
+                "perf/mfu": step_flops / clock.step_seconds / peak, "perf/step_seconds": clock.step_seconds, "perf/data_wait": clock.wait_share(),
+                **report.memory_gib()})
+        progress.show(f"step {at}/{total}  loss {loss:.3f}  {report.count(speed)} tokens/s  MFU {step_flops / clock.step_seconds / peak:.0%}  "
+                      f"left {report.duration((total - at) * clock.step_seconds)}", final=at == total)
+
+    stop.arm()
+    with Watchdog(config.train.watchdog_seconds) as watchdog, contextlib.closing(reporter) if primary else contextlib.nullcontext():
+        while step < total and not stop.at(step):
+            with clock.waiting():
+                batch = sharding.to_device(parts.mesh, next(batches)[1], config.data.batch_size)
+            state, new = step_fn(state, batch)
+            step += 1
+            if pending:
+                read(pending)
+            watchdog.beat()
+            pending = (step, new)
+            if not (due("eval", step) or due("save", step)):
+                continue
+            read(pending)
+            pending = None
+            with clock.paused():
+                loss = None
+                if due("eval", step) and not stop.now():
+                    loss = _evaluate(parts, corpus, evaluator, state, step, reporter, progress, watchdog, stop)
+                if due("save", step):
+                    save(step, state, loss)
+                    saved_step = step
+        if pending:
+            read(pending)
+        if step > saved_step:
+            save(step, state, None)
+        acknowledged = checkpoints.wait()
+        if step < total:
+            safe = "nothing is lost, nothing was done yet" if acknowledged is None else f"the checkpoint of step {acknowledged} is safe"
+            note(f"stopped at step {step} of {total}; {safe}; the same command goes on from there")
+            return stop.exit_code
+        _finish(parts, corpus, evaluator, state, workdir, reporter, progress, watchdog, stop)
+    return 0
+
+
+def _compile(parts: setup.Setup, state: State):
+    """The step, compiled before any data is read, so that a request to stop that came meanwhile is seen before the first step."""
+    shape = (parts.config.data.batch_size, parts.config.data.sequence_length)
+    place = sharding.batch_sharding(parts.mesh)
+    batch = {key: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for key, dtype in tasks.BATCH.items()}
+    return parts.step.lower(state, batch).compile()
+
+
+def _introduction(parts: setup.Setup, corpus: shards.Corpus, state: State, start: int, peak_source: str) -> str:
+    config = parts.config
+    device, tokens = jax.devices()[0], config.data.batch_size * config.data.sequence_length
+    axes = " x ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items() if size > 1) or "one device"
+    epochs = parts.total * tokens / loader.tokens_per_epoch(corpus, "train")
+    return "\n".join([
+        f"model    {report.count(trees.count(state.params))} parameters: {config.model.layers} layers, width {config.model.width}, "
+        f"{config.model.heads} heads, vocabulary {config.model.vocab_size}",
+        f"devices  {jax.device_count()} x {device.device_kind} ({axes}, {jax.process_count()} process{'es' * (jax.process_count() > 1)}), peak {peak_source}",
+        f"plan     {parts.total} steps of {tokens} tokens = {report.count(parts.total * tokens)} tokens, {epochs:.2f} epochs"
+        + (f"; resumed after step {start}" if start else "")])
+
+
+def _evaluate(parts: setup.Setup, corpus: shards.Corpus, evaluator, state: State, step: int, reporter, progress: report.Progress,
+              watchdog: Watchdog, stop: StopRequest) -> float | None:
+    """Validation loss in nats per token; None without a validation split, or when the run was asked to stop meanwhile."""
+    config = parts.config
+    if not corpus.documents("validation"):
+        return None
+    summary = _score(parts, corpus, evaluator, state, "validation", config.train.eval_documents, watchdog, stop)
+    if summary is None or not reporter:
+        return summary and summary["loss"]
+    reporter.scalars(step, {f"eval/{name}": value for name, value in summary.items()})
+    progress.note(f"step {step}  validation loss {summary['loss']:.4f}  {summary['bits_per_byte']:.4f} bits per byte "
+                  f"({summary['documents']} documents)")
+    if jax.process_count() == 1:
+        prompt, text = _sample(parts, corpus, state)
+        reporter.text(step, "sample", f"**{prompt}**{text}")
+    return summary["loss"]
+
+
+def _score(parts: setup.Setup, corpus: shards.Corpus, evaluator, state: State, split: str, limit: int, watchdog: Watchdog,
+           stop: StopRequest) -> dict[str, float] | None:
+    config = parts.config
+
+    def alive(*_) -> None:
+        watchdog.beat()
+        if stop.now():
+            raise _Stopped
+
+    params = state.params if state.ema is None else state.ema
+    try:
+        scores = likelihood.score_documents(evaluator, params, parts.mesh, corpus, split, sequence_length=config.data.sequence_length,
+                                            batch_size=config.eval.batch_size or config.data.batch_size, overlap=config.eval.overlap,
+                                            limit_documents=limit, progress=alive)
+    except _Stopped:
+        return None
+    return likelihood.summary(scores, config.eval.bootstrap)
+
+
+class _Stopped(Exception):
+    pass
+
+
+def _sample(parts: setup.Setup, corpus: shards.Corpus, state: State) -> tuple[str, str]:
+    """A prompt and the model's continuation."""
+    config, tokenizer = parts.config, corpus.tokenizer
+    if config.train.sample_prompt:
+        prompt = [tokenizer.bos, *tokenizer.encode(config.train.sample_prompt)]
+    else:
+        split = "validation" if corpus.documents("validation") else "train"
+        prompt = [int(i) for i in corpus.read(split, 0)[:min(16, config.data.sequence_length // 4)] if i != tokenizer.eos]
+    length = min(128, config.model.context - len(prompt))
+    settings = generate.Settings(temperature=0.8, top_p=0.95, seed=config.train.seed)
+    params = state.params if state.ema is None else state.ema
+    [ids] = generate.generate(parts.model, params, [prompt], max_tokens=length, context=config.model.context, settings=settings,
+                              stop_ids=(tokenizer.eos,))
+    return tokenizer.decode(prompt), tokenizer.decode(ids)
+
+
+def _finish(parts: setup.Setup, corpus: shards.Corpus, evaluator, state: State, workdir: pathlib.Path, reporter, progress: report.Progress,
+            watchdog: Watchdog, stop: StopRequest) -> None:
+    """The last word of a complete run: the whole test split, beside what compressors reach, a sample, and what to try next."""
+    config = parts.config
+    split = next((s for s in ("test", "validation") if corpus.documents(s)), None)
+    summary = _score(parts, corpus, evaluator, state, split, 0, watchdog, stop) if split else None
+    if reporter is None:
+        return
+    if summary:
+        reporter.scalars(parts.total, {f"{split}/{name}": value for name, value in summary.items()})
+        progress.note(f"\n{split} split, {summary['documents']} documents the model never saw:\n" + likelihood.table(summary))
+        progress.note(compression.table(corpus, split, summary["bits_per_byte"]))
+    if jax.process_count() == 1:
+        prompt, text = _sample(parts, corpus, state)
+        reporter.text(parts.total, "sample", f"**{prompt}**{text}")
+        progress.note(f"\nA sample, after the prompt in brackets:\n[{prompt}]{text}\n")
+    (workdir / "FINISHED").write_text(json.dumps({"step": parts.total}) + "\n", encoding="utf-8")
+    progress.note("\n".join([
+        "Next:", f"  jaxlm generate --workdir={workdir} --prompt=\"Return the\"", f"  jaxlm eval --workdir={workdir}",
+        f"  tensorboard --logdir={workdir}        (pip install tensorboard)"]))
+
+
+class _Clock:
+    """Time per step without evaluations and saves, and the share of it that the device waited for data."""
+
+    def __init__(self):
+        self._steps: collections.deque[float] = collections.deque(maxlen=20)
+        self._last, self._waited, self._worked = time.perf_counter(), 0.0, 0.0
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self._steps) / len(self._steps)
+
+    def finished(self) -> None:
+        now = time.perf_counter()
+        self._steps.append(now - self._last)
+        self._worked += now - self._last
+        self._last = now
+
+    @contextlib.contextmanager
+    def waiting(self):
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self):
+        yield
+        self._last = time.perf_counter()
+
+    def wait_share(self) -> float:
+        """Of the time since it was last asked."""
+        share = self._waited / self._worked
+        self._waited = self._worked = 0.0
+        return share
+
+
+class _Health:
+    """Counts skipped steps; too many in a row end the run."""
+
+    def __init__(self, config: Config, workdir: pathlib.Path):
+        self._config, self._workdir, self.skipped, self._in_a_row = config, workdir, 0, 0
+
+    def check(self, step: int, values: dict[str, Any]) -> None:
+        if not values["skipped"]:
+            self._in_a_row = 0
+            return
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row >= self._config.train.bad_steps:
+            rows = self._config.data.batch_size
+            saved = checkpoint.steps(self._workdir)
+            raise ValueError(
+                f"the loss or gradient was not finite in {self._in_a_row} steps in a row (train.bad_steps), the last at step {step}, rows "
+                f"{(step - 1) * rows} to {step * rows - 1} of the token stream (data.seed={self._config.data.seed}); those updates were skipped; "
+                f"try a lower optim.lr or optim.clip; {f'the newest checkpoint is step {saved[-1]}' if saved else 'there is no checkpoint yet'}")

@@ -1,0 +1,165 @@
+"""What a run tells: metrics.jsonl, TensorBoard event files, the progress line, and how fast the machine could be."""
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from clu import parameter_overview
+from tensorboardX import SummaryWriter
+
+from jaxlm.config import TransformerConfig
+
+# Dense bfloat16 peak of one chip in FLOP/s, from the vendors' data sheets; the first entry whose name is in `device_kind` counts.
+PEAKS = (("v6 lite", 918e12), ("v6e", 918e12), ("v5p", 459e12), ("v5 lite", 197e12), ("v5e", 197e12), ("v4", 275e12), ("v3", 123e12), ("v2", 45e12),
+         ("h200", 989e12), ("h100", 989e12), ("a100", 312e12), ("l4", 121e12), ("t4", 65e12))
+
+
+class Reporter:
+    """Writes one run's metrics; on a resume, what an interrupted process logged past its checkpoint is taken back first.
+
+    A row of `metrics.jsonl` holds `step` and full-precision floats such as `train/loss`.
+    """
+
+    def __init__(self, workdir: pathlib.Path, resume_step: int):
+        self._path = workdir / "metrics.jsonl"
+        _drop_rows_after(self._path, resume_step)
+        self._file = open(self._path, "a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir), purge_step=resume_step + 1 if resume_step else None, flush_secs=10)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One row of the log and one point of each curve."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self._board.add_text(name, text, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def write_scalars(folder: pathlib.Path, step: int, values: Mapping[str, float]) -> None:
+    """Adds points to the TensorBoard curves in `folder`, from a process that is not the trainer."""
+    with SummaryWriter(str(folder), filename_suffix=f".{os.getpid()}") as board:
+        for name, value in values.items():
+            board.add_scalar(name, value, step)
+
+
+def _drop_rows_after(path: pathlib.Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue  # a line torn by a kill
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl`, in order; a torn last line is left out."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def overview(params: Any) -> str:
+    """A table of all parameters, their shapes and their total."""
+    return parameter_overview.get_parameter_overview(params, include_stats=False)
+
+
+def flops_per_token(cfg: TransformerConfig, params: int, sequence_length: int) -> float:
+    """Floating-point operations of one training step per token: `6 N + 6 L T N_heads H` (Chowdhery et al. 2022, appendix B, with the causal half of
+    attention counted once). `N` are the parameters that multiply: all but the embedding tables when these are only looked up."""
+    cfg = cfg.filled()
+    looked_up = (0 if cfg.tied else cfg.vocab_size * cfg.width) + (cfg.context * cfg.width if cfg.positions == "learned" else 0)
+    return 6 * (params - looked_up) + 6 * cfg.layers * sequence_length * cfg.heads * cfg.head_size
+
+
+def peak_flops() -> tuple[float, str]:
+    """FLOP/s that all devices could do at best, and where the figure comes from: a data sheet, or, on CPUs, a matrix product measured now."""
+    kind = jax.devices()[0].device_kind.lower()
+    for name, peak in PEAKS:
+        if name in kind:
+            return peak * jax.device_count(), f"{jax.device_count()} x {peak / 1e12:.0f} TFLOP/s (data sheet, bf16)"
+    measured = measure_matmul()
+    return measured * (1 if jax.default_backend() == "cpu" else jax.device_count()), f"{measured / 1e9:.0f} GFLOP/s (measured matrix product, f32)"
+
+
+def measure_matmul(size: int = 1536, repeats: int = 5) -> float:
+    """FLOP/s of a square float32 matrix product on the first device, best of `repeats`."""
+    a = jax.device_put(jnp.ones((size, size), jnp.float32), jax.local_devices()[0])
+    multiply = jax.jit(jnp.dot)
+    multiply(a, a).block_until_ready()
+    best = math.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        multiply(a, a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def memory_gib() -> dict[str, float]:
+    """Peak memory in GiB: of the busiest local device where it tells, else of this process."""
+    stats = [d.memory_stats() for d in jax.local_devices()]
+    if all(stats):
+        return {"memory/peak_gib": max(s.get("peak_bytes_in_use", 0) for s in stats) / 2**30}
+    import resource  # absent on Windows, where the devices above do not tell either
+    scale = 2**30 if sys.platform == "darwin" else 2**20
+    return {"memory/peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale}
+
+
+class Progress:
+    """One line that rewrites itself on a terminal; elsewhere a line now and then, so that a log file stays readable."""
+
+    def __init__(self, seconds_between_lines: float = 15.0):
+        self._live, self._every, self._last, self._width = sys.stdout.isatty(), seconds_between_lines, -math.inf, 0
+
+    def show(self, line: str, *, final: bool = False) -> None:
+        if self._live:
+            print("\r" + line.ljust(self._width), end="\n" if final else "", flush=True)
+            self._width = 0 if final else len(line)
+        elif final or time.monotonic() - self._last > self._every:
+            print(line, flush=True)
+            self._last = time.monotonic()
+
+    def note(self, line: str) -> None:
+        """A line that stays, above the live one."""
+        if self._live and self._width:
+            print("\r" + " " * self._width + "\r", end="")
+            self._width = 0
+        print(line, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """45 s, 3:05, 2:03:05."""
+    s = int(seconds)
+    return f"{s} s" if s < 60 else f"{s // 60}:{s % 60:02d}" if s < 3600 else f"{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}"
+
+
+def count(number: float) -> str:
+    """1.2k, 3.4M, 5.6B."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"

@@ -1,0 +1,76 @@
+"""From a config to the compiled parts of a run: the model, the optimiser, where everything lies on the mesh, the step."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxlm import optim, sharding, trees
+from jaxlm.config import Config, steps_of
+from jaxlm.models import decoder
+from jaxlm.objectives import OBJECTIVES
+from jaxlm.train.state import State
+from jaxlm.train.step import init_state, train_step
+
+
+class Setup(NamedTuple):
+    """All that training needs, as functions; nothing is allocated yet."""
+    config: Config  # with the vocabulary filled in
+    mesh: Mesh
+    model: decoder.Model
+    total: int  # steps of the run
+    rate: Callable[[int], jax.Array]  # learning rate of a step
+    target: State  # of jax.ShapeDtypeStruct with shardings: what `init` makes and a checkpoint restores
+    init: Callable[[], State]
+    step: Callable[[State, dict[str, jax.Array]], tuple[State, dict[str, Any]]]  # jitted, donates the state
+    steps: Callable[[str, str], int]  # (config key, duration) -> steps
+
+
+def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int | None = None) -> Setup:
+    """Checks what only the tokenizer, the corpus and the devices can tell, and builds the run.
+
+    Args:
+      config: the recipe.
+      mesh: from `sharding.make_mesh`.
+      tokenizer_size: pieces of the tokenizer.
+      tokens_per_epoch: targets of the training split; None where there is none (benchmarks).
+
+    Raises:
+      ValueError: one line, for a vocabulary that is too small, sizes that the mesh does not divide, a warm-up longer than the run, a rule
+        that matches nothing.
+    """
+    config = dataclasses.replace(config, model=decoder.vocabulary(config.model, tokenizer_size))
+    rows, parts, ways = config.data.batch_size, config.train.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % (parts * ways):
+        raise ValueError(f"data.batch_size={rows} must be a multiple of train.microbatches x mesh.data x mesh.fsdp = {parts} x {ways} = {parts * ways}: "
+                         f"try {max(1, round(rows / (parts * ways))) * parts * ways}")
+    tokens_per_step = rows * config.data.sequence_length
+    total = steps_of("train.steps", config.train.steps, tokens_per_step=tokens_per_step, tokens_per_epoch=tokens_per_epoch)
+    if total < 1:
+        raise ValueError(f"train.steps={config.train.steps!r} is no step at all; give at least one")
+    steps = lambda key, duration: steps_of(key, duration, tokens_per_step=tokens_per_step, tokens_per_epoch=tokens_per_epoch, total=total)
+
+    model = decoder.build(config.model)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    places = sharding.params_shardings(mesh, model.axes, shapes)
+    trainable = optim.trainable(config.optim, shapes)
+    axes = trees.match(model.axes, trees.flatten(shapes), "axes of the model")
+    rate = optim.schedule(config.optim, total, tokens_per_step, tokens_per_epoch)
+    tx = optim.build(config.optim, rate, {path: names for path, names in axes.items() if trainable[path]})
+
+    def init(key: jax.Array) -> State:
+        k_params, k_run = jax.random.split(key)
+        return init_state(model.init(k_params), tx, trainable, jax.random.key_data(k_run), config.optim.ema > 0)
+
+    state_shapes = jax.eval_shape(init, jax.random.key(0))
+    whole = NamedSharding(mesh, PartitionSpec())
+    state_places = State(whole, places, sharding.like_params(mesh, state_shapes.opt, places, shapes), places if config.optim.ema else None, whole)
+    target = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), state_shapes, state_places)
+    objective = functools.partial(OBJECTIVES[config.objective.name], config.objective, model)
+    step = functools.partial(train_step, objective=objective, tx=tx, trainable=trainable, microbatches=parts, ema=config.optim.ema)
+    return Setup(config, mesh, model, total, rate, target,
+                 lambda: jax.jit(init, out_shardings=state_places)(jax.random.key(config.train.seed)),
+                 jax.jit(step, donate_argnums=0, out_shardings=(state_places, whole)), steps)

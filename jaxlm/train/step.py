@@ -1,0 +1,76 @@
+"""One optimiser step as a pure function: microbatches, exact averaging, skipping what is not finite."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlm import trees
+from jaxlm.objectives import Sums
+from jaxlm.sharding import constrain
+from jaxlm.train.state import State
+
+
+def init_state(params: Any, tx: optax.GradientTransformation, trainable: Mapping[str, bool], key: jax.Array, ema: bool) -> State:
+    """The state before step 0; only trained parameters have optimiser state.
+
+    Args:
+      params: nested dict of arrays.
+      trainable: path -> trained or frozen.
+      key: raw key data, uint32, of the run's random numbers.
+      ema: keep an average of the parameters.
+    """
+    return State(jnp.zeros((), jnp.int32), params, tx.init(trees.split(params, trainable)[0]), jax.tree.map(jnp.copy, params) if ema else None, key)
+
+
+def train_step(state: State, batch: Mapping[str, jax.Array], *, objective: Callable[..., Sums], tx: optax.GradientTransformation,
+               trainable: Mapping[str, bool], microbatches: int = 1, ema: float = 0.0) -> tuple[State, dict[str, Any]]:
+    """Gradient of the sum of losses over the sum of weights of the whole batch, however it is cut; then one update.
+
+    A loss or gradient that is not finite leaves parameters and moments as they are; only the step and the optimiser's counters go on.
+
+    Args:
+      batch: arrays `[B, T]`; see `data/tasks.py`.
+      objective: `(params, batch, key) -> Sums` with the entry "loss".
+      trainable: path -> trained or frozen; frozen parameters get no gradient.
+      microbatches: parts of the batch, computed one after the other.
+      ema: decay of the average, 0 for none.
+
+    Returns:
+      The next state, and `{"sums": Sums, "grad_norm", "param_norm", "skipped"}` as float32 scalars.
+    """
+    train, frozen = trees.split(state.params, trainable)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+    def loss(train, part, key):
+        sums = objective(trees.merge(train, frozen), part, key)
+        return sums["loss"][0], sums
+
+    gradient = jax.grad(loss, has_aux=True)
+    if microbatches == 1:
+        grads, sums = gradient(train, batch, key)
+    else:
+        parts = jax.tree.map(lambda x: _microbatches(x, microbatches), dict(batch))
+        add = lambda total, new: jax.tree.map(jnp.add, total, new)
+        body = lambda total, i_part: (add(total, gradient(train, i_part[1], jax.random.fold_in(key, i_part[0]))), None)
+        shapes = jax.eval_shape(gradient, train, jax.tree.map(lambda x: x[0], parts), key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (grads, sums), _ = jax.lax.scan(body, zeros, (jnp.arange(microbatches), parts))
+
+    weight = jnp.maximum(sums["loss"][1], 1)  # a batch of padding alone has no gradient rather than NaN
+    grads = jax.tree.map(lambda g: g / weight, grads)
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(sums["loss"][0]) & jnp.isfinite(norm)
+    updates, opt = tx.update(grads, state.opt, train)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o) if jnp.issubdtype(n.dtype, jnp.floating) else n, new, old)
+    params = trees.merge(keep(optax.apply_updates(train, updates), train), frozen)
+    average = None if state.ema is None else jax.tree.map(lambda a, p: a * ema + p * (1 - ema), state.ema, params)
+    metrics = {"sums": sums, "grad_norm": norm, "param_norm": optax.global_norm(params), "skipped": 1.0 - finite.astype(jnp.float32)}
+    return State(state.step + 1, params, keep(opt, state.opt), average, state.key), metrics
+
+
+def _microbatches(x: jax.Array, parts: int) -> jax.Array:
+    """[B, T] -> [parts, B / parts, T]. Part m takes rows m, m + parts, ...: each device cuts its own rows and none moves."""
+    return constrain(jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), None, "batch", "sequence")

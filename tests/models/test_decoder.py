@@ -1,0 +1,199 @@
+"""Properties of the decoder: causality and packing by gradient, equivalences, sizes, names."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import trees
+from jaxlm.config import TransformerConfig
+from jaxlm.models import decoder, presets
+from jaxlm.ops import attention
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+BASE = TransformerConfig(vocab_size=64, context=64, layers=2, width=32, heads=4, kv_heads=2, init_std=0.2)
+VARIANTS = {
+    "llama": BASE,
+    "gpt2": dataclasses.replace(BASE, kv_heads=0, norm="layer", positions="learned", activation="gelu_tanh", gated=False, bias=True),
+    "knobs": dataclasses.replace(BASE, windows=(0, 5), qk_norm=True, attention_softcap=5.0, final_softcap=9.0, tied=False, activation="gelu", bias=True),
+    "bare": dataclasses.replace(BASE, positions="none", activation="relu", gated=False, head_size=6),
+}
+
+
+def inputs(tokens, segments=None):
+    segments = jnp.ones_like(tokens) if segments is None else segments
+    starts = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], 1)
+    index = jnp.arange(tokens.shape[1])
+    begin = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    return {"tokens": tokens, "positions": index - begin, "segments": segments}
+
+
+def tokens(rows=2, length=24, seed=1):
+    return jax.random.randint(jax.random.key(seed), (rows, length), 0, 64)
+
+
+def influence(cfg, segments=None, length=24):
+    """[T, T] bool: whether the embedding at input s has any gradient into the hidden state at output t."""
+    model = decoder.build(cfg)
+    params = model.init(jax.random.key(0))
+    batch = inputs(tokens(1, length), segments)
+
+    def hidden(per_position):  # each input position has an embedding table of its own, so its gradient is its influence
+        rows = {**params, "embed": {**params["embed"], "tokens": per_position}}
+        own = {**batch, "tokens": batch["tokens"] + 64 * jnp.arange(length)}
+        return model.apply(rows, own)[0][0].astype(jnp.float32)
+
+    table = jnp.tile(params["embed"]["tokens"], (length, 1))
+    seeds = jax.random.normal(jax.random.key(3), (length, cfg.width))
+    pull = jax.vjp(hidden, table)[1]
+    grads = jax.vmap(lambda t: pull(jnp.zeros((length, cfg.width)).at[t].set(seeds[t]))[0])(jnp.arange(length))
+    return np.asarray(jnp.abs(grads).reshape(length, length, -1).max(-1)) != 0
+
+
+@pytest.mark.parametrize("kernel", ["reference", "blocked"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_causality_is_exact(name, kernel):
+    seen = influence(dataclasses.replace(VARIANTS[name], attention=kernel))
+    if name == "knobs":  # one global layer below one that sees 5 back
+        assert np.array_equal(seen, np.tril(np.ones_like(seen)))
+    assert not np.triu(seen, 1).any() and np.tril(seen).sum() == 24 * 25 / 2
+
+
+def test_window_is_exact():
+    seen = influence(dataclasses.replace(BASE, windows=(4,), layers=2))
+    distance = np.arange(24)[:, None] - np.arange(24)
+    assert np.array_equal(seen, (distance >= 0) & (distance <= 2 * 3))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_packed_documents_never_meet(name):
+    segments = jnp.array([[1] * 7 + [2] * 9 + [3] * 3 + [0] * 5])
+    seen = influence(VARIANTS[name], segments)
+    same = np.asarray(segments[0])[:, None] == np.asarray(segments[0])
+    assert not (seen & ~same).any()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_packing_and_padding_change_nothing(name):
+    model = decoder.build(VARIANTS[name])
+    params = model.init(jax.random.key(0))
+    a, b = tokens(1, 9), tokens(1, 12, seed=2)
+    alone = [model.apply(params, inputs(x))[0] for x in (a, b)]
+    row = jnp.concatenate([a, b, jnp.zeros((1, 3), jnp.int32)], 1)
+    packed, _ = model.apply(params, inputs(row, jnp.array([[1] * 9 + [2] * 12 + [0] * 3])))
+    np.testing.assert_allclose(packed[:, :9], alone[0], atol=2e-5)
+    np.testing.assert_allclose(packed[:, 9:21], alone[1], atol=2e-5)
+
+
+def gradient(cfg, params):
+    model = decoder.build(cfg)
+    batch = inputs(tokens())
+    return jax.jit(jax.value_and_grad(lambda p: jnp.square(model.head(p, model.apply(p, batch)[0])).mean()))(params)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "dots"}, {"attention": "blocked"}])
+def test_how_it_is_computed_does_not_matter(name, change):
+    cfg = dataclasses.replace(VARIANTS[name], attention="reference")
+    params = decoder.build(cfg).init(jax.random.key(0))
+    one, other = gradient(cfg, params), gradient(dataclasses.replace(cfg, **change), params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), one, other)
+
+
+def test_blocked_attention_with_uneven_blocks():
+    key = jax.random.split(jax.random.key(0), 3)
+    q, k, v = jax.random.normal(key[0], (2, 37, 4, 8)), jax.random.normal(key[1], (2, 37, 2, 8)), jax.random.normal(key[2], (2, 37, 2, 8))
+    where = attention.Tokens(jnp.tile(jnp.arange(37), (2, 1)), jnp.ones((2, 37), jnp.int32))
+    expected = attention.reference(q, k, v, where, where, scale=0.3, window=jnp.int32(7))
+    found = attention.blocked(q, k, v, where, where, scale=0.3, window=jnp.int32(7), block=10)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cached_equals_uncached(name):
+    model = decoder.build(VARIANTS[name])
+    params = model.init(jax.random.key(0))
+    batch = inputs(tokens())
+    whole, _ = model.apply(params, batch)
+    cache, parts = model.init_cache(2, 32), []
+    for a, b in ((0, 10), (10, 11), (11, 12), (12, 24)):
+        hidden, cache = model.apply(params, {k: v[:, a:b] for k, v in batch.items()}, cache=cache)
+        parts.append(hidden)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=2e-5)
+
+
+def test_ragged_prompts_continue_at_their_own_position():
+    model = decoder.build(BASE)
+    params = model.init(jax.random.key(0))
+    row = tokens(1, 9)
+    whole, _ = model.apply(params, inputs(row))
+    padded = inputs(jnp.pad(row[:, :5], ((0, 0), (0, 3))), jnp.array([[1] * 5 + [0] * 3]))
+    _, cache = model.apply(params, padded, cache=model.init_cache(1, 16))
+    for t in range(5, 9):
+        hidden, cache = model.apply(params, {"tokens": row[:, t:t + 1], "positions": jnp.array([[t]]), "segments": jnp.ones((1, 1), jnp.int32)}, cache=cache)
+        np.testing.assert_allclose(hidden[:, 0], whole[:, t], atol=2e-5)
+
+
+def test_dropout_needs_a_key_and_keeps_the_mean():
+    cfg = dataclasses.replace(BASE, dropout=0.5)
+    model = decoder.build(cfg)
+    params = model.init(jax.random.key(0))
+    batch = inputs(tokens())
+    plain = model.apply(params, batch)[0]
+    np.testing.assert_array_equal(plain, decoder.build(BASE).apply(params, batch)[0])
+    one, again, other = (model.apply(params, batch, key=jax.random.key(k))[0] for k in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert not np.allclose(one, other) and not np.allclose(one, plain)
+
+
+def test_bfloat16_computes_in_bfloat16_from_float32_parameters():
+    model = decoder.build(dataclasses.replace(BASE, dtype="bfloat16"))
+    params = model.init(jax.random.key(0))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    hidden, _ = model.apply(params, inputs(tokens()))
+    assert hidden.dtype == jnp.bfloat16 and model.head(params, hidden).dtype == jnp.float32
+    exact, _ = decoder.build(BASE).apply(params, inputs(tokens()))
+    assert float(jnp.abs(hidden - exact).max() / jnp.abs(exact).max()) < 0.03
+
+
+PUBLISHED = {"gpt2_124m": 124_439_808, "gpt2_medium": 354_823_168, "gpt2_large": 774_030_080, "gpt2_xl": 1_557_611_200, "llama_150m": 149_840_640,
+             "llama_1b": 1_100_048_384, "llama_7b": 6_738_415_616, "llama_8b": 8_030_261_248}
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_published_sizes(name):
+    shapes = jax.eval_shape(decoder.build(presets.PRESETS[name]).init, jax.random.key(0))
+    assert trees.count(shapes) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_parameter_paths_are_public(name):
+    model = decoder.build(VARIANTS[name])
+    shapes = trees.flatten(jax.eval_shape(model.init, jax.random.key(0)))
+    golden = json.loads((GOLDEN / "parameter_paths.json").read_text())
+    assert {path: list(leaf.shape) for path, leaf in shapes.items()} == golden[name], (
+        "names or shapes of parameters changed: checkpoints people hold would no longer load; if that is really meant, refresh with "
+        "tools/refresh_golden.py parameter_paths and write a migration")
+    trees.match(model.axes, shapes, "axes")  # strict: nothing unnamed, no idle rule
+
+
+@pytest.mark.parametrize("init, expected", [("normal", 0.02), ("truncated_normal", 0.02), ("xavier", (2 / (64 + 256)) ** 0.5), ("kaiming", (2 / 64) ** 0.5),
+                                            ("lecun", (1 / 64) ** 0.5)])
+def test_inits(init, expected):
+    cfg = TransformerConfig(vocab_size=64, layers=8, width=64, heads=4, init=init)
+    params = decoder.build(cfg).init(jax.random.key(0))
+    assert np.std(params["layers"]["mlp"]["up"]) == pytest.approx(expected, rel=0.02)
+    back = {"normal": 0.02, "truncated_normal": 0.02, "xavier": expected, "kaiming": (2 / 256) ** 0.5, "lecun": (1 / 256) ** 0.5}[init]
+    assert np.std(params["layers"]["mlp"]["down"]) == pytest.approx(back / 4, rel=0.02)
+    if init == "truncated_normal":
+        assert np.abs(params["layers"]["mlp"]["up"]).max() <= 2 * 0.02 / 0.8796 + 1e-6
+
+
+def test_vocabulary_too_small_is_refused():
+    with pytest.raises(ValueError, match="smaller than the tokenizer's 300"):
+        decoder.vocabulary(BASE, 300)
+    assert decoder.vocabulary(dataclasses.replace(BASE, vocab_size=0), 300).vocab_size == 320
