@@ -17,7 +17,7 @@ def get_config(size=None):
     c.data = ConfigDict(dict(source=("python_docs",), validation=0.02, test=0.05, sequence_length=256, batch_size=8))
     c.tokenizer = ConfigDict(dict(kind="unigram", vocab_size=2048))
     c.model = ConfigDict(dict(context=256, layers=4, width=256, heads=4))
-    c.optim = ConfigDict(dict(name="muon", lr=2e-3, muon_adam_lr_ratio=1.0, warmup="2%", end_lr_ratio=0.05))
+    c.optim = ConfigDict(dict(name="muon", lr=2e-3, warmup="2%", end_lr_ratio=0.05))
     c.train = ConfigDict(dict(steps="400 steps", eval_every="50%", eval_documents=20))
     c.checkpoint = ConfigDict(dict(every="25%"))
     if size == "long":

@@ -164,7 +164,7 @@ class OptimConfig:
     b1: float = 0.9  # first-moment decay (adamw, lion), momentum (sgd, muon)
     b2: float = 0.95  # second-moment decay (adamw, lion); of muon's adamw part too
     eps: float = 1e-8
-    muon_adam_lr_ratio: float = 0.1  # muon: lr of the weights that are not matrices (embeddings, norms, biases) over lr
+    muon_adam_lr_ratio: float = 1.0  # muon: lr of the weights that are not matrices (embeddings, norms, biases) over lr
     ema: float = 0.0  # decay of an exponential moving average of the parameters, used by eval and generate; 0: off
 
     def __post_init__(self):

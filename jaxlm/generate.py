@@ -23,10 +23,10 @@ from jaxlm.sharding import RULES, constrain
 
 @dataclass(frozen=True)
 class Settings:
-    """How the next token is drawn; see `ops/sampling.py` for what each filter does and in which order."""
-    temperature: float = 0.8  # 0: always the likeliest token
+    """How the next token is drawn; see `ops/sampling.py` for what each filter does and in which order. The default is the model's own distribution."""
+    temperature: float = 1.0  # 0: always the likeliest token
     top_k: int = 0  # 0: off
-    top_p: float = 0.95  # 1: off
+    top_p: float = 1.0  # 1: off
     min_p: float = 0.0  # 0: off
     repetition_penalty: float = 1.0  # of tokens in the prompt or drawn before; 1: off
     seed: int = 0
@@ -47,7 +47,7 @@ def _need(ok: bool, message: str) -> None:
 
 
 def generate(model: Model, params: Any, prompts: Sequence[Sequence[int]], *, max_tokens: int, context: int, settings: Settings = Settings(),
-             stop_ids: Collection[int] = (), vocab_size: int = 0, on_token: Callable[[int, int], bool | None] | None = None) -> list[list[int]]:
+             stop_ids: Collection[int] = (), vocab_size: int = 0, on_token: Callable[[int, int | None], bool | None] | None = None) -> list[list[int]]:
     """Continues each prompt until a stop id, `on_token` or `max_tokens` ends it.
 
     Row i draws with the key `(settings.seed, i)`: what it draws does not depend on the other rows. In several processes all call this together.
@@ -57,7 +57,7 @@ def generate(model: Model, params: Any, prompts: Sequence[Sequence[int]], *, max
       context: longest sequence that the model may see.
       stop_ids: end a row; they are not part of the result.
       vocab_size: ids from here on are never drawn (rows of the embedding that only round its size up); 0: all may be.
-      on_token: called with row and id as tokens arrive; True ends the row, the token stays in the result.
+      on_token: called with row and id as tokens arrive, and with None when the row has ended; True ends the row, the token stays in the result.
 
     Returns:
       New ids of each prompt, at most `max_tokens`.
@@ -65,6 +65,7 @@ def generate(model: Model, params: Any, prompts: Sequence[Sequence[int]], *, max
     Raises:
       ValueError: one line, for an empty prompt or one that leaves no room for `max_tokens`.
     """
+    on_token = on_token or (lambda row, token: None)
     _need(max_tokens >= 1, f"max_tokens={max_tokens} must be at least 1")
     for row, prompt in enumerate(prompts):
         _check_room(row, len(prompt), max_tokens, context)
@@ -90,12 +91,13 @@ def generate(model: Model, params: Any, prompts: Sequence[Sequence[int]], *, max
             for row, token in enumerate(np.asarray(token_B)[:len(prompts)].tolist()):
                 if row not in running:
                     continue
-                if token in stop_ids:
+                ended = token in stop_ids
+                if not ended:
+                    results[row].append(token)
+                    ended = bool(on_token(row, token)) or count == max_tokens
+                if ended:
                     running.discard(row)
-                    continue
-                results[row].append(token)
-                if on_token is not None and on_token(row, token):
-                    running.discard(row)
+                    on_token(row, None)
             if not running:
                 break
             if following is not None:
@@ -104,13 +106,14 @@ def generate(model: Model, params: Any, prompts: Sequence[Sequence[int]], *, max
 
 
 def complete(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], *, max_tokens: int, context: int,
-             settings: Settings = Settings(), stop: Sequence[str] = (), on_text: Callable[[int, str], None] | None = None) -> list[str]:
+             settings: Settings = Settings(), stop: Sequence[str] = (), on_text: Callable[[int, str | None], None] | None = None) -> list[str]:
     """Continues texts: `generate` between the tokenizer's two ends.
 
     Args:
       prompts: each follows the begin-of-sequence token; "" asks for a text from nothing.
       stop: texts that end a row, besides the end-of-sequence token; neither they nor what follows them is part of the result.
-      on_text: called with row and text as it comes: whole characters only, and nothing that may turn out to begin a stop text.
+      on_text: called with row and text as it comes, whole characters only and nothing that may turn out to begin a stop text, and with None when
+        the row has ended.
 
     Returns:
       The continuations, without their prompts.
@@ -120,29 +123,24 @@ def complete(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[
     decoders = [tokenizer.stream_decoder() for _ in rows]
     for decode, ids in zip(decoders, rows):
         decode(ids)  # a tokenizer that puts a space before a text must not take it from the continuation
-    texts, held = [""] * len(rows), [""] * len(rows)
+    texts, held, stopped = [""] * len(rows), [""] * len(rows), set()
 
-    def take(row: int, ids: Sequence[int], final: bool) -> bool:
-        ready, held[row], found = release(held[row] + decoders[row](ids, final=final), stop)
-        if final:
-            ready, held[row] = ready + held[row], ""
-        texts[row] += ready
-        if ready and on_text is not None:
-            on_text(row, ready)
-        return found
-
-    stopped = set()
-
-    def on_token(row: int, token: int) -> bool:
-        if take(row, [token], False):
-            stopped.add(row)
+    def on_token(row: int, token: int | None) -> bool:
+        if row not in stopped:
+            ready, held[row], found = release(held[row] + decoders[row](() if token is None else (token,), final=token is None), stop)
+            if found:
+                stopped.add(row)
+            if token is None:
+                ready, held[row] = ready + held[row], ""
+            texts[row] += ready
+            if ready and on_text is not None:
+                on_text(row, ready)
+        if token is None and on_text is not None:
+            on_text(row, None)
         return row in stopped
 
     generate(model, params, rows, max_tokens=max_tokens, context=context, settings=settings, stop_ids={tokenizer.eos},
              vocab_size=tokenizer.vocab_size, on_token=on_token)
-    for row in range(len(rows)):
-        if row not in stopped:
-            take(row, (), True)
     return texts
 
 

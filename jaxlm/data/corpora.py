@@ -78,8 +78,10 @@ def _expand(source: tuple[str, ...]) -> list[str]:
             names += found
         else:
             raise ValueError(f"data.source={given!r} does not exist (working folder: {os.getcwd()})")
-    unique = {name if name == PYTHON_DOCS else os.path.realpath(name): name for name in reversed(names)}
-    return list(reversed(unique.values()))
+    unique = {}
+    for name in names:
+        unique.setdefault(name if name == PYTHON_DOCS else os.path.realpath(name), name)
+    return list(unique.values())
 
 
 def _walk(folder: str) -> list[str]:
@@ -163,7 +165,7 @@ def _jsonl(path: str, text_key: str) -> Iterator[tuple[int, str]]:
         if not isinstance(text, str):
             raise ValueError(f"{path}, line {number}: {text_key!r} is {json.dumps(text)[:40]}, not text")
         if b"\\u" in line and not _encodable(text):
-            raise ValueError(f"{path}, line {number}: {text_key!r} has half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+            raise ValueError(f"{path}, line {number}: {text_key!r} has half of a surrogate pair (\\ud800 to \\udfff), not a character")
         yield number, text
 
 
@@ -302,7 +304,8 @@ def python_docs() -> tuple[Document, ...]:
             seen.add(text)
             found.append(Document(f"{PYTHON_DOCS}:{name}", PYTHON_DOCS, text))
     if not found:
-        raise ValueError(f"{PYTHON_DOCS}: this Python has neither pydoc_data nor the standard library's source in {library}: name text files in data.source")
+        raise ValueError(f"{PYTHON_DOCS}: this Python has neither pydoc_data nor the standard library's source in {library}: "
+                         "name text files in data.source")
     return tuple(found)
 
 

@@ -26,8 +26,8 @@ def epoch_size(corpus: Corpus, split: str, *, sequence_length: int, batch_size: 
     size = pack.epoch_size(corpus.splits[split].tokens, sequence_length)
     if size.rows < batch_size:
         raise ValueError(
-            f"the {split} split in {corpus.folder} is smaller than one batch: its {size.targets} tokens fill {size.rows} rows of data.sequence_length="
-            f"{sequence_length}, data.batch_size={batch_size} needs {batch_size}: lower one of them, or prepare more text")
+            f"the {split} split in {corpus.folder} is smaller than one batch: its {size.targets} tokens fill {size.rows} rows of "
+            f"data.sequence_length={sequence_length}, data.batch_size={batch_size} needs {batch_size}: lower one of them, or give more text")
     return size
 
 
@@ -58,15 +58,16 @@ def batches(corpus: Corpus, split: str, *, sequence_length: int, batch_size: int
         return pack.epoch_row(plan, index % per_epoch)
 
     def batch(step: int) -> tuple[int, Batch]:
-        local = tasks.next_token_batch([row(step * batch_size + i) for i in range(begin, end)], functools.partial(corpus.read, split), sequence_length)
+        planned = [row(step * batch_size + i) for i in range(begin, end)]
+        local = tasks.next_token_batch(planned, functools.partial(corpus.read, split), sequence_length)
         del local["documents"]
         return step, local
 
     return _read_ahead(batch, start_step, stop_step, threads, prefetch)
 
 
-def evaluation_batches(corpus: Corpus, split: str, *, sequence_length: int, batch_size: int, overlap: float, rows: tuple[int, int] | None = None,
-                       limit_documents: int = 0, threads: int = 1, prefetch: int = 4) -> Iterator[Batch]:
+def evaluation_batches(corpus: Corpus, split: str, *, sequence_length: int, batch_size: int, overlap: float, limit_documents: int = 0,
+                       rows: tuple[int, int] | None = None, threads: int = 1, prefetch: int = 4) -> Iterator[Batch]:
     """Batches in which every target of the split has weight 1 exactly once; the last is filled up with rows of padding.
 
     Args:
@@ -82,7 +83,7 @@ def evaluation_batches(corpus: Corpus, split: str, *, sequence_length: int, batc
     """
     lengths = corpus.splits[split].tokens
     if not len(lengths):
-        raise ValueError(f"the {split} split in {corpus.folder} has no documents: raise data.{split} and prepare it again, or give more text")
+        raise ValueError(f"the {split} split in {corpus.folder} has no documents: raise data.{split} and prepare again, or give more text")
     count = min(limit_documents or len(lengths), len(lengths))
     plan = pack.evaluation_plan(lengths, sequence_length, overlap, np.arange(count) * len(lengths) // count)
     begin, end = rows or (0, batch_size)
@@ -90,8 +91,8 @@ def evaluation_batches(corpus: Corpus, split: str, *, sequence_length: int, batc
 
     def batch(number: int) -> Batch:
         indices = range(number * batch_size + begin, number * batch_size + end)
-        return tasks.next_token_batch([pack.evaluation_row(plan, i) if i < total else [] for i in indices], functools.partial(corpus.read, split),
-                                      sequence_length)
+        planned = [pack.evaluation_row(plan, i) if i < total else [] for i in indices]
+        return tasks.next_token_batch(planned, functools.partial(corpus.read, split), sequence_length)
 
     return _read_ahead(batch, 0, math.ceil(total / batch_size), threads, prefetch)
 

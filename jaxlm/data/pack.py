@@ -131,7 +131,8 @@ def _fit(sizes: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
 def shuffled(count: int, *key: object) -> np.ndarray:
     """0 .. count - 1 in an order that follows from `key` alone: int64 [count].
 
-    Numbers are sorted by a hash of their own (SplitMix64, one-to-one, so there are no ties), because numpy does not promise the same permutations in its next version.
+    The numbers are sorted by a hash of each (SplitMix64, one-to-one, so there are no ties), because numpy does not promise that its own
+    permutations stay the same in its next version.
     """
     salt = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
     x = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(salt)

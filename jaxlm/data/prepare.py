@@ -52,9 +52,13 @@ def prepare(data: DataConfig, tokenizer_cfg: TokenizerConfig, folder: str | Path
                 writers[split].add(document.id, np.concatenate([[tok.bos], ids, [tok.eos]]), size)
             progress.add(len(kept), sum(size for _, _, size in kept))
         manifest = {
-            "jaxlm": jaxlm.__version__, "made_from": made_from, "source": corpora.size_on_disk(data.source), "empty_documents_dropped": dropped,
-            "tokenizer": shards.file_entry(tok.save(temporary)) | {"kind": tok.kind, "vocab_size": tok.vocab_size, "bos": tok.bos, "eos": tok.eos, "pad": tok.pad},
-            "splits": {split: writer.close() for split, writer in writers.items()}}
+            "jaxlm": jaxlm.__version__,
+            "made_from": made_from,
+            "source": corpora.size_on_disk(data.source),
+            "empty_documents_dropped": dropped,
+            "tokenizer": shards.file_entry(tok.save(temporary)) | {k: getattr(tok, k) for k in ("kind", "vocab_size", "bos", "eos", "pad")},
+            "splits": {split: writer.close() for split, writer in writers.items()},
+        }
         _need_training_text(manifest["splits"], data)
         shards.write_manifest(temporary, manifest)
     log(summary(manifest))
@@ -96,7 +100,8 @@ def summary(manifest: Mapping[str, Any]) -> str:
     lines = [f"{'split':<10} {'documents':>12} {'text bytes':>16} {'tokens':>16} {'bytes/token':>12} {'shards':>7}"]
     for name, split in manifest["splits"].items():
         ratio = split["text_bytes"] / max(split["tokens"] - 2 * split["documents"], 1)
-        lines.append(f"{name:<10} {split['documents']:>12,} {split['text_bytes']:>16,} {split['tokens']:>16,} {ratio:>12.2f} {len(split['shards']):>7,}")
+        counts = f"{split['documents']:>12,} {split['text_bytes']:>16,} {split['tokens']:>16,}"
+        lines.append(f"{name:<10} {counts} {ratio:>12.2f} {len(split['shards']):>7,}")
     if manifest["empty_documents_dropped"]:
         lines.append(f"dropped: {manifest['empty_documents_dropped']:,} empty documents")
     return "\n".join(lines)
@@ -104,7 +109,8 @@ def summary(manifest: Mapping[str, Any]) -> str:
 
 def _made_from(data: DataConfig, cfg: TokenizerConfig) -> dict[str, Any]:
     keys = ("source", "text_key", "validation", "test", "shard_bytes")
-    made_from = {f"data.{key}": getattr(data, key) for key in keys} | {f"tokenizer.{key}": value for key, value in dataclasses.asdict(cfg).items()}
+    made_from = {f"data.{key}": getattr(data, key) for key in keys}
+    made_from |= {f"tokenizer.{key}": value for key, value in dataclasses.asdict(cfg).items()}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in made_from.items()}
 
 
@@ -124,8 +130,8 @@ def _reuse(folder: Path, made_from: Mapping[str, Any], log: Callable[[str], None
         return corpus
     if now != corpus.manifest["source"]:
         before = corpus.manifest["source"]
-        log(f"note: the source has changed since then ({before['files']} files, {before['bytes']:,} bytes -> {now['files']} files, {now['bytes']:,} bytes); "
-            f"delete {folder} to prepare it again")
+        log(f"note: the source has changed since then ({before['files']} files, {before['bytes']:,} bytes -> {now['files']} files, "
+            f"{now['bytes']:,} bytes); delete {folder} to prepare it again")
     return corpus
 
 
@@ -134,8 +140,8 @@ def _need_training_text(splits: Mapping[str, Mapping[str, int]], data: DataConfi
     if not sum(counts.values()):
         raise ValueError(f"data.source={list(data.source)} holds no text: every document is empty")
     if not counts["train"]:
-        raise ValueError(f"no training document: all {sum(counts.values())} fell to validation ({counts['validation']}) and test ({counts['test']}); "
-                         "give more documents, or lower data.validation and data.test")
+        raise ValueError(f"no training document: all {sum(counts.values())} fell to validation ({counts['validation']}) and test "
+                         f"({counts['test']}); give more documents, or lower data.validation and data.test")
 
 
 def _place(text: str, data: DataConfig) -> tuple[str, int]:

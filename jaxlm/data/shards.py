@@ -47,8 +47,8 @@ class ShardWriter:
         """Appends a document of `tokens` (whole numbers in [0, vocab_size)) whose text has `text_bytes` bytes as UTF-8."""
         assert len(tokens) and 0 <= tokens.min() and tokens.max() < self._vocab_size, "token id out of range"
         if self._writer is None:
-            self._shard = {"file": f"{self._split}-{len(self._shards):05d}.array_record", "documents": 0, "records": 0, "tokens": 0, "text_bytes": 0}
-            self._path = self._folder / self._shard["file"]
+            self._shard = dict.fromkeys(("documents", "records", "tokens", "text_bytes"), 0)
+            self._path = self._folder / f"{self._split}-{len(self._shards):05d}.array_record"
             self._writer = array_record_module.ArrayRecordWriter(str(self._path), "group_size:1")
         for start in range(0, len(tokens), RECORD_TOKENS):
             payload = tokens[start:start + RECORD_TOKENS].astype(self._dtype).tobytes()
@@ -81,7 +81,7 @@ class ShardWriter:
             written = _open_shard(self._path).num_records()
         if written != self._shard["records"]:
             raise OSError(f"{self._path}: {written} of {self._shard['records']} records were written")
-        self._shards.append(self._shard | file_entry(self._path))
+        self._shards.append(file_entry(self._path) | self._shard)
         self._writer = None
 
     @contextlib.contextmanager
@@ -126,19 +126,18 @@ def replacing(folder: Path) -> Iterator[Path]:
     for leftover in parent.glob(f"{prefix}*"):
         _remove_unless_locked(leftover, folder)
     temporary = parent / f"{prefix}{os.getpid()}"
-    temporary.mkdir()
+    corpus = temporary / "corpus"
+    corpus.mkdir(parents=True)
     try:
         with open(temporary / "lock", "w") as lock:  # the kernel lets go of it however this process ends
             fcntl.flock(lock, fcntl.LOCK_EX)
-            yield temporary
-            (temporary / "lock").unlink()
-            for path in [*temporary.iterdir(), temporary]:
+            yield corpus
+            for path in [*corpus.iterdir(), corpus]:
                 _fsync(path)
-            os.rename(temporary, folder)
-        _fsync(parent)
-    except BaseException:
+            os.rename(corpus, folder)
+            _fsync(parent)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _remove_unless_locked(leftover: Path, folder: Path) -> None:
@@ -202,7 +201,8 @@ class Corpus:
         length = int(index.tokens[document])
         stop = length if stop is None else stop
         assert 0 <= start < stop <= length, (start, stop, length)
-        parts = [self._record(split, index, document, part, length) for part in range(start // RECORD_TOKENS, (stop - 1) // RECORD_TOKENS + 1)]
+        records = range(start // RECORD_TOKENS, (stop - 1) // RECORD_TOKENS + 1)
+        parts = [self._record(split, index, document, part, length) for part in records]
         offset = start - start % RECORD_TOKENS
         return (np.concatenate(parts) if len(parts) > 1 else parts[0])[start - offset:stop - offset].astype(np.int32)
 
@@ -227,7 +227,8 @@ class Corpus:
         if not fault and (_HEADER.unpack_from(data)[1:3] != (start, document) or len(data) != _HEADER.size + count * self._dtype.itemsize):
             fault = "it holds another document than the index says"
         if fault:
-            raise ValueError(f"{path}, record {record} is damaged ({fault}): check with jaxlm prepare --verify --out={self.folder}, then prepare again")
+            raise ValueError(f"{path}, record {record} is damaged ({fault}): check with jaxlm prepare --verify --out={self.folder}, "
+                             "then prepare again")
         return np.frombuffer(data, self._dtype, count, _HEADER.size)
 
     def _load_ids(self, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -248,7 +249,8 @@ def open_corpus(folder: str | Path) -> Corpus:
         if not path.is_file():
             raise ValueError(f"{path} is missing, which {MANIFEST} lists: prepare the corpus again")
         if path.stat().st_size != entry["size"]:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {entry['size']}: it is cut off or damaged; prepare the corpus again")
+            raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {entry['size']}: it is cut off or damaged; "
+                             "prepare the corpus again")
     _checked_bytes(folder, manifest["tokenizer"])
     splits = {}
     for name, split in manifest["splits"].items():
@@ -269,7 +271,8 @@ def verify(folder: str | Path) -> int:
     """
     folder = Path(folder)
     entries = _entries(_read_manifest(folder))
-    bad = [str(folder / e["file"]) for e in entries if not (folder / e["file"]).is_file() or file_entry(folder / e["file"])["sha256"] != e["sha256"]]
+    paths = [(folder / entry["file"], entry["sha256"]) for entry in entries]
+    bad = [str(path) for path, sha256 in paths if not path.is_file() or file_entry(path)["sha256"] != sha256]
     if bad:
         raise ValueError(f"{len(bad)} of {len(entries)} files are missing or damaged: {', '.join(bad)}; prepare the corpus again")
     open_corpus(folder)
@@ -293,7 +296,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _entries(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [manifest["tokenizer"], *(entry for split in manifest["splits"].values() for entry in [split["lengths"], split["ids"], *split["shards"]])]
+    splits = manifest["splits"].values()
+    return [manifest["tokenizer"], *(entry for split in splits for entry in (split["lengths"], split["ids"], *split["shards"]))]
 
 
 def _load_index(folder: Path, entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -304,7 +308,8 @@ def _load_index(folder: Path, entry: Mapping[str, Any]) -> dict[str, np.ndarray]
 def _checked_bytes(folder: Path, entry: Mapping[str, Any]) -> bytes:
     data = (folder / entry["file"]).read_bytes()
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise ValueError(f"{folder / entry['file']} is damaged or belongs to another corpus (its sha256 is not the one in {MANIFEST}): prepare the corpus again")
+        raise ValueError(f"{folder / entry['file']} is damaged or belongs to another corpus (its sha256 is not the one in {MANIFEST}): "
+                         "prepare the corpus again")
     return data
 
 

@@ -23,7 +23,7 @@ from jaxlm.config import TokenizerConfig
 _BYTES_FILE = b'{"kind": "bytes"}\n'
 _SPACE = "\u2581"  # SentencePiece's stand-in for the space; as a character of the text it is spelled in bytes
 _UNKNOWN = " \u2047 "  # how SentencePiece prints what a tokenizer without byte fallback could not encode
-# Trainer input: no line ends (a symbol of their own), nothing that the trainer skips (NUL, U+2585), at most 4,000 bytes (its limit is 4,192).
+# Trainer input: no line ends (a symbol of their own), nothing that it refuses (NUL, U+2585), at most 4,000 bytes (its limit is 4,192).
 _SENTENCE = re.compile("[^\n\0\u2585]{1,1000}(?= )|[^\n\0\u2585]{1,1000}")
 
 
@@ -60,7 +60,8 @@ class Tokenizer:
         try:
             encoded = [text.encode() for text in texts]
         except UnicodeEncodeError as error:
-            raise ValueError(f"the text has no UTF-8 form: character {error.start} ({error.object[error.start]!r}) is half of a surrogate pair") from None
+            raise ValueError(f"the text has no UTF-8 form: character {error.start} ({error.object[error.start]!r}) is half of a surrogate "
+                             "pair") from None
         if self.kind == "bytes":
             return [np.frombuffer(text, np.uint8).astype(np.int32) for text in encoded]
         ids = self._processor.encode(list(texts), num_threads=-1)
@@ -74,7 +75,7 @@ class Tokenizer:
         return self.stream_decoder()(ids, final=True)
 
     def stream_decoder(self) -> Callable[..., str]:
-        """A function `(ids, final=False) -> str` that decodes a sequence part by part and holds back the bytes of an unfinished character."""
+        """A function `(ids, final=False) -> str` that decodes a sequence in parts, holding back the bytes of an unfinished character."""
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         table, strip = self._table, self._adds_space
 
@@ -157,8 +158,8 @@ def train(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=sentences(), model_writer=model, model_type=cfg.kind, vocab_size=cfg.vocab_size,
-            user_defined_symbols=["\n", *cfg.special_tokens], byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
-            remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, unk_id=0, bos_id=1, eos_id=2, pad_id=3,
+            user_defined_symbols=["\n", *cfg.special_tokens], byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=3,
+            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
             num_threads=16,  # the order in which the unigram trainer adds up depends on it, so it is not the number of cores
             minloglevel=2)
     except RuntimeError as error:
@@ -174,10 +175,12 @@ def _trainer_error(message: str, cfg: TokenizerConfig, size: int) -> str:
     largest = re.search(r"set it to a value <= (\d+)", message)
     if largest:
         change = f"set tokenizer.vocab_size={largest[1]}" if int(largest[1]) >= 300 else "set tokenizer.kind=bytes"
-        return f"tokenizer.vocab_size={cfg.vocab_size} is too large for {size} bytes of text, from which {largest[1]} is the most: {change} or give more text"
+        return (f"tokenizer.vocab_size={cfg.vocab_size} is too large for {size} bytes of text, from which {largest[1]} is the most: "
+                f"{change} or give more text")
     least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
     if least:
-        return f"tokenizer.vocab_size={cfg.vocab_size} is too small for the characters of this text: set tokenizer.vocab_size={least[1]} or more"
+        return (f"tokenizer.vocab_size={cfg.vocab_size} is too small for the characters of this text: "
+                f"set tokenizer.vocab_size={least[1]} or more")
     return f"SentencePiece could not train the tokenizer: {' '.join(message.split())}"
 
 
@@ -191,7 +194,9 @@ def from_bytes(model: bytes, name: str = "the tokenizer") -> Tokenizer:
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError:
-        raise ValueError(f"{name} is not a SentencePiece model ({len(model)} bytes)") from None
+        processor = None
+    if not model or processor is None:
+        raise ValueError(f"{name} is not a SentencePiece model ({len(model)} bytes)")
     eos = processor.eos_id()
     if eos < 0:
         raise ValueError(f"{name} has no end-of-text token (eos), which must follow every document")

@@ -142,6 +142,8 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # the error that ends the block is the one to show; and nobody may be left to call together
             self._collect()
         self._worker.shutdown()
+        with contextlib.suppress(Exception):
+            self._manager.close()
 
     def save(self, step: int, state: State, files: Mapping[str, bytes], loss: float | None = None) -> None:
         """Starts to save; returns when the arrays are copied from the devices. Waits for the save before.
@@ -160,10 +162,10 @@ class Checkpoints:
             for name, leaf in leaves.items():
                 assert isinstance(leaf, jax.Array) and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key), f"{part}/{name}: {leaf}"
         self.wait()
-        if _first(lambda: self._clear(step)):
-            return
         arrays = {f"{part}/{name}": _spec(leaf) for part, leaves in parts.items() for name, leaf in leaves.items()}
         try:
+            if _first(lambda: self._clear(step)):
+                return
             self._manager.reload()  # it remembers steps that were deleted behind its back
             self._manager.save(step, force=True, args=ocp.args.Composite(
                 **{part: ocp.args.StandardSave(trees.unflatten(leaves)) for part, leaves in parts.items()}))
@@ -217,17 +219,19 @@ class Checkpoints:
 
     def _acknowledge(self, step: int, arrays: dict[str, str], files: dict[str, bytes], loss: float | None) -> None:
         """Runs in the background thread."""
+        folder = _step(self.workdir, step)
         try:
             self._manager.wait_until_finished()
             if jax.process_index() > 0:
                 return
-            folder = _step(self.workdir, step)
             (folder / "files").mkdir(exist_ok=True)
             for name, content in files.items():
                 (folder / "files" / name).write_bytes(content)
             loss = float(loss) if loss is not None and math.isfinite(loss) else None
             _seal(folder, {"jaxlm": __version__, "step": step, "loss": loss, "arrays": arrays})
         except Exception as error:
+            with contextlib.suppress(OSError):
+                (folder / MANIFEST).unlink()  # its own sync may be what failed
             raise self._failure(step, error) from error
         self._newest = step
         try:
@@ -539,7 +543,7 @@ def _discard(folder: epath.Path) -> None:
     """Deletes a step; its manifest first, so that half a deleted one is never believed."""
     (folder / MANIFEST).unlink(missing_ok=True)
     _sync(folder)
-    folder.rmtree()
+    _remove(folder)
 
 
 def _sweep(workdir) -> None:
@@ -547,14 +551,20 @@ def _sweep(workdir) -> None:
     saved = set(map(str, steps(workdir)))
     for path in (_path(workdir) / "checkpoints").iterdir():
         if path.name not in saved and (path.name.isdigit() or ".orbax-checkpoint-tmp" in path.name):
-            for patience in reversed(range(50)):
-                try:
-                    path.rmtree()
-                    break
-                except OSError as error:  # when one writer of a save has failed, others still put files there for a moment
-                    if error.errno not in (errno.ENOTEMPTY, errno.ENOENT) or not patience:
-                        raise
-                    time.sleep(0.1)
+            _remove(path)
+
+
+def _remove(folder: epath.Path) -> None:
+    """Deletes a folder into which files may still fall: when one writer of a save fails, the others go on for a moment."""
+    for patience in reversed(range(50)):
+        try:
+            return folder.rmtree()
+        except OSError as error:
+            if not folder.exists():
+                return
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT) or not patience:
+                raise
+            time.sleep(0.1)
 
 
 def _owner(content: bytes) -> str:

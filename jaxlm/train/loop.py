@@ -13,7 +13,8 @@ from jax.experimental import multihost_utils
 from jaxlm import config as configs
 from jaxlm import generate, sharding, trees
 from jaxlm.config import Config
-from jaxlm.data import loader, prepare, shards, tasks
+from jaxlm.data import loader, pack, prepare, shards
+from jaxlm.data import tokenizer as tokenizers
 from jaxlm.evaluate import compression, likelihood
 from jaxlm.train import checkpoint, report, setup
 from jaxlm.train.state import State
@@ -42,12 +43,12 @@ def run(config: Config, workdir: pathlib.Path) -> int:
         mesh = sharding.make_mesh(config.mesh)
         folder = pathlib.Path(config.data.dir) if config.data.dir else workdir / "data"
         corpus = _corpus(config, folder, note)
-        tokens_per_epoch = loader.tokens_per_epoch(corpus, "train")
-        parts = setup.build(config, mesh, corpus.tokenizer.vocab_size, tokens_per_epoch)
+        epoch = loader.epoch_size(corpus, "train", sequence_length=config.data.sequence_length, batch_size=config.data.batch_size)
+        parts = setup.build(config, mesh, corpus.vocab_size, epoch.rows * config.data.sequence_length)
         keep_every = parts.steps("checkpoint.keep_every", config.checkpoint.keep_every)
         with checkpoint.Checkpoints(lock, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best, keep_every=keep_every,
                                     log=note) as checkpoints, jax.set_mesh(mesh):
-            return _train(parts, corpus, folder, workdir, checkpoints, stop, progress)
+            return _train(parts, corpus, epoch, workdir, checkpoints, stop, progress)
 
 
 def _adopt(config: Config, workdir: pathlib.Path) -> None:
@@ -73,16 +74,16 @@ def _corpus(config: Config, folder: pathlib.Path, note) -> shards.Corpus:
     return shards.open_corpus(folder)
 
 
-def _train(parts: setup.Setup, corpus: shards.Corpus, data_folder: pathlib.Path, workdir: pathlib.Path, checkpoints: checkpoint.Checkpoints,
+def _train(parts: setup.Setup, corpus: shards.Corpus, epoch: pack.EpochSize, workdir: pathlib.Path, checkpoints: checkpoint.Checkpoints,
            stop: StopRequest, progress: report.Progress) -> int:
     config, total, primary = parts.config, parts.total, jax.process_index() == 0
     note = progress.note if primary else lambda line: None
-    manifest = shards.manifest_fingerprint(corpus)
+    tokenizer = tokenizers.load(corpus.tokenizer_path)
     start = checkpoint.newest(workdir, log=note) or 0
     if start:
         saved = json.loads(checkpoint.read_file(workdir, start, "data.json"))
-        if saved["manifest"] != manifest:
-            raise ValueError(f"{data_folder} holds another corpus than the run in {workdir} was trained on until step {start}: bring that one back, "
+        if saved["manifest"] != corpus.fingerprint:
+            raise ValueError(f"{corpus.folder} holds another corpus than the run in {workdir} was trained on until step {start}: bring that one back, "
                              "or choose another --workdir")
         state = checkpoint.restore(workdir, start, parts.target)
     else:
@@ -90,7 +91,7 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, data_folder: pathlib.Path,
     tokens_per_step = config.data.batch_size * config.data.sequence_length
     peak, peak_source = report.peak_flops()
     step_flops = tokens_per_step * report.flops_per_token(config.model, trees.count(state.params), config.data.sequence_length)
-    note(_introduction(parts, corpus, state, start, peak_source))
+    note(_introduction(parts, epoch, state, start, peak_source))
     if start >= total:
         note(f"this run is finished (step {start}); jaxlm eval and jaxlm generate use it; for a longer one choose another --workdir")
         return 0
@@ -101,13 +102,14 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, data_folder: pathlib.Path,
     due = lambda name, step: step == total or (every[name] and step % every[name] == 0)
     evaluator = likelihood.scorer(parts.model, parts.mesh)
     reporter = report.Reporter(workdir, start) if primary else None
-    files = {"config.json": configs.to_json(config).encode(), corpus.tokenizer.filename: corpus.tokenizer.to_bytes()}
+    files = {"config.json": configs.to_json(config).encode(), tokenizer.filename: tokenizer.model}
 
     def save(step: int, state: State, loss: float | None) -> None:
-        position = {"step": step, "dir": str(data_folder.absolute()), "manifest": manifest}
+        position = {"step": step, "dir": str(corpus.folder.absolute()), "manifest": corpus.fingerprint}
         checkpoints.save(step, state, files | {"data.json": json.dumps(position).encode()}, loss)
 
-    step_fn = _compile(parts, state)
+    # Compiled before any data is read: a request to stop that came meanwhile is seen before the first step.
+    step_fn = parts.step.lower(state, parts.batch).compile()
     rows = sharding.local_rows(parts.mesh, config.data.batch_size)
     batches = loader.batches(corpus, "train", sequence_length=config.data.sequence_length, batch_size=config.data.batch_size, seed=config.data.seed,
                              start_step=start, stop_step=total, rows=rows, threads=config.data.threads, prefetch=config.data.prefetch)
@@ -153,7 +155,7 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, data_folder: pathlib.Path,
             with clock.paused():
                 loss = None
                 if due("eval", step) and not stop.now():
-                    loss = _evaluate(parts, corpus, evaluator, state, step, reporter, progress, watchdog, stop)
+                    loss = _evaluate(parts, corpus, tokenizer, evaluator, state, step, reporter, progress, watchdog, stop)
                 if due("save", step):
                     save(step, state, loss)
                     saved_step = step
@@ -166,36 +168,28 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, data_folder: pathlib.Path,
             safe = "nothing is lost, nothing was done yet" if acknowledged is None else f"the checkpoint of step {acknowledged} is safe"
             note(f"stopped at step {step} of {total}; {safe}; the same command goes on from there")
             return stop.exit_code
-        _finish(parts, corpus, evaluator, state, workdir, reporter, progress, watchdog, stop)
+        _finish(parts, corpus, tokenizer, evaluator, state, workdir, reporter, progress, watchdog, stop)
     return 0
 
 
-def _compile(parts: setup.Setup, state: State):
-    """The step, compiled before any data is read, so that a request to stop that came meanwhile is seen before the first step."""
-    shape = (parts.config.data.batch_size, parts.config.data.sequence_length)
-    place = sharding.batch_sharding(parts.mesh)
-    batch = {key: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for key, dtype in tasks.BATCH.items()}
-    return parts.step.lower(state, batch).compile()
-
-
-def _introduction(parts: setup.Setup, corpus: shards.Corpus, state: State, start: int, peak_source: str) -> str:
+def _introduction(parts: setup.Setup, epoch: pack.EpochSize, state: State, start: int, peak_source: str) -> str:
     config = parts.config
     device, tokens = jax.devices()[0], config.data.batch_size * config.data.sequence_length
     axes = " x ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items() if size > 1) or "one device"
-    epochs = parts.total * tokens / loader.tokens_per_epoch(corpus, "train")
+    epochs = parts.total * config.data.batch_size / epoch.rows
     return "\n".join([
         f"model    {report.count(trees.count(state.params))} parameters: {config.model.layers} layers, width {config.model.width}, "
         f"{config.model.heads} heads, vocabulary {config.model.vocab_size}",
         f"devices  {jax.device_count()} x {device.device_kind} ({axes}, {jax.process_count()} process{'es' * (jax.process_count() > 1)}), peak {peak_source}",
-        f"plan     {parts.total} steps of {tokens} tokens = {report.count(parts.total * tokens)} tokens, {epochs:.2f} epochs"
+        f"plan     {parts.total} steps of {tokens} tokens = {report.count(parts.total * tokens)} tokens, {epochs:.2f} epochs (padding {epoch.padding} tokens each)"
         + (f"; resumed after step {start}" if start else "")])
 
 
-def _evaluate(parts: setup.Setup, corpus: shards.Corpus, evaluator, state: State, step: int, reporter, progress: report.Progress,
+def _evaluate(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tokenizer, evaluator, state: State, step: int, reporter, progress: report.Progress,
               watchdog: Watchdog, stop: StopRequest) -> float | None:
     """Validation loss in nats per token; None without a validation split, or when the run was asked to stop meanwhile."""
     config = parts.config
-    if not corpus.documents("validation"):
+    if not len(corpus.splits["validation"].tokens):
         return None
     summary = _score(parts, corpus, evaluator, state, "validation", config.train.eval_documents, watchdog, stop)
     if summary is None or not reporter:
@@ -204,8 +198,8 @@ def _evaluate(parts: setup.Setup, corpus: shards.Corpus, evaluator, state: State
     progress.note(f"step {step}  validation loss {summary['loss']:.4f}  {summary['bits_per_byte']:.4f} bits per byte "
                   f"({summary['documents']} documents)")
     if jax.process_count() == 1:
-        prompt, text = _sample(parts, corpus, state)
-        reporter.text(step, "sample", f"**{prompt}**{text}")
+        prompt, text = _sample(parts, corpus, tokenizer, state)
+        reporter.text(step, "sample", f"[{prompt}]{text}")
     return summary["loss"]
 
 
@@ -232,37 +226,37 @@ class _Stopped(Exception):
     pass
 
 
-def _sample(parts: setup.Setup, corpus: shards.Corpus, state: State) -> tuple[str, str]:
+def _sample(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tokenizer, state: State) -> tuple[str, str]:
     """A prompt and the model's continuation."""
-    config, tokenizer = parts.config, corpus.tokenizer
+    config = parts.config
     if config.train.sample_prompt:
         prompt = [tokenizer.bos, *tokenizer.encode(config.train.sample_prompt)]
     else:
-        split = "validation" if corpus.documents("validation") else "train"
+        split = "validation" if len(corpus.splits["validation"].tokens) else "train"
         prompt = [int(i) for i in corpus.read(split, 0)[:min(16, config.data.sequence_length // 4)] if i != tokenizer.eos]
     length = min(128, config.model.context - len(prompt))
     settings = generate.Settings(temperature=0.8, top_p=0.95, seed=config.train.seed)
     params = state.params if state.ema is None else state.ema
     [ids] = generate.generate(parts.model, params, [prompt], max_tokens=length, context=config.model.context, settings=settings,
-                              stop_ids=(tokenizer.eos,))
+                              stop_ids=(tokenizer.eos,), vocab_size=tokenizer.vocab_size)
     return tokenizer.decode(prompt), tokenizer.decode(ids)
 
 
-def _finish(parts: setup.Setup, corpus: shards.Corpus, evaluator, state: State, workdir: pathlib.Path, reporter, progress: report.Progress,
-            watchdog: Watchdog, stop: StopRequest) -> None:
+def _finish(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tokenizer, evaluator, state: State, workdir: pathlib.Path,
+            reporter, progress: report.Progress, watchdog: Watchdog, stop: StopRequest) -> None:
     """The last word of a complete run: the whole test split, beside what compressors reach, a sample, and what to try next."""
     config = parts.config
-    split = next((s for s in ("test", "validation") if corpus.documents(s)), None)
+    split = next((s for s in ("test", "validation") if len(corpus.splits[s].tokens)), None)
     summary = _score(parts, corpus, evaluator, state, split, 0, watchdog, stop) if split else None
     if reporter is None:
         return
     if summary:
         reporter.scalars(parts.total, {f"{split}/{name}": value for name, value in summary.items()})
         progress.note(f"\n{split} split, {summary['documents']} documents the model never saw:\n" + likelihood.table(summary))
-        progress.note(compression.table(corpus, split, summary["bits_per_byte"]))
+        progress.note(compression.table(corpus, tokenizer, split, summary["bits_per_byte"]))
     if jax.process_count() == 1:
-        prompt, text = _sample(parts, corpus, state)
-        reporter.text(parts.total, "sample", f"**{prompt}**{text}")
+        prompt, text = _sample(parts, corpus, tokenizer, state)
+        reporter.text(parts.total, "sample", f"[{prompt}]{text}")
         progress.note(f"\nA sample, after the prompt in brackets:\n[{prompt}]{text}\n")
     (workdir / "FINISHED").write_text(json.dumps({"step": parts.total}) + "\n", encoding="utf-8")
     progress.note("\n".join([

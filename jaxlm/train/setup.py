@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import optim, sharding, trees
@@ -24,6 +25,7 @@ class Setup(NamedTuple):
     total: int  # steps of the run
     rate: Callable[[int], jax.Array]  # learning rate of a step
     target: State  # of jax.ShapeDtypeStruct with shardings: what `init` makes and a checkpoint restores
+    batch: dict[str, jax.ShapeDtypeStruct]  # what `step` is given
     init: Callable[[], State]
     step: Callable[[State, dict[str, jax.Array]], tuple[State, dict[str, Any]]]  # jitted, donates the state
     steps: Callable[[str, str], int]  # (config key, duration) -> steps
@@ -69,8 +71,10 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
     whole = NamedSharding(mesh, PartitionSpec())
     state_places = State(whole, places, sharding.like_params(mesh, state_shapes.opt, places, shapes), places if config.optim.ema else None, whole)
     target = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), state_shapes, state_places)
+    tokens = jax.ShapeDtypeStruct((rows, config.data.sequence_length), jnp.int32, sharding=sharding.batch_sharding(mesh))
+    batch = {key: tokens for key in ("tokens", "targets", "positions", "segments")} | {"weights": tokens.update(dtype=jnp.float32)}
     objective = functools.partial(OBJECTIVES[config.objective.name], config.objective, model)
     step = functools.partial(train_step, objective=objective, tx=tx, trainable=trainable, microbatches=parts, ema=config.optim.ema)
-    return Setup(config, mesh, model, total, rate, target,
+    return Setup(config, mesh, model, total, rate, target, batch,
                  lambda: jax.jit(init, out_shardings=state_places)(jax.random.key(config.train.seed)),
                  jax.jit(step, donate_argnums=0, out_shardings=(state_places, whole)), steps)

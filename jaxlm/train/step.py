@@ -61,13 +61,13 @@ def train_step(state: State, batch: Mapping[str, jax.Array], *, objective: Calla
 
     weight = jnp.maximum(sums["loss"][1], 1)  # a batch of padding alone has no gradient rather than NaN
     grads = jax.tree.map(lambda g: g / weight, grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums["loss"][0]) & jnp.isfinite(norm)
     updates, opt = tx.update(grads, state.opt, train)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o) if jnp.issubdtype(n.dtype, jnp.floating) else n, new, old)
     params = trees.merge(keep(optax.apply_updates(train, updates), train), frozen)
     average = None if state.ema is None else jax.tree.map(lambda a, p: a * ema + p * (1 - ema), state.ema, params)
-    metrics = {"sums": sums, "grad_norm": norm, "param_norm": optax.global_norm(params), "skipped": 1.0 - finite.astype(jnp.float32)}
+    metrics = {"sums": sums, "grad_norm": norm, "param_norm": optax.tree.norm(params), "skipped": 1.0 - finite.astype(jnp.float32)}
     return State(state.step + 1, params, keep(opt, state.opt), average, state.key), metrics
 
 

@@ -6,14 +6,15 @@ import pytest
 from jaxlm.config import DataConfig, TokenizerConfig
 from jaxlm.data import prepare
 
-WORDS = "the of and to in a is that for it as was with be by on not he his but at are this have from or had an they which one you were".split()
+WORDS = "the of and to in a is that for it as was with be by on not he his but at are this have from or had an they which one".split()
+MARKS = ("", "", "", ",", ".\n\n", " é", "\t", " 語", " 😀")
 
 
 def make_texts(count: int, seed: int = 0) -> list[str]:
     """Texts of 1 to a few thousand characters, with line ends, spaces and characters of 1 to 4 bytes."""
     rng = random.Random(seed)
     lengths = [rng.choice((1, 2, 10, 40, 400)) for _ in range(count)]
-    return [" ".join(rng.choice(WORDS) + rng.choice(("", "", "", ",", ".\n\n", " é", "\t", " 語", " 😀")) for _ in range(n)) + f" {i}" for i, n in enumerate(lengths)]
+    return [" ".join(rng.choice(WORDS) + rng.choice(MARKS) for _ in range(length)) + f" {i}" for i, length in enumerate(lengths)]
 
 
 def write_jsonl(path, texts):

@@ -165,12 +165,13 @@ def test_python_docs():
     assert len({document.text for document in found}) == len({document.id for document in found}) == len(found)
     assert [document.id for document in found] == sorted(document.id for document in found)
     by_id = {document.id: document.text for document in found}
-    assert by_id["python_docs:json/decoder.py"].startswith("json.decoder\n\nImplementation of JSONDecoder\n\nJSONDecodeError\n\nSubclass of ValueError")
+    assert by_id["python_docs:json/decoder.py"].startswith(
+        "json.decoder\n\nImplementation of JSONDecoder\n\nJSONDecodeError\n\nSubclass of ValueError")
     assert not any("/test/" in name or "/tests/" in name or "site-packages" in name for name in by_id)
 
 
 def test_python_docs_without_topics_and_with_files_that_do_not_parse(tmp_path, monkeypatch):
-    (tmp_path / "good.py").write_text('"""First."""\ndef f():\n    """Second."""\n    def g():\n        """Third \\udc80."""\nclass C:\n    """Fourth."""\n')
+    (tmp_path / "good.py").write_text('"""First."""\ndef f():\n  """Second."""\n  def g():\n    """Third \\udc80."""\nclass C:\n  """Fourth."""\n')
     (tmp_path / "copy.py").write_text('"""Same."""')
     (tmp_path / "bad.py").write_text("def (")
     (tmp_path / "binary.py").write_bytes(b"\0\xff")

@@ -18,12 +18,13 @@ from jaxlm.train.state import State
 def make_state(step: int, mesh=None) -> State:
     """A state whose every bit follows from `step`, split over the first axis of `mesh` (else on one device)."""
     random_bits = np.random.default_rng(step)
-    place = lambda x, *axes: jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec(*axes)), lambda i: x[i]) if mesh else jnp.array(x)
     whole = lambda *shape: random_bits.standard_normal(shape, np.float32)
+    place = lambda x, *axes: jnp.array(x)
+    if mesh:
+        place = lambda x, *axes: jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec(*axes)), lambda index: x[index])
     axis = mesh.axis_names[0] if mesh else None
     params = {"embed": {"tokens": place(whole(64, 16), axis)}, "layers": {"q": place(whole(2, 16, 8), None, axis)}}
-    moments = (jax.tree.map(lambda x: place(np.zeros(x.shape, jnp.bfloat16) + jnp.bfloat16(step), *x.sharding.spec) if mesh
-                            else x.astype(jnp.bfloat16), params), None, ())
+    moments = {name: place(np.full((64, 16), step, jnp.bfloat16), axis) for name in ("mu", "nu")}, None, ()
     return State(place(np.int32(step)), params, moments, None, place(np.array([0, step], np.uint32)))
 
 
@@ -46,8 +47,8 @@ def hold(workdir: str) -> None:
         time.sleep(60)
 
 
-def save_for_ever(workdir: str, acknowledged: str) -> None:
-    """One life of a run: takes the lock, checks that nothing acknowledged is lost, then saves until it is killed."""
+def save_for_ever(workdir: str, acknowledged: str, ready: int) -> None:
+    """One life of a run: takes the lock, checks that nothing acknowledged is lost, says so, then saves until it is killed."""
     with checkpoint.Lock(workdir) as lock:
         found = checkpoint.newest(workdir)
         with open(acknowledged, "a+") as file:
@@ -58,6 +59,7 @@ def save_for_ever(workdir: str, acknowledged: str) -> None:
             if found is not None:
                 wanted = make_state(found)
                 assert same(checkpoint.restore(workdir, found, target(wanted)), wanted), found
+            os.write(ready, b"!")
             with checkpoint.Checkpoints(lock, keep_last=2, keep_best=0, keep_every=0) as checkpoints:
                 for step in range((found or 0) + 1, 10**6):
                     checkpoints.save(step, make_state(step), {"data.json": b"%d" % step})
@@ -68,17 +70,22 @@ def save_for_ever(workdir: str, acknowledged: str) -> None:
 
 def kill(workdir: str, acknowledged: str, times: str, seed: str) -> None:
     """Lives of `save_for_ever`, each ended by SIGKILL at a random moment. Forked before jax starts its devices: that saves the imports."""
-    moments = random.Random(int(seed))
+    dice = random.Random(int(seed))
     for i in range(int(times)):
+        read, write = os.pipe()
         child = os.fork()
         if not child:
             random.seed(f"{seed}/{i}")
-            save_for_ever(workdir, acknowledged)
-        time.sleep(moments.uniform(0.2, 1.2))
+            save_for_ever(workdir, acknowledged, write)
+        os.close(write)
+        if i % 4 != 3:  # every fourth dies while it starts
+            os.read(read, 1)
+        time.sleep(dice.uniform(0, 0.7))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if status != signal.SIGKILL:
             sys.exit(f"life {i} ended by itself: {status}")
+        os.close(read)
 
 
 def together(workdir: str, port: str, index: str) -> None:
@@ -86,7 +93,7 @@ def together(workdir: str, port: str, index: str) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
-    with checkpoint.Lock(workdir) as lock:
+    with jax.set_mesh(mesh), checkpoint.Lock(workdir) as lock:
         try:
             with checkpoint.Lock(workdir):
                 raise AssertionError("locked twice")

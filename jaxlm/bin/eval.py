@@ -1,0 +1,103 @@
+"""jaxlm eval: how well a saved model predicts text that it was not trained on.
+
+  jaxlm eval --workdir=runs/quickstart                        the newest checkpoint, the whole validation split
+  jaxlm eval --workdir=runs/quickstart --split=test --step=400
+  jaxlm eval --workdir=runs/quickstart --data=data/other      another corpus, prepared with the same tokenizer
+  jaxlm eval --workdir=runs/quickstart --watch                beside a training run: each checkpoint as it is saved, until the run ends
+
+Everything comes from the checkpoint: model, tokenizer, where the corpus lies, the moving average of the parameters if the run keeps one.
+Each document counts exactly once; one longer than data.sequence_length is read in overlapping windows (eval.overlap).
+
+It prints loss (nats per token), perplexity, bits per byte and token accuracy with 95 % intervals (bootstrap over documents), appends the
+same in full precision to WORKDIR/eval.jsonl, and to TensorBoard (tensorboard --logdir=WORKDIR). Bits per byte compares models with
+different tokenizers; perplexity does not.
+
+--watch repeats nothing that is in eval.jsonl for the same split, --limit_documents and --data, so it may be stopped and started at will.
+Several processes work together as in jaxlm train (--coordinator, --processes, --process).
+"""
+
+from absl import flags
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True, flag_values=values)
+    flags.DEFINE_integer("step", None, "Checkpoint to evaluate; without it, the newest whole one.", flag_values=values)
+    flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "Part of the corpus.", flag_values=values)
+    flags.DEFINE_string("data", "", "Folder of another prepared corpus.", flag_values=values)
+    flags.DEFINE_integer("limit_documents", 0, "Evaluate so many documents only, spread over the split; 0: all.", flag_values=values)
+    flags.DEFINE_integer("batch_size", 0, "Rows of a batch, which changes the speed only; 0: the run's.", flag_values=values)
+    flags.DEFINE_bool("watch", False, "Follow a run: evaluate each new checkpoint until the run has ended.", flag_values=values)
+    flags.DEFINE_float("interval", 10.0, "Seconds between two looks for a new checkpoint, with --watch.", flag_values=values)
+    flags.DEFINE_string("coordinator", "", "host:port of process 0, for several processes outside TPU pods and Slurm.", flag_values=values)
+    flags.DEFINE_integer("processes", 0, "Number of processes, with --coordinator.", flag_values=values)
+    flags.DEFINE_integer("process", -1, "Index of this process, with --coordinator.", flag_values=values)
+
+
+def main(values: flags.FlagValues) -> int:
+    import functools
+    import pathlib
+
+    for name in ("limit_documents", "batch_size"):
+        if values[name].value < 0:
+            raise ValueError(f"--{name}={values[name].value} must be 0 or more")
+    if values.interval <= 0:
+        raise ValueError(f"--interval={values.interval} must be positive")
+    if values.watch and values.step is not None:
+        raise ValueError("--watch evaluates every checkpoint: leave out --step, or --watch")
+
+    import jax
+
+    from jaxlm import sharding
+    from jaxlm.evaluate import follow
+    from jaxlm.train import checkpoint, saved
+
+    sharding.start_processes(values.coordinator, values.processes, values.process)
+    log = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda line: None
+    workdir = pathlib.Path(values.workdir)
+    score = functools.partial(_evaluate, values, log)
+    if not values.watch:
+        score(saved.open_run(workdir, values.step, log=log))
+        return 0
+    same = {"split": values.split, "limit_documents": values.limit_documents, "data": values.data}
+    done = {row["step"] for row in follow.read(workdir / "eval.jsonl") if "step" in row and all(row.get(key) == value for key, value in same.items())}
+    damaged = follow.follow(functools.partial(_look, workdir), functools.partial(saved.open_run, workdir), score, done=done,
+                            exists=lambda step: step in checkpoint.steps(workdir), interval=values.interval, log=log)
+    log(f"the run has ended and every checkpoint is evaluated: {workdir / 'eval.jsonl'}")
+    return 1 if damaged else 0
+
+
+def _look(workdir, done: set[int]) -> tuple[int | None, bool]:
+    """The oldest step that is not done, and whether the run had ended before; the same in every process."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    from jaxlm.train import checkpoint
+
+    ended = (workdir / "FINISHED").exists()  # asked first: what an ended run saved last is then seen
+    found = np.array([min((step for step in checkpoint.steps(workdir) if step not in done), default=-1), ended], np.int32)
+    step, ended = map(int, multihost_utils.broadcast_one_to_all(found) if jax.process_count() > 1 else found)
+    return None if step < 0 else step, bool(ended)
+
+
+def _evaluate(values: flags.FlagValues, log, run) -> None:
+    """Scores one checkpoint, prints the table, appends to eval.jsonl and TensorBoard."""
+    import jax
+
+    from jaxlm.evaluate import follow, likelihood
+    from jaxlm.train import report, saved
+
+    corpus, config = saved.open_data(run, values.data), run.config
+    progress = report.Progress()
+    show = lambda done, total: progress.show(f"step {run.step}, {values.split}: {min(1, done / max(total, 1)):.0%} of {total:,} tokens")
+    scores = likelihood.score_documents(
+        likelihood.scorer(run.model, run.mesh, config.objective.chunk_rows), run.params, run.mesh, corpus, values.split,
+        sequence_length=config.data.sequence_length, batch_size=values.batch_size or config.eval.batch_size or config.data.batch_size,
+        overlap=config.eval.overlap, limit_documents=values.limit_documents, progress=show if jax.process_index() == 0 else None)
+    if jax.process_index() > 0:
+        return
+    result = likelihood.summary(scores, config.eval.bootstrap)
+    progress.note(f"{run.workdir}, step {run.step}, {values.split} split of {corpus.folder}\n{likelihood.table(result)}")
+    row = {"step": run.step, "split": values.split, "limit_documents": values.limit_documents, "data": values.data, **result}
+    follow.append(run.workdir / "eval.jsonl", row)
+    report.write_scalars(run.workdir / "eval" / values.split, run.step, {f"eval/{name}": value for name, value in result.items()})

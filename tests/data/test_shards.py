@@ -1,0 +1,156 @@
+import json
+import random
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from jaxlm.config import TokenizerConfig
+from jaxlm.data import prepare, shards
+
+
+@pytest.fixture
+def copy(corpus, tmp_path):
+    return shutil.copytree(corpus.folder, tmp_path / "copy")
+
+
+def read_all(corpus):
+    return {(split, i): corpus.read(split, i).tolist() for split, index in corpus.splits.items() for i in range(len(index.tokens))}
+
+
+@pytest.fixture(scope="module")
+def tokens(corpus):
+    return read_all(corpus)
+
+
+def flip(path, position, bit):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_one_flipped_bit_is_never_other_tokens(corpus, tmp_path, tokens):
+    rng, noticed_when_read = random.Random(0), 0
+    for n in range(60):
+        folder = shutil.copytree(corpus.folder, tmp_path / str(n))
+        shard = sorted(folder.glob("*.array_record"))[n % 4]
+        size = shard.stat().st_size
+        # the file's header, the records, the footer, anywhere
+        position = (rng.randrange(128), rng.randrange(size // 4), size - 1 - rng.randrange(200), rng.randrange(size))[n // 4 % 4]
+        flip(shard, position, rng.randrange(8))
+        try:
+            assert read_all(shards.open_corpus(folder)) == tokens, f"silent: byte {position} of {shard.name}"
+        except ValueError as error:
+            noticed_when_read += 1
+            assert re.search(rf"{shard.name}, record \d+ is damaged", str(error)) and "\n" not in str(error)
+        with pytest.raises(ValueError, match=f"1 of .* files are missing or damaged: .*{shard.name}"):
+            shards.verify(folder)
+        shutil.rmtree(folder)
+    assert noticed_when_read >= 10  # the rest lies in padding and in copies of the index that are not used
+
+
+def test_a_flipped_bit_elsewhere_is_noticed_on_opening(corpus, tmp_path, tokens):
+    rng = random.Random(1)
+    names = [path.name for path in corpus.folder.iterdir() if not path.name.endswith(".array_record")]
+    for name in names * 3:
+        folder = shutil.copytree(corpus.folder, tmp_path / "flipped")
+        flip(folder / name, rng.randrange((folder / name).stat().st_size), rng.randrange(8))
+        with pytest.raises(ValueError, match=name):
+            opened = shards.open_corpus(folder)
+            for split in opened.splits:  # where the documents came from is read when it is asked for
+                opened.document_id(split, 0)
+        with pytest.raises(ValueError, match=name):
+            shards.verify(folder)
+        shutil.rmtree(folder)
+    indexes = {f"{kind}-{split}.npz" for kind in ("ids", "lengths") for split in prepare.SPLITS}
+    assert set(names) == {"manifest.json", "tokenizer.json"} | indexes
+
+
+def test_a_cut_or_missing_shard_is_named(copy):
+    shard = copy / "train-00001.array_record"
+    data = shard.read_bytes()
+    for cut in (1, 1000, len(data)):
+        shard.write_bytes(data[:-cut])
+        with pytest.raises(ValueError, match=f"{shard} has {len(data) - cut} bytes instead of {len(data)}: it is cut off or damaged"):
+            shards.open_corpus(copy)
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"{shard} is missing"):
+        shards.open_corpus(copy)
+    with pytest.raises(ValueError, match="train-00001.array_record"):
+        shards.verify(copy)
+
+
+def test_a_shard_cut_off_while_it_is_in_use(copy):
+    corpus = shards.open_corpus(copy)
+    (copy / "train-00000.array_record").write_bytes(b"")
+    with pytest.raises(ValueError, match="train-00000.array_record, record 0 is damaged"):
+        corpus.read("train", 0)
+
+
+def test_exchanged_shards_are_noticed(copy):
+    names = [f"train-{n:05d}.array_record" for n in range(8)]
+    sizes = {}
+    for name in names:
+        sizes.setdefault((copy / name).stat().st_size, []).append(name)
+    a, b = next(same for same in sizes.values() if len(same) > 1)[:2]
+    first, second = (copy / a).read_bytes(), (copy / b).read_bytes()
+    (copy / a).write_bytes(second)
+    (copy / b).write_bytes(first)
+    with pytest.raises(ValueError, match=r"is damaged \("):
+        read_all(shards.open_corpus(copy))
+
+
+def test_the_tokenizer_of_another_corpus_is_refused(copy, tmp_path, data_config):
+    for vocab in (300, 301):
+        prepare.prepare(data_config, TokenizerConfig(kind="bpe", vocab_size=vocab), tmp_path / str(vocab), log=lambda line: None)
+    shutil.copy(tmp_path / "300" / "tokenizer.model", tmp_path / "301" / "tokenizer.model")
+    with pytest.raises(ValueError, match="301/tokenizer.model"):
+        shards.open_corpus(tmp_path / "301")
+    for name in ("lengths-train.npz", "train-00000.array_record", "manifest.json"):
+        mixed = shutil.copytree(tmp_path / "300", tmp_path / f"mixed {name}")
+        shutil.copy(copy / name, mixed / name)
+        with pytest.raises(ValueError, match=str(mixed)):
+            read_all(shards.open_corpus(mixed))
+
+
+def test_no_manifest_an_old_one_or_no_json(copy, tmp_path):
+    with pytest.raises(ValueError, match="holds no prepared corpus .* jaxlm prepare --config=... --out="):
+        shards.open_corpus(tmp_path)
+    manifest = copy / "manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(content | {"format": 0}))
+    with pytest.raises(ValueError, match="manifest.json has format 0, this jaxlm reads format 1"):
+        shards.open_corpus(copy)
+    for broken in ("", "[]", "{}", json.dumps(content)[:-20], json.dumps(content | {"jaxlm": "9.9"})):
+        manifest.write_text(broken)
+        with pytest.raises(ValueError, match="manifest.json is damaged"):
+            shards.open_corpus(copy)
+
+
+def test_the_fingerprint_is_that_of_the_tokens(corpus, copy, data_config, tmp_path):
+    assert shards.open_corpus(copy).fingerprint == corpus.fingerprint
+    other = prepare.prepare(data_config, TokenizerConfig(kind="bpe", vocab_size=300), tmp_path / "bpe", log=lambda line: None)
+    assert other.fingerprint != corpus.fingerprint
+
+
+def test_many_threads_read_the_same(corpus, tokens):
+    keys = list(tokens) * 5
+    random.Random(0).shuffle(keys)
+    fresh = shards.open_corpus(corpus.folder)
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(lambda key: fresh.read(*key).tolist() == tokens[key], keys))
+
+
+def test_more_shards_than_open_files(corpus, tokens, monkeypatch):
+    monkeypatch.setattr(shards, "_OPEN_SHARDS", 2)
+    few = shards.open_corpus(corpus.folder)
+    assert read_all(few) == tokens and few._shard.cache_info().currsize == 2
+
+
+def test_ids_out_of_the_vocabulary_are_our_bug(tmp_path):
+    import numpy as np
+    writer = shards.ShardWriter(tmp_path, "train", 300, 1000)
+    for bad in ([300], [-1], []):
+        with pytest.raises(AssertionError):
+            writer.add("x", np.array(bad, np.int64), 1)
