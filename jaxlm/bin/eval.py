@@ -16,6 +16,8 @@ different tokenizers; perplexity does not.
 Several processes work together as in jaxlm train (--coordinator, --processes, --process).
 """
 
+import functools
+
 from absl import flags
 
 
@@ -34,7 +36,6 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(values: flags.FlagValues) -> int:
-    import functools
     import pathlib
 
     for name in ("limit_documents", "batch_size"):
@@ -80,6 +81,15 @@ def _look(workdir, done: set[int]) -> tuple[int | None, bool]:
     return None if step < 0 else step, bool(ended)
 
 
+@functools.lru_cache(1)
+def _scorer(model, mesh, chunk_rows: int):
+    """Compiled once for all checkpoints of a run."""
+    from jaxlm.evaluate import likelihood
+    from jaxlm.models import decoder
+
+    return likelihood.scorer(decoder.build(model), mesh, chunk_rows)
+
+
 def _evaluate(values: flags.FlagValues, log, run) -> None:
     """Scores one checkpoint, prints the table, appends to eval.jsonl and TensorBoard."""
     import jax
@@ -88,11 +98,12 @@ def _evaluate(values: flags.FlagValues, log, run) -> None:
     from jaxlm.train import report, saved
 
     corpus, config = saved.open_data(run, values.data), run.config
+    scorer = _scorer(config.model, run.mesh, config.objective.chunk_rows)
     progress = report.Progress()
     show = lambda done, total: progress.show(f"step {run.step}, {values.split}: {min(1, done / max(total, 1)):.0%} of {total:,} tokens")
     scores = likelihood.score_documents(
-        likelihood.scorer(run.model, run.mesh, config.objective.chunk_rows), run.params, run.mesh, corpus, values.split,
-        sequence_length=config.data.sequence_length, batch_size=values.batch_size or config.eval.batch_size or config.data.batch_size,
+        scorer, run.params, run.mesh, corpus, values.split, sequence_length=config.data.sequence_length,
+        batch_size=values.batch_size or config.eval.batch_size or config.data.batch_size,
         overlap=config.eval.overlap, limit_documents=values.limit_documents, progress=show if jax.process_index() == 0 else None)
     if jax.process_index() > 0:
         return

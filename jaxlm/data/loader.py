@@ -27,7 +27,7 @@ def epoch_size(corpus: Corpus, split: str, *, sequence_length: int, batch_size: 
     if size.rows < batch_size:
         raise ValueError(
             f"the {split} split in {corpus.folder} is smaller than one batch: its {size.targets} tokens fill {size.rows} rows of "
-            f"data.sequence_length={sequence_length}, data.batch_size={batch_size} needs {batch_size}: lower one of them, or give more text")
+            f"data.sequence_length={sequence_length}, data.batch_size={batch_size} needs more: lower one of them, or give more text")
     return size
 
 
@@ -99,4 +99,5 @@ def evaluation_batches(corpus: Corpus, split: str, *, sequence_length: int, batc
 
 def _read_ahead(element: Callable, start: int, stop: int, threads: int, prefetch: int) -> Iterator:
     """`element(start)` ... `element(stop - 1)` in order. What `element` raises is raised here."""
-    return iter(grain.MapDataset.range(start, stop).map(element).to_iter_dataset(grain.ReadOptions(threads, prefetch)))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    return iter(grain.MapDataset.range(start, stop).map(element).to_iter_dataset(options))

@@ -53,6 +53,7 @@ def follow(look: Callable[[set[int]], tuple[int | None, bool]], open_step: Calla
             log(f"step {step} is passed over: {' '.join(str(error).split())}")
             continue
         evaluate(opened)
+        del opened  # the next one needs its room
 
 
 def append(path: pathlib.Path, row: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ import logging
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,6 +44,15 @@ MANIFEST = "MANIFEST.json"
 
 # Orbax reports its own progress and each error it also raises; the user gets our one line instead.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+
+
+def _show_unraisable(unraisable: Any, show: Callable[[Any], None] = sys.unraisablehook) -> None:
+    """After a failed save TensorStore's other writers report to an event loop that Orbax has closed: a traceback each, about nothing."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        show(unraisable)
+
+
+sys.unraisablehook = _show_unraisable
 
 
 class Locked(ValueError):

@@ -22,7 +22,7 @@ from jaxlm.train.stop import StopRequest, Watchdog
 
 # What may differ when a run goes on in its workdir: how it is computed and reported, not what is computed.
 FREE = ("mesh.", "checkpoint.", "eval.", "train.microbatches", "train.log_every", "train.eval_every", "train.eval_documents", "train.bad_steps",
-        "train.watchdog_seconds", "train.sample_prompt", "data.dir", "data.threads", "data.prefetch", "model.remat", "model.attention",
+        "train.watchdog_seconds", "train.sample_prompt", "data.dir", "data.source", "data.threads", "data.prefetch", "model.remat", "model.attention",
         "objective.chunk_rows")
 
 
@@ -40,6 +40,7 @@ def run(config: Config, workdir: pathlib.Path) -> int:
     note = progress.note if jax.process_index() == 0 else lambda line: None
     with checkpoint.Lock(workdir) as lock:
         _adopt(config, workdir)
+        peak = report.peak_flops()
         mesh = sharding.make_mesh(config.mesh)
         folder = pathlib.Path(config.data.dir) if config.data.dir else workdir / "data"
         corpus = _corpus(config, folder, note)
@@ -48,7 +49,7 @@ def run(config: Config, workdir: pathlib.Path) -> int:
         keep_every = parts.steps("checkpoint.keep_every", config.checkpoint.keep_every)
         with checkpoint.Checkpoints(lock, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best, keep_every=keep_every,
                                     log=note) as checkpoints, jax.set_mesh(mesh):
-            return _train(parts, corpus, epoch, workdir, checkpoints, stop, progress)
+            return _train(parts, corpus, epoch, workdir, checkpoints, stop, progress, peak)
 
 
 def _adopt(config: Config, workdir: pathlib.Path) -> None:
@@ -59,15 +60,14 @@ def _adopt(config: Config, workdir: pathlib.Path) -> None:
         if changed:
             raise ValueError(f"{workdir} holds a run with another config ({'; '.join(changed)}): choose another --workdir, or undo the change")
     if jax.process_index() == 0:
-        (workdir / "FINISHED").unlink(missing_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(configs.to_json(config), encoding="utf-8")
         temporary.replace(path)
 
 
 def _corpus(config: Config, folder: pathlib.Path, note) -> shards.Corpus:
-    """Process 0 prepares what is missing; then all open the same shards."""
-    if jax.process_index() == 0:
+    """Process 0 prepares what is missing; then all open the same shards. A `data.dir` without a `data.source` is taken as it is."""
+    if jax.process_index() == 0 and (config.data.source or not config.data.dir):
         prepare.prepare(config.data, config.tokenizer, folder, log=note)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("corpus")
@@ -75,7 +75,7 @@ def _corpus(config: Config, folder: pathlib.Path, note) -> shards.Corpus:
 
 
 def _train(parts: setup.Setup, corpus: shards.Corpus, epoch: pack.EpochSize, workdir: pathlib.Path, checkpoints: checkpoint.Checkpoints,
-           stop: StopRequest, progress: report.Progress) -> int:
+           stop: StopRequest, progress: report.Progress, peak: tuple[float, str]) -> int:
     config, total, primary = parts.config, parts.total, jax.process_index() == 0
     note = progress.note if primary else lambda line: None
     tokenizer = tokenizers.load(corpus.tokenizer_path)
@@ -89,12 +89,14 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, epoch: pack.EpochSize, wor
     else:
         state = parts.init()
     tokens_per_step = config.data.batch_size * config.data.sequence_length
-    peak, peak_source = report.peak_flops()
     step_flops = tokens_per_step * report.flops_per_token(config.model, trees.count(state.params), config.data.sequence_length)
-    note(_introduction(parts, epoch, state, start, peak_source))
-    if start >= total:
+    note(_introduction(parts, epoch, state, start, peak[1]))
+    finished = workdir / "FINISHED"
+    if start >= total and finished.exists():
         note(f"this run is finished (step {start}); jaxlm eval and jaxlm generate use it; for a longer one choose another --workdir")
         return 0
+    if primary:
+        finished.unlink(missing_ok=True)
 
     every = {name: parts.steps(key, duration) for name, key, duration in (
         ("log", "train.log_every", config.train.log_every), ("eval", "train.eval_every", config.train.eval_every),
@@ -102,6 +104,8 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, epoch: pack.EpochSize, wor
     due = lambda name, step: step == total or (every[name] and step % every[name] == 0)
     evaluator = likelihood.scorer(parts.model, parts.mesh)
     reporter = report.Reporter(workdir, start) if primary else None
+    if reporter:
+        reporter.text(start, "config", "    " + configs.to_json(config).replace("\n", "\n    "))  # Markdown shows it as code
     files = {"config.json": configs.to_json(config).encode(), tokenizer.filename: tokenizer.model}
 
     def save(step: int, state: State, loss: float | None) -> None:
@@ -132,9 +136,9 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, epoch: pack.EpochSize, wor
                 **{f"train/{name}": float(total) / max(float(weight), 1.0) for name, (total, weight) in values["sums"].items()},
                 "train/lr": float(parts.rate(at - 1)), "train/grad_norm": float(values["grad_norm"]), "train/param_norm": float(values["param_norm"]),
                 "train/skipped": health.skipped, "train/tokens": at * tokens_per_step, "perf/tokens_per_second": speed,
-                "perf/mfu": step_flops / clock.step_seconds / peak, "perf/step_seconds": clock.step_seconds, "perf/data_wait": clock.wait_share(),
+                "perf/mfu": step_flops / clock.step_seconds / peak[0], "perf/step_seconds": clock.step_seconds, "perf/data_wait": clock.wait_share(),
                 **report.memory_gib()})
-        progress.show(f"step {at}/{total}  loss {loss:.3f}  {report.count(speed)} tokens/s  MFU {step_flops / clock.step_seconds / peak:.0%}  "
+        progress.show(f"step {at}/{total}  loss {loss:.3f}  {report.count(speed)} tokens/s  MFU {step_flops / clock.step_seconds / peak[0]:.0%}  "
                       f"left {report.duration((total - at) * clock.step_seconds)}", final=at == total)
 
     stop.arm()

@@ -17,9 +17,14 @@ def make_texts(count: int, seed: int = 0) -> list[str]:
     return [" ".join(rng.choice(WORDS) + rng.choice(MARKS) for _ in range(length)) + f" {i}" for i, length in enumerate(lengths)]
 
 
-def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path)
+@pytest.fixture(scope="session")
+def write_jsonl():
+    """A function that writes texts, one a line, and returns the path as text."""
+    def write(path, texts):
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return str(path)
+
+    return write
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +33,7 @@ def texts():
 
 
 @pytest.fixture(scope="session")
-def source(tmp_path_factory, texts):
+def source(tmp_path_factory, texts, write_jsonl):
     return write_jsonl(tmp_path_factory.mktemp("source") / "texts.jsonl", texts)
 
 

@@ -171,7 +171,8 @@ def test_python_docs():
 
 
 def test_python_docs_without_topics_and_with_files_that_do_not_parse(tmp_path, monkeypatch):
-    (tmp_path / "good.py").write_text('"""First."""\ndef f():\n  """Second."""\n  def g():\n    """Third \\udc80."""\nclass C:\n  """Fourth."""\n')
+    (tmp_path / "good.py").write_text(
+        '"""First."""\ndef f():\n  """Second."""\n  def g():\n    """Third \\udc80."""\nclass C:\n  """Fourth."""\n')
     (tmp_path / "copy.py").write_text('"""Same."""')
     (tmp_path / "bad.py").write_text("def (")
     (tmp_path / "binary.py").write_bytes(b"\0\xff")

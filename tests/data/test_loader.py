@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import write_jsonl
 
 from jaxlm.config import DataConfig, TokenizerConfig
 from jaxlm.data import loader, prepare, shards
@@ -43,7 +42,7 @@ def test_any_number_of_hosts_reads_the_same_batches(corpus, whole, hosts):
     assert digest(joined) == digest([batch for _, batch in whole])
 
 
-def test_the_stream_stays_what_it_is(tmp_path):
+def test_the_stream_stays_what_it_is(tmp_path, write_jsonl):
     source = write_jsonl(tmp_path / "a.jsonl", [f"document {i} " * (i % 40 + 1) for i in range(200)])
     corpus = prepare.prepare(DataConfig(source=(source,)), TokenizerConfig(kind="bytes"), tmp_path / "data", log=lambda line: None)
     # If this changes, every run that is resumed sees other batches than it would have: change it never, or with the format of the manifest.
@@ -79,7 +78,7 @@ def test_epochs_follow_each_other_without_loss(corpus, whole):
 def test_a_split_smaller_than_a_batch_is_refused(corpus):
     rows = loader.epoch_size(corpus, "train", **SIZES).rows
     with pytest.raises(ValueError, match=rf"the train split in .* is smaller than one batch: its \d+ tokens fill {rows} rows of "
-                       rf"data.sequence_length=64, data.batch_size={rows + 1} needs {rows + 1}: lower one"):
+                       rf"data.sequence_length=64, data.batch_size={rows + 1} needs more: lower one"):
         stream(corpus, 0, 1, batch_size=rows + 1)
     assert len(stream(corpus, 0, 2, batch_size=rows)) == 2
 
@@ -94,8 +93,8 @@ def test_damage_reaches_the_caller_in_its_own_words(corpus, tmp_path, threads):
         shard.write_bytes(data)
     with pytest.raises(ValueError) as caught:
         stream(damaged, 0, 1000, threads=threads)
-    assert re.fullmatch(r"\S+train-\d+.array_record, record \d+ is damaged \(.*\): check with jaxlm prepare --verify --out=\S+, then prepare "
-                        "again", str(caught.value))
+    assert re.fullmatch(r"\S+train-\d+.array_record, record \d+ is damaged \(.*\): check with jaxlm prepare --verify --out=\S+, "
+                        "then prepare again", str(caught.value))
     assert "/jaxlm/data/" in caught.traceback[-1].path.as_posix()  # the command line shows one line only for errors that jaxlm raised
 
 

@@ -5,8 +5,9 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from array_record.python import array_record_module
 
-from jaxlm.config import TokenizerConfig
+from jaxlm.config import DataConfig, TokenizerConfig
 from jaxlm.data import prepare, shards
 
 
@@ -88,17 +89,35 @@ def test_a_shard_cut_off_while_it_is_in_use(copy):
         corpus.read("train", 0)
 
 
-def test_exchanged_shards_are_noticed(copy):
-    names = [f"train-{n:05d}.array_record" for n in range(8)]
-    sizes = {}
-    for name in names:
-        sizes.setdefault((copy / name).stat().st_size, []).append(name)
-    a, b = next(same for same in sizes.values() if len(same) > 1)[:2]
-    first, second = (copy / a).read_bytes(), (copy / b).read_bytes()
-    (copy / a).write_bytes(second)
-    (copy / b).write_bytes(first)
-    with pytest.raises(ValueError, match=r"is damaged \("):
-        read_all(shards.open_corpus(copy))
+@pytest.fixture
+def equal(tmp_path, write_jsonl):
+    """Documents of one length, two to a shard, so that only what a record says of itself tells them apart."""
+    source = write_jsonl(tmp_path / "a.jsonl", [f"document {i}" for i in range(10, 20)])
+    data = DataConfig(source=(source,), validation=0, test=0, shard_bytes=48)
+    return prepare.prepare(data, TokenizerConfig(kind="bytes"), tmp_path / "equal", log=lambda line: None)
+
+
+def test_exchanged_shards_are_noticed(equal):
+    a, b = equal.folder / "train-00000.array_record", equal.folder / "train-00001.array_record"
+    assert a.stat().st_size == b.stat().st_size
+    first, second = a.read_bytes(), b.read_bytes()
+    a.write_bytes(second)
+    b.write_bytes(first)
+    with pytest.raises(ValueError, match=r"train-00000.array_record, record 0 is damaged \(it holds another document than"):
+        shards.open_corpus(equal.folder).read("train", 0)
+    with pytest.raises(ValueError, match="2 of .* files are missing or damaged"):
+        shards.verify(equal.folder)
+
+
+def test_a_record_written_again_with_other_tokens_is_noticed(equal):
+    path = str(equal.folder / "train-00000.array_record")
+    records = array_record_module.ArrayRecordReader(path).read_all()
+    writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
+    for record in records:
+        writer.write(record[:-2] + b"\1\0")
+    writer.close()
+    with pytest.raises(ValueError, match=r"train-00000.array_record, record 1 is damaged \(its checksum is wrong\)"):
+        shards.open_corpus(equal.folder).read("train", 1)
 
 
 def test_the_tokenizer_of_another_corpus_is_refused(copy, tmp_path, data_config):

@@ -17,8 +17,10 @@ CONFIGS = {
 WORDS = ["".join(random.Random(i).choices("abcdefghijklmnoprstuvwy", k=2 + i % 7)) for i in range(300)]
 TRAINING = [" ".join(random.Random(i).choices(WORDS, k=40)) + "\n\tindented  twice the mat\n" for i in range(200)]
 HARD = [
-    "", " ", "  leading", "trailing  ", "\t\ttabs", "a\r\nb\rc\n\n\n", " \n ", "\0", "a\0b", "\x85\u2028\u2029\x1c", "\U0010ffff\uffff\x7f\x80",
-    "😀👩‍👩‍👧🏽", "e\u0301 \u00e9 ﬁ Ⅳ ① ½", "مرحبا שלום", "\ufeffbom", "\ufffd", "\u2581", " \u2581\u2581 a\u2581b\u2581 \n\u2581", "\u2585 \u2047 ⁇  ⁇ ",
+    "", " ", "  leading", "trailing  ", "\t\ttabs", "a\r\nb\rc\n\n\n", " \n ", "\0", "a\0b", "\x85\u2028\u2029\x1c",
+    "\U0010ffff\uffff\x7f\x80",
+    "😀👩‍👩‍👧🏽", "e\u0301 \u00e9 ﬁ Ⅳ ① ½", "مرحبا שלום", "\ufeffbom", "\ufffd", "\u2581",
+    " \u2581\u2581 a\u2581b\u2581 \n\u2581", "\u2585 \u2047 ⁇  ⁇ ",
     "<s></s><unk><pad><0x41><0xFF>", "<|user|>hi<|end|>", "<|user|", "x" * 5000, "\u2581" * 300, " " * 300]
 
 
@@ -30,8 +32,7 @@ def tok(request):
 def test_decoding_gives_every_text_back(tok):
     rng = random.Random(0)
     characters = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
-    characters_of = lambda n: "".join(chr(rng.choice(characters) if rng.random() < 0.3 else rng.randrange(128)) for _ in range(n))
-    soup = [characters_of(rng.randrange(60)) for _ in range(300)]
+    soup = ["".join(map(chr, rng.choices(characters, k=rng.randrange(20)) + rng.choices(range(128), k=20))) for _ in range(300)]
     texts = HARD + soup + TRAINING[:4] + ["".join(map(chr, characters[:0x30000]))]
     encoded = tok.encode_batch(texts)
     for text, ids in zip(texts, encoded):
@@ -167,8 +168,8 @@ def test_a_model_from_elsewhere_that_adds_a_space_and_has_no_bos(tmp_path):
     import sentencepiece
     prefix = str(tmp_path / "t5")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TRAINING), model_prefix=prefix, vocab_size=60, bos_id=-1, eos_id=1, pad_id=0, unk_id=2, hard_vocab_limit=False,
-        minloglevel=2)
+        sentence_iterator=iter(TRAINING), model_prefix=prefix, vocab_size=60, hard_vocab_limit=False, minloglevel=2,
+        bos_id=-1, eos_id=1, pad_id=0, unk_id=2)
     tok = tokenizer.load(prefix + ".model")
     assert (tok.bos, tok.eos, tok.pad) == (1, 1, 0)
     assert tok.decode(tok.encode("the mat twice")) == "the mat twice"
