@@ -123,7 +123,7 @@ def _figures(sums: np.ndarray) -> dict[str, Any]:
 def table(summary: dict[str, float]) -> str:
     """A summary as lines to print."""
     lines = [f"  {'':<14} {'estimate':>10}   95 % interval" if "loss_low" in summary else f"  {'':<14} {'estimate':>10}"]
-    for name, unit in (("loss", "nats per token"), ("perplexity", "depends on the tokenizer"), ("bits_per_byte", "does not: compare models with this"),
+    for name, unit in (("loss", "nats per token"), ("perplexity", "depends on the tokenizer"), ("bits_per_byte", "whatever the tokenizer"),
                        ("accuracy", "of the next token")):
         digits = 2 if name == "perplexity" else 4
         between = f"{summary[f'{name}_low']:.{digits}f} to {summary[f'{name}_high']:.{digits}f}" if f"{name}_low" in summary else ""

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -41,7 +42,7 @@ def test_eval_prints_a_table_and_writes_both_logs(run_copy, corpus, capsys):
     [row] = follow.read(run_copy / "eval.jsonl")
     assert row["step"] == 4 and row["split"] == "validation" and row["documents"] == len(corpus.splits["validation"].tokens)
     assert row["bits_per_byte_low"] < row["bits_per_byte"] < row["bits_per_byte_high"] and row["perplexity"] == pytest.approx(math.exp(row["loss"]))
-    assert f"bits per byte {row['bits_per_byte']:>14.4f}" in out and "95 % interval" in out and "step 4" in out
+    assert f"bits per byte  {row['bits_per_byte']:>10.4f}" in out and "95 % interval" in out and "step 4" in out
     board = EventAccumulator(str(run_copy / "eval" / "validation"))
     board.Reload()
     [event] = board.Scalars("eval/bits_per_byte")
@@ -100,6 +101,28 @@ def test_watch_beside_a_run_in_another_process(tmp_path, cfg, corpus, params):
     assert watcher.returncode == 0, out
     assert [row["step"] for row in follow.read(workdir / "eval.jsonl")] == [1, 5, 7], out
     assert "waiting for the next checkpoint" in out and "Traceback" not in out
+
+
+@pytest.mark.slow
+def test_two_processes_watch_together_and_find_what_one_finds(run_copy):
+    (run_copy / "FINISHED").write_text("{}")
+    assert call("eval", f"--workdir={run_copy}", "--step=2") == 0 and call("eval", f"--workdir={run_copy}", "--step=4") == 0
+    alone = follow.read(run_copy / "eval.jsonl")
+    (run_copy / "eval.jsonl").unlink()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [subprocess.Popen([sys.executable, "-m", "jaxlm", "eval", f"--workdir={run_copy}", "--watch", f"--coordinator=127.0.0.1:{port}",
+                                   "--processes=2", f"--process={i}"], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                 for i in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    together = follow.read(run_copy / "eval.jsonl")
+    assert [row["step"] for row in together] == [2, 4]
+    for one, two in zip(alone, together):
+        numbers = [name for name, value in one.items() if not isinstance(value, str)]
+        assert one.keys() == two.keys() and [one[name] for name in numbers] == pytest.approx([two[name] for name in numbers], rel=1e-5)
+    assert "bits per byte" in outputs[0] and "bits per byte" not in outputs[1]
 
 
 # --- generate ---

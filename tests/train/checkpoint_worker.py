@@ -35,7 +35,8 @@ def target(state: State) -> State:
 def same(a, b) -> bool:
     """Bitwise, types and structure included."""
     bits = lambda x: (x.dtype, x.shape, np.asarray(jax.device_get(x)).tobytes())
-    return jax.tree.structure(a) == jax.tree.structure(b) and all(bits(x) == bits(y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b))
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(bits(x) == bits(y) for x, y in pairs)
 
 
 def hold(workdir: str) -> None:

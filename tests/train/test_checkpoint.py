@@ -22,9 +22,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 from jaxlm.train import checkpoint
 from jaxlm.train.checkpoint import Checkpoints, Lock, Locked, kept
 from jaxlm.train.state import State
-
-sys.path.insert(0, os.path.dirname(__file__))
-from checkpoint_worker import make_state, same, target  # noqa: E402
+from tests.train.checkpoint_worker import make_state, same, target
 
 WORKER = pathlib.Path(__file__).with_name("checkpoint_worker.py")
 KEEP_ALL = {"keep_last": 100, "keep_best": 0, "keep_every": 0}
@@ -58,8 +56,9 @@ class Moments(NamedTuple):
 
 def test_round_trip_is_bitwise_for_every_type(tmp_path, capfd):
     odd = np.array([0x7fc00001, 0x80000000, 0xff800000, 1], np.uint32).view(np.float32)  # a NaN with payload, -0, -inf, a subnormal
-    params = {"f32": jnp.array(odd), "bf16": jnp.arange(7, dtype=jnp.bfloat16) / 3, "f16": jnp.ones((2, 3), jnp.float16), "deep": {"er": jnp.zeros(1)},
-              "i32": jnp.array([-2**31, 2**31 - 1], jnp.int32), "i8": jnp.int8(-5), "u8": jnp.arange(3, dtype=jnp.uint8), "bool": jnp.array([True, False])}
+    params = {"f32": jnp.array(odd), "bf16": jnp.arange(7, dtype=jnp.bfloat16) / 3, "f16": jnp.ones((2, 3), jnp.float16),
+              "i32": jnp.array([-2**31, 2**31 - 1], jnp.int32), "i8": jnp.int8(-5), "u8": jnp.arange(3, dtype=jnp.uint8),
+              "bool": jnp.array([True, False]), "deep": {"er": jnp.zeros(1)}}
     opt = (Moments(jnp.int32(3), {"a": [jnp.float32(1.5), (jnp.bfloat16(2),)]}, None, ()), (), None)
     for step, ema in ((1, None), (2, jax.tree.map(lambda x: x[..., None], params))):
         state = State(jnp.int32(step), params, opt, ema, jax.random.key_data(jax.random.key(7)))
@@ -105,10 +104,11 @@ def test_what_does_not_fit_is_named(tmp_path):
     good = target(make_state(1))
     tokens = good.params["embed"]["tokens"]
     place = SingleDeviceSharding(jax.devices()[0])
-    with_tokens = lambda x: good._replace(params={**good.params, "embed": {"tokens": x}})
+    with_tokens = lambda *spec: good._replace(params={**good.params, "embed": {"tokens": jax.ShapeDtypeStruct(*spec, sharding=place)}})
+    was = r"params/embed/tokens is float32\[64,16\] in it and "
     for wanted, message in [
-            (with_tokens(jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=place)), r"params/embed/tokens is float32\[64,16\] in it and float32\[64,32\]"),
-            (with_tokens(jax.ShapeDtypeStruct((64, 16), jnp.bfloat16, sharding=place)), r"params/embed/tokens is float32\[64,16\] in it and bfloat16\[64,16\]"),
+            (with_tokens((64, 32), jnp.float32), was + r"float32\[64,32\] here"),
+            (with_tokens((64, 16), jnp.bfloat16), was + r"bfloat16\[64,16\] here"),
             (good._replace(params={**good.params, "new": tokens}), r"params/new is missing in it and float32\[64,16\] here"),
             (good._replace(params={"embed": good.params["embed"]}), r"params/layers/q is float32\[2,16,8\] in it and missing here"),
             (good._replace(ema=good.params), r"ema/embed/tokens is missing in it .* \(and 1 more\)"),
@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_named(tmp_path):
             checkpoint.restore(tmp_path, 1, wanted)
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="float32.* in it and bfloat16"):
-        checkpoint.restore_params(tmp_path, 1, with_tokens(jax.ShapeDtypeStruct((64, 16), jnp.bfloat16, sharding=place)).params)
+        checkpoint.restore_params(tmp_path, 1, with_tokens((64, 16), jnp.bfloat16).params)
 
 
 def test_parameters_alone_need_nothing_of_the_optimiser(tmp_path):
@@ -209,7 +209,8 @@ def test_a_flipped_bit_anywhere_is_found_and_named(tmp_path):
         content = bytearray(path.read_bytes())
         content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
         found, lines = damage_and_look(tmp_path, path, bytes(content))
-        assert found == 1 and len(lines) == 1 and str(path.relative_to(tmp_path / "checkpoints/2")) in lines[0] and "step 2" in lines[0], path
+        name = str(path.relative_to(tmp_path / "checkpoints/2"))
+        assert found == 1 and len(lines) == 1 and "step 2 " in lines[0] and name in lines[0], name
     assert checkpoint.newest(tmp_path, log=pytest.fail) == 2
 
 
@@ -342,7 +343,8 @@ def test_a_full_disk_costs_one_checkpoint(small_disk, capfd, caplog, monkeypatch
         with pytest.raises(OSError) as error:
             checkpoints.save(2, big(2), {})
             checkpoints.wait()
-        assert str(error.value) == f"checkpoint of step 2 could not be written to {workdir}: No space left on device; the newest whole one is step 1"
+        assert str(error.value) == (f"checkpoint of step 2 could not be written to {workdir}: No space left on device; "
+                                    "the newest whole one is step 1")
         assert checkpoint.newest(workdir) == 1
         assert same(checkpoint.restore(workdir, 1, target(big(1))), big(1))
         (small_disk / "filler").unlink()
@@ -375,9 +377,9 @@ def test_a_read_only_disk_costs_one_checkpoint(small_disk, capfd):
 
 def test_a_workdir_that_cannot_be_written_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file/run cannot be written: Not a directory; choose another workdir") as error, Lock(tmp_path / "file/run"):
+    with pytest.raises(OSError) as error, Lock(tmp_path / "file/run"):
         pass
-    assert "\n" not in str(error.value)
+    assert str(error.value) == f"{tmp_path}/file/run cannot be written: Not a directory; choose another workdir"
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -448,8 +450,8 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path):
         owner = json.loads((tmp_path / "LOCK").read_text())
         with pytest.raises(Locked) as error, Lock(tmp_path):
             pass
-        assert str(error.value) == (f"{tmp_path} is in use: process {pid} on {socket.gethostname()} has been writing it since {owner['since']}; "
-                                    "wait for it to end, stop it, or choose another workdir")
+        assert str(error.value) == (f"{tmp_path} is in use: process {pid} on {socket.gethostname()} has been writing it since "
+                                    f"{owner['since']}; wait for it to end, stop it, or choose another workdir")
         assert json.loads((tmp_path / "LOCK").read_text()) == owner
         holder.kill()
         holder.wait()

@@ -1,0 +1,90 @@
+"""Real processes: killed ones, and several that train one model over loopback. Minutes; .ci/run runs them with -m slow."""
+
+import random
+import signal
+import socket
+import time
+
+import pytest
+
+from jaxlm.train import checkpoint
+from tests.train import runs
+
+pytestmark = pytest.mark.slow
+
+
+def test_killed_at_twenty_random_points_nothing_changes(tmp_path):
+    """SIGKILL in start-up, compile, steps, saves and evaluations; the run goes on, with losses equal to the last bit."""
+    recipe = runs.recipe(tmp_path, steps=400, every=7)
+    command = lambda name: ("train", f"--config={recipe}", f"--workdir={tmp_path / name}", "--config.train.eval_every=50")
+    code, output = runs.finish(*command("whole"))
+    assert code == 0, output
+    draw, kills, during = random.Random(3), 0, set()
+    while kills < 20:
+        process = runs.start(*command("killed"))
+        begun = max(runs.losses(tmp_path / "killed"), default=0)
+        if draw.random() < 0.75:  # while it steps and saves; else wherever start-up is
+            while process.poll() is None and max(runs.losses(tmp_path / "killed"), default=0) <= begun:
+                time.sleep(0.02)
+            time.sleep(draw.random() * 0.5)
+        else:
+            time.sleep(draw.random() * 4)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+        during.add(max(runs.losses(tmp_path / "killed"), default=0))
+        for step in checkpoint.steps(tmp_path / "killed"):
+            checkpoint.verify(tmp_path / "killed", step)
+    assert kills == 20 and len(during) > 8, (kills, during)
+    code, output = runs.finish(*command("killed"))
+    assert code == 0, output
+    assert runs.losses(tmp_path / "killed") == runs.losses(tmp_path / "whole")
+
+
+def start_several(recipe, workdir, count, *arguments):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [runs.start("train", f"--config={recipe}", f"--workdir={workdir}", f"--coordinator=127.0.0.1:{port}", f"--processes={count}",
+                       f"--process={index}", "--config.model.dropout=0.0", *arguments) for index in range(count)]
+
+
+@pytest.mark.parametrize("count, mesh", [(2, ()), (4, ("--config.mesh.data=2", "--config.mesh.fsdp=2")),
+                                         (2, ("--config.mesh.fsdp=1", "--config.mesh.tensor=2"))])
+def test_several_processes_compute_what_one_does(tmp_path, count, mesh):
+    recipe = runs.recipe(tmp_path)
+    code, output = runs.finish("train", f"--config={recipe}", f"--workdir={tmp_path / 'one'}", "--config.model.dropout=0.0")
+    assert code == 0, output
+    several = start_several(recipe, tmp_path / "several", count, *mesh)
+    outputs = [process.communicate(timeout=240)[0] for process in several]
+    assert [process.returncode for process in several] == [0] * count, outputs
+    one, found = runs.losses(tmp_path / "one"), runs.losses(tmp_path / "several")
+    assert found.keys() == one.keys()
+    assert all(abs(found[step] - one[step]) <= 1e-5 * one[step] for step in one), (one, found)
+    rows = [{k: v for k, v in row.items() if k in ("eval/loss", "test/loss")} for folder in ("one", "several")
+            for row in runs.read_metrics(tmp_path / folder) if "eval/loss" in row or "test/loss" in row]
+    half = len(rows) // 2
+    assert half >= 2 and all(abs(a[k] - b[k]) < 1e-5 * a[k] for a, b in zip(rows[:half], rows[half:]) for k in a)
+
+
+def test_preempting_one_process_stops_both_and_one_alone_goes_on(tmp_path):
+    recipe = runs.recipe(tmp_path, steps=3000, every=1000)
+    both = start_several(recipe, tmp_path / "run", 2)
+    end = time.monotonic() + 120
+    while len(runs.losses(tmp_path / "run")) < 4:
+        assert all(p.poll() is None for p in both) and time.monotonic() < end, [p.communicate()[0] for p in both if p.poll() is not None]
+        time.sleep(0.05)
+    both[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    last = checkpoint.steps(tmp_path / "run")[-1]
+    assert last == max(runs.losses(tmp_path / "run"))
+    alone = runs.start("train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--config.model.dropout=0.0")
+    while max(runs.losses(tmp_path / "run")) <= last + 2:
+        assert alone.poll() is None and time.monotonic() < end + 120, alone.communicate()[0]
+        time.sleep(0.05)
+    alone.terminate()
+    output, _ = alone.communicate(timeout=60)
+    assert alone.returncode == 0 and f"resumed after step {last}" in output
