@@ -58,12 +58,12 @@ def run(verb: str, argv: Sequence[str]) -> int:
         print(module.__doc__.strip() + "\n\nFlags:\n" + _flag_help(values))
         return 0
     try:
-        overrides = _take_overrides(argv) if "config" in values else []
+        overrides = take_overrides(argv) if "config" in values else []
         rest = values([f"jaxlm {verb}", *(a for a in argv if not ("config" in values and a.startswith("--config.")))])
         if len(rest) > 1:
             raise ValueError(f"unexpected argument {rest[1]!r}; flags look like --name=value; see jaxlm {verb} --help")
         flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl's global flags
-        _environment(values.v)
+        set_environment(values.v)
         return module.main(values, overrides) if "config" in values else module.main(values) or 0
     except flags.Error as error:
         _fail(f"{str(error).replace(chr(10), ' ')}; see jaxlm {verb} --help")
@@ -71,12 +71,13 @@ def run(verb: str, argv: Sequence[str]) -> int:
         print("\njaxlm: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        if values.v or not (isinstance(error, OSError) or _raised_here(error)):
+        if values["v"].value or not (isinstance(error, OSError) or _raised_here(error)):
             raise
         _fail(" ".join(str(error).split()))
 
 
-def _take_overrides(argv: Sequence[str]) -> list[tuple[str, str]]:
+def take_overrides(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """The `--config.key=value` arguments as `(key, value)`, in order."""
     overrides = []
     for argument in argv:
         if argument.startswith("--config."):
@@ -108,7 +109,7 @@ def _raised_here(error: BaseException) -> bool:
 _YNN = "--xla_cpu_experimental_ynn_fusion_type"
 
 
-def _environment(verbose: bool) -> None:
+def set_environment(verbose: bool) -> None:
     """Settings that must stand before jax is imported; what the user has set wins."""
     chosen = {
         "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "jaxlm" / "xla"),

@@ -1,4 +1,4 @@
-"""jaxlm train: trains a model from a config, or resumes the run in a workdir.
+"""jaxlm train: train a model from a config, or resumes the run in a workdir.
 
   jaxlm train --config=quickstart --workdir=runs/quickstart        no data needed: learns from the text inside Python
   jaxlm train --config=configs/gpt2_124m.py --workdir=runs/gpt2 --config.data.source=text/*.jsonl.gz

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -32,8 +31,8 @@ class Scores(NamedTuple):
 
 
 def scorer(model: Model, mesh: Mesh, chunk_rows: int = 0) -> Scorer:
-    """A jitted function `(params, batch of evaluation_batches)` -> what counts, by token: nll in nats and right or not, both float32 and 0
-    where the weight is, the weights, and the documents; each `[B, T]`, whole on every device, so that any process can read it all.
+    """A jitted function `(params, batch of evaluation_batches)` -> nll in nats, right or not (1 or 0), the batch's weights and
+    its documents; each `[B, T]` and whole on every device, so that any process can read it all.
 
     Args:
       chunk_rows: tokens whose logits exist at one time; 0: all.
@@ -41,8 +40,7 @@ def scorer(model: Model, mesh: Mesh, chunk_rows: int = 0) -> Scorer:
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def score(params, batch):
         nll, _, right = token_nll(model, params, batch, chunk_rows=chunk_rows)
-        counts = batch["weights"] > 0
-        return jnp.where(counts, nll, 0), jnp.where(counts, right, 0), batch["weights"], batch["documents"]
+        return nll, right, batch["weights"], batch["documents"]
 
     return score
 
