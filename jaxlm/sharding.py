@@ -5,11 +5,12 @@ Model code names logical axes ("batch", "heads"); only this table knows what the
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import trees
@@ -148,3 +149,26 @@ def to_device(mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int) -> d
     """This process's rows `[b, T]` -> global arrays `[batch_size, T]`."""
     place = batch_sharding(mesh)
     return {key: jax.make_array_from_process_local_data(place, rows, (batch_size, *rows.shape[1:])) for key, rows in batch.items()}
+
+
+def together(work: Callable[[], int | None]) -> int | None:
+    """Every process does its `work`. All get the result of process 0, or, when any failed, all raise: none is left waiting for another."""
+    value, error = None, None
+    try:
+        value = work()
+    except Exception as raised:
+        error = raised
+    if jax.process_count() > 1:
+        rows = multihost_utils.process_allgather(np.array([-1 if value is None else value, error is not None], np.int32))
+        value = None if rows[0, 0] < 0 else int(rows[0, 0])
+        failed = np.flatnonzero(rows[:, 1])
+        if error is None and failed.size:
+            error = OSError(f"process {failed[0]} failed; the line it printed says why")
+    if error is not None:
+        raise error
+    return value
+
+
+def first(work: Callable[[], int | None]) -> int | None:
+    """Process 0 does the `work` for all."""
+    return together(work if jax.process_index() == 0 else lambda: None)

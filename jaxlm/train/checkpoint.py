@@ -16,15 +16,12 @@ the file system) the functions named "together" are called by every process; pro
 """
 
 import contextlib
-import datetime
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import math
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -35,9 +32,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from jaxlm import __version__, trees
+from jaxlm.sharding import first, together
+from jaxlm.train import durable
+from jaxlm.train.lock import Lock
 from jaxlm.train.state import State
 
 MANIFEST = "MANIFEST.json"
@@ -55,70 +54,6 @@ def _show_unraisable(unraisable: Any, show: Callable[[Any], None] = sys.unraisab
 sys.unraisablehook = _show_unraisable
 
 
-class Locked(ValueError):
-    """Another process writes this workdir."""
-
-
-class Lock:
-    """The right to write a workdir, which it creates: `with Lock(workdir) as lock`. Entered together; held by process 0.
-
-    An flock on `<workdir>/LOCK`, which the kernel releases when the process ends, however it ends: a stale lock does not exist. Where the
-    file system knows no flock (object stores), the run goes on and one line says that nothing keeps a second one out.
-
-    Raises:
-      Locked: one line with host, process id and start time of the process that holds it.
-      OSError: one line, when the workdir cannot be created or written.
-    """
-
-    def __init__(self, workdir: os.PathLike | str, *, log: Callable[[str], None] = print):
-        self.workdir = _path(workdir)
-        self._log = log
-        self._descriptor: int | None = None
-        # An flock belongs to the open file: a forked child that outlives us would hold on to it.
-        os.register_at_fork(after_in_child=self._close)
-
-    def __enter__(self) -> "Lock":
-        _first(self._take)
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.held:
-            os.ftruncate(self._descriptor, 0)
-        self._close()
-
-    @property
-    def held(self) -> bool:
-        return self._descriptor is not None
-
-    def _take(self) -> None:
-        path = self.workdir / "LOCK"
-        try:
-            _make(self.workdir)
-            if _remote(path):
-                return self._log(f"{self.workdir} has no locks: make sure that no second run writes there")
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                owner = _owner(os.pread(descriptor, 4096, 0))
-                os.close(descriptor)
-                raise Locked(f"{self.workdir} is in use: {owner}; wait for it to end, stop it, or choose another workdir") from None
-            except OSError as error:
-                self._log(f"{path} cannot be locked ({error.strerror}): make sure that no second run writes there")
-            self._descriptor = descriptor
-            since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}).encode(), 0)
-        except OSError as error:
-            self._close()
-            raise OSError(f"{self.workdir} cannot be written: {_reason(error)}; choose another workdir") from error
-
-    def _close(self) -> None:
-        if self.held:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
 class Checkpoints:
     """The one writer of a workdir: `with Checkpoints(lock, ...) as checkpoints`. Its methods are called together.
 
@@ -131,11 +66,11 @@ class Checkpoints:
     """
 
     def __init__(self, lock: Lock, *, keep_last: int, keep_best: int, keep_every: int, log: Callable[[str], None] = print):
-        assert lock.held or jax.process_index() > 0 or _remote(lock.workdir)
+        assert lock.held or jax.process_index() > 0 or durable.remote(lock.workdir)
         self.workdir = lock.workdir
         self._keep = {"keep_last": keep_last, "keep_best": keep_best, "keep_every": keep_every}
         self._log = log
-        self._newest = _first(self._prepare)
+        self._newest = first(self._prepare)
         self._pending: Future | None = None
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._manager = ocp.CheckpointManager(self.workdir / "checkpoints", options=ocp.CheckpointManagerOptions(
@@ -174,7 +109,7 @@ class Checkpoints:
         self.wait()
         arrays = {f"{part}/{name}": _spec(leaf) for part, leaves in parts.items() for name, leaf in leaves.items()}
         try:
-            if _first(lambda: self._clear(step)):
+            if first(lambda: self._clear(step)):
                 return
             self._manager.reload()  # it remembers steps that were deleted behind its back
             self._manager.save(step, force=True, args=ocp.args.Composite(
@@ -189,7 +124,7 @@ class Checkpoints:
         Raises:
           OSError: one line, when the save failed. Earlier checkpoints are intact; `save` may be tried again.
         """
-        self._newest = _together(self._collect)
+        self._newest = together(self._collect)
         return self._newest
 
     def close(self) -> None:
@@ -201,7 +136,7 @@ class Checkpoints:
             self._manager.close()
 
     def _prepare(self) -> int | None:
-        _make(self.workdir / "checkpoints")
+        durable.make(self.workdir / "checkpoints")
         _sweep(self.workdir)
         return max(steps(self.workdir), default=None)
 
@@ -266,7 +201,7 @@ class Checkpoints:
             with contextlib.suppress(OSError):
                 _sweep(self.workdir)  # the half of a checkpoint is what fills a full disk
         other = "no earlier one exists" if self._newest is None else f"the newest whole one is step {self._newest}"
-        return OSError(f"checkpoint of step {step} could not be written to {self.workdir}: {_reason(error)}; {other}")
+        return OSError(f"checkpoint of step {step} could not be written to {self.workdir}: {durable.reason(error)}; {other}")
 
 
 def kept(losses: Mapping[int, float | None], *, keep_last: int, keep_best: int, keep_every: int) -> set[int]:
@@ -279,7 +214,7 @@ def kept(losses: Mapping[int, float | None], *, keep_last: int, keep_best: int, 
 
 def steps(workdir: os.PathLike | str) -> list[int]:
     """The saved steps, oldest first, unverified. Safe beside a writer: a step appears when it is whole and goes before its files do."""
-    folder = _path(workdir) / "checkpoints"
+    folder = durable.path_of(workdir) / "checkpoints"
     names = [p.name for p in folder.iterdir()] if folder.exists() else []
     return sorted(int(name) for name in names if name.isdigit() and (folder / name / MANIFEST).exists())
 
@@ -315,10 +250,10 @@ def newest(workdir: os.PathLike | str, *, log: Callable[[str], None] = print) ->
                 last = error
         if found:
             raise ValueError(f"{len(found)} checkpoints in {workdir} and none is whole ({last}); "
-                             f"restore them from a copy, or remove {_path(workdir) / 'checkpoints'} to begin anew")
+                             f"restore them from a copy, or remove {durable.path_of(workdir) / 'checkpoints'} to begin anew")
         return None
 
-    return _first(find)
+    return first(find)
 
 
 def read_file(workdir: os.PathLike | str, step: int, name: str) -> bytes:
@@ -367,7 +302,7 @@ def _read(workdir, step: int, wanted: dict[str, dict[str, Any]]) -> dict[str, di
         if jax.process_index() == 0:
             _check(workdir, step, {k: v for k, v in manifest["files"].items() if k.partition("/")[0] in wanted})
 
-    _together(check)
+    together(check)
     found = {}
     for part, leaves in wanted.items():
         if leaves:
@@ -420,20 +355,20 @@ def _spec(leaf: Any) -> str:
 
 def _seal(folder: epath.Path, facts: dict) -> None:
     """Sums and syncs all that lies in a step's folder, then, last, writes the manifest: from then on the step counts."""
-    files, folders = _walk(folder)
+    files, folders = durable.walk(folder)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        sums = dict(zip((str(f.relative_to(folder)) for f in files), pool.map(_sum, files)))
-        list(pool.map(_sync, files))
+        sums = dict(zip((str(f.relative_to(folder)) for f in files), pool.map(durable.checksum, files)))
+        list(pool.map(durable.sync, files))
     for path in (*folders, folder.parent, folder.parent.parent):
-        _sync(path)
+        durable.sync(path)
     text = _manifest_text({**facts, "files": sums})
-    if _remote(folder):
+    if durable.remote(folder):
         return (folder / MANIFEST).write_text(text)  # an object appears whole or not at all
     temporary = folder / f"{MANIFEST}.tmp"
     temporary.write_text(text)
-    _sync(temporary)
+    durable.sync(temporary)
     os.replace(temporary, folder / MANIFEST)
-    _sync(folder)
+    durable.sync(folder)
 
 
 def _manifest_text(content: dict) -> str:
@@ -450,7 +385,7 @@ def _manifest(workdir, step: int) -> dict:
         there = ", ".join(map(str, steps(workdir))) or "none"
         raise ValueError(f"no checkpoint of step {step} in {workdir}; saved steps: {there}") from None
     except OSError as error:
-        raise ValueError(f"checkpoint of step {step} in {workdir} is damaged: {MANIFEST}: {_reason(error)}") from error
+        raise ValueError(f"checkpoint of step {step} in {workdir} is damaged: {MANIFEST}: {durable.reason(error)}") from error
     try:
         content = json.loads(text)
         whole = _manifest_text({k: v for k, v in content.items() if k != "sha256"}).encode() == text
@@ -473,11 +408,11 @@ def _check(workdir, step: int, files: Mapping[str, dict]) -> None:
 
     def fault(name: str) -> str | None:
         try:
-            found = _sum(folder / name)
+            found = durable.checksum(folder / name)
         except FileNotFoundError:
             return "is missing"
         except OSError as error:
-            return f"cannot be read: {_reason(error)}"
+            return f"cannot be read: {durable.reason(error)}"
         if found["bytes"] != files[name]["bytes"]:
             return f"has {found['bytes']} bytes instead of {files[name]['bytes']}"
         return None if found == files[name] else "does not match its sha256 sum"
@@ -488,78 +423,24 @@ def _check(workdir, step: int, files: Mapping[str, dict]) -> None:
                 raise ValueError(f"checkpoint of step {step} in {workdir} is damaged: {name} {wrong}")
 
 
-def _sum(path: epath.Path) -> dict:
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):  # hashing so much at a time runs outside of the GIL: files are summed in parallel
-            digest.update(chunk)
-            size += len(chunk)
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
 # --- files and folders ---
 
 
-def _path(workdir) -> epath.Path:
-    path = epath.Path(workdir)
-    return path if _remote(path) else epath.Path(os.path.abspath(os.path.expanduser(path)))
-
-
-def _remote(path) -> bool:
-    return "://" in os.fspath(path)
-
-
 def _step(workdir, step: int) -> epath.Path:
-    return _path(workdir) / "checkpoints" / str(step)
-
-
-def _make(folder: epath.Path) -> None:
-    """Creates a folder and its parents for good: a new folder is an entry of its parent, which needs a sync of its own."""
-    if _remote(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    elif not folder.exists():
-        _make(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync(folder.parent)
-
-
-def _walk(folder: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
-    """All files in a folder, and all folders, inner ones first, itself last."""
-    files, folders = [], []
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            below = _walk(path)
-            files += below[0]
-            folders += below[1]
-        else:
-            files.append(path)
-    return files, [*folders, folder]
-
-
-def _sync(path: epath.Path) -> None:
-    if _remote(path):
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems have no sync of folders
-            raise
-    finally:
-        os.close(descriptor)
+    return durable.path_of(workdir) / "checkpoints" / str(step)
 
 
 def _discard(folder: epath.Path) -> None:
     """Deletes a step; its manifest first, so that half a deleted one is never believed."""
     (folder / MANIFEST).unlink(missing_ok=True)
-    _sync(folder)
+    durable.sync(folder)
     _remove(folder)
 
 
 def _sweep(workdir) -> None:
     """Removes what killed or failed saves and deletions left behind."""
     saved = set(map(str, steps(workdir)))
-    for path in (_path(workdir) / "checkpoints").iterdir():
+    for path in (durable.path_of(workdir) / "checkpoints").iterdir():
         if path.name not in saved and (path.name.isdigit() or ".orbax-checkpoint-tmp" in path.name):
             _remove(path)
 
@@ -575,49 +456,3 @@ def _remove(folder: epath.Path) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.ENOENT) or not patience:
                 raise
             time.sleep(0.1)
-
-
-def _owner(content: bytes) -> str:
-    try:
-        owner = json.loads(content)
-        return f"process {owner['pid']} on {owner['host']} has been writing it since {owner['since']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process writes it"  # and has not yet written who it is
-
-
-_REASONS = [os.strerror(getattr(errno, name)) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EFBIG", "EIO", "ENOTDIR")]
-
-
-def _reason(error: Exception) -> str:
-    """Why, in a few words: TensorStore reports the system's error somewhere in the middle of a page."""
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    known = [reason for reason in _REASONS if reason in text]
-    return known[0] if known else f"{type(error).__name__}: {text[:300]}"
-
-
-# --- several processes ---
-
-
-def _together(work: Callable[[], int | None]) -> int | None:
-    """Every process does its `work`. All get the result of process 0, or, when any failed, all raise: none is left waiting for another."""
-    value, error = None, None
-    try:
-        value = work()
-    except Exception as raised:
-        error = raised
-    if jax.process_count() > 1:
-        rows = multihost_utils.process_allgather(np.array([-1 if value is None else value, error is not None], np.int32))
-        value = None if rows[0, 0] < 0 else int(rows[0, 0])
-        failed = np.flatnonzero(rows[:, 1])
-        if error is None and failed.size:
-            error = OSError(f"process {failed[0]} failed; the line it printed says why")
-    if error is not None:
-        raise error
-    return value
-
-
-def _first(work: Callable[[], int | None]) -> int | None:
-    """Process 0 does the `work` for all."""
-    return _together(work if jax.process_index() == 0 else lambda: None)

@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from jaxlm import config as configs
 from jaxlm import generate, sharding, trees
@@ -17,6 +16,7 @@ from jaxlm.data import loader, pack, prepare, shards
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.evaluate import compression, likelihood
 from jaxlm.train import checkpoint, report, setup
+from jaxlm.train import lock as locks
 from jaxlm.train.state import State
 from jaxlm.train.stop import StopRequest, Watchdog
 
@@ -38,8 +38,8 @@ def run(config: Config, workdir: pathlib.Path) -> int:
     stop = StopRequest()
     progress = report.Progress()
     note = progress.note if jax.process_index() == 0 else lambda line: None
-    with checkpoint.Lock(workdir) as lock:
-        _adopt(config, workdir)
+    with locks.Lock(workdir) as lock:
+        sharding.first(lambda: _adopt(config, workdir))
         peak = report.peak_flops()
         mesh = sharding.make_mesh(config.mesh)
         folder = pathlib.Path(config.data.dir) if config.data.dir else workdir / "data"
@@ -59,18 +59,15 @@ def _adopt(config: Config, workdir: pathlib.Path) -> None:
         changed = [line for line in configs.difference(configs.from_json(path.read_text(encoding="utf-8")), config) if not line.startswith(FREE)]
         if changed:
             raise ValueError(f"{workdir} holds a run with another config ({'; '.join(changed)}): choose another --workdir, or undo the change")
-    if jax.process_index() == 0:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(configs.to_json(config), encoding="utf-8")
-        temporary.replace(path)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(configs.to_json(config), encoding="utf-8")
+    temporary.replace(path)
 
 
 def _corpus(config: Config, folder: pathlib.Path, note) -> shards.Corpus:
     """Process 0 prepares what is missing; then all open the same shards. A `data.dir` without a `data.source` is taken as it is."""
-    if jax.process_index() == 0 and (config.data.source or not config.data.dir):
-        prepare.prepare(config.data, config.tokenizer, folder, log=note)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("corpus")
+    if config.data.source or not config.data.dir:
+        sharding.first(lambda: prepare.prepare(config.data, config.tokenizer, folder, log=note) and None)
     return shards.open_corpus(folder)
 
 
@@ -249,7 +246,6 @@ def _sample(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tok
 def _finish(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tokenizer, evaluator, state: State, workdir: pathlib.Path,
             reporter, progress: report.Progress, watchdog: Watchdog, stop: StopRequest) -> None:
     """The last word of a complete run: the whole test split, beside what compressors reach, a sample, and what to try next."""
-    config = parts.config
     split = next((s for s in ("test", "validation") if len(corpus.splits[s].tokens)), None)
     summary = _score(parts, corpus, evaluator, state, split, 0, watchdog, stop) if split else None
     if reporter is None:

@@ -14,6 +14,7 @@ from jaxlm.data import prepare, shards
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.models import decoder
 from jaxlm.train import checkpoint
+from jaxlm.train.lock import Lock
 from jaxlm.train.state import State
 from tests.train.runs import write_corpus
 
@@ -56,7 +57,7 @@ def files(cfg: Config, corpus: shards.Corpus) -> dict[str, bytes]:
 
 def save(workdir: pathlib.Path, cfg: Config, corpus: shards.Corpus, params, *steps: int, keep_last: int = 100) -> pathlib.Path:
     """Checkpoints whose parameters grow with the step."""
-    with checkpoint.Lock(workdir) as lock, checkpoint.Checkpoints(lock, keep_last=keep_last, keep_best=0, keep_every=0) as checkpoints:
+    with Lock(workdir) as lock, checkpoint.Checkpoints(lock, keep_last=keep_last, keep_best=0, keep_every=0) as checkpoints:
         for step in steps:
             scaled = jax.tree.map(lambda w: w * (1 + step / 100), params)
             ema = jax.tree.map(lambda w: -w, scaled) if cfg.optim.ema else None

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxlm.train import checkpoint
+from jaxlm.train.lock import Lock, Locked
 from jaxlm.train.state import State
 
 
@@ -41,7 +42,7 @@ def same(a, b) -> bool:
 
 def hold(workdir: str) -> None:
     """Holds the lock, has a child that outlives it, prints both process ids."""
-    with checkpoint.Lock(workdir):
+    with Lock(workdir):
         child = os.fork()
         if child:
             print(os.getpid(), child, flush=True)
@@ -50,7 +51,7 @@ def hold(workdir: str) -> None:
 
 def save_for_ever(workdir: str, acknowledged: str, ready: int) -> None:
     """One life of a run: takes the lock, checks that nothing acknowledged is lost, says so, then saves until it is killed."""
-    with checkpoint.Lock(workdir) as lock:
+    with Lock(workdir) as lock:
         found = checkpoint.newest(workdir)
         with open(acknowledged, "a+") as file:
             file.seek(0)
@@ -94,11 +95,11 @@ def together(workdir: str, port: str, index: str) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
-    with jax.set_mesh(mesh), checkpoint.Lock(workdir) as lock:
+    with jax.set_mesh(mesh), Lock(workdir) as lock:
         try:
-            with checkpoint.Lock(workdir):
+            with Lock(workdir):
                 raise AssertionError("locked twice")
-        except (checkpoint.Locked, OSError) as error:
+        except (Locked, OSError) as error:
             print("refused:", error, flush=True)
         assert checkpoint.newest(workdir) is None
         with checkpoint.Checkpoints(lock, keep_last=2, keep_best=0, keep_every=0) as checkpoints:

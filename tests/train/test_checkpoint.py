@@ -1,6 +1,7 @@
 """A checkpoint that was acknowledged is there, whole, whatever happened since; one that is not whole is never used."""
 
 import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -19,8 +20,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxlm.train import checkpoint
-from jaxlm.train.checkpoint import Checkpoints, Lock, Locked, kept
+from jaxlm.train import checkpoint, durable
+from jaxlm.train.checkpoint import Checkpoints, kept
+from jaxlm.train.lock import Lock, Locked
 from jaxlm.train.state import State
 from tests.train.checkpoint_worker import make_state, same, target
 
@@ -286,7 +288,7 @@ def test_the_manifest_is_written_after_everything_is_synced(tmp_path, monkeypatc
 
 def test_a_deletion_takes_the_manifest_first(tmp_path, monkeypatch):
     save(tmp_path, 1, 2)
-    monkeypatch.setattr(type(checkpoint._path(tmp_path)), "rmtree", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "stopped here")))
+    monkeypatch.setattr(type(durable.path_of(tmp_path)), "rmtree", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "stopped here")))
     lines = []
     with Lock(tmp_path) as lock, Checkpoints(lock, keep_last=1, keep_best=0, keep_every=0, log=lines.append) as checkpoints:
         checkpoints.save(3, make_state(3), {})
@@ -468,7 +470,7 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path):
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))))
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))))
     lines = []
     with Lock(tmp_path, log=lines.append) as lock, Checkpoints(lock, **KEEP_ALL):
         assert len(lines) == 1 and "LOCK cannot be locked (No locks available)" in lines[0]

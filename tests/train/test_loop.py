@@ -15,6 +15,7 @@ import pytest
 
 from jaxlm.data import prepare
 from jaxlm.train import checkpoint, loop, saved
+from jaxlm.train.lock import Lock
 from jaxlm.train.stop import StopRequest
 from tests.train import runs
 
@@ -182,6 +183,6 @@ def test_second_interrupt_leaves_at_once():
 
 @pytest.mark.skipif(os.name != "posix", reason="flock")
 def test_two_trainers_never_share_a_workdir(whole):
-    with checkpoint.Lock(whole[0] / "run"):
+    with Lock(whole[0] / "run"):
         code, output = runs.finish("train", f"--config={whole[0] / 'recipe.py'}", f"--workdir={whole[0] / 'run'}")
     assert code == 2 and f"process {os.getpid()}" in output and "Traceback" not in output

@@ -1,0 +1,73 @@
+"""Files and folders that survive a power cut, and what to say when they cannot be written."""
+
+import errno
+import hashlib
+import os
+
+from etils import epath
+
+
+def path_of(workdir) -> epath.Path:
+    path = epath.Path(workdir)
+    return path if remote(path) else epath.Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def remote(path) -> bool:
+    return "://" in os.fspath(path)
+
+
+def make(folder: epath.Path) -> None:
+    """Creates a folder and its parents for good: a new folder is an entry of its parent, which needs a sync of its own."""
+    if remote(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    elif not folder.exists():
+        make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def walk(folder: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
+    """All files in a folder, and all folders, inner ones first, itself last."""
+    files, folders = [], []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            below = walk(path)
+            files += below[0]
+            folders += below[1]
+        else:
+            files.append(path)
+    return files, [*folders, folder]
+
+
+def sync(path: epath.Path) -> None:
+    if remote(path):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems have no sync of folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: epath.Path) -> dict:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):  # hashing so much at a time runs outside of the GIL: files are summed in parallel
+            digest.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+_REASONS = [os.strerror(getattr(errno, name)) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EFBIG", "EIO", "ENOTDIR")]
+
+
+def reason(error: Exception) -> str:
+    """Why, in a few words: TensorStore reports the system's error somewhere in the middle of a page."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    known = [reason for reason in _REASONS if reason in text]
+    return known[0] if known else f"{type(error).__name__}: {text[:300]}"
