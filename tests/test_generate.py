@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm import generate as generation
 from jaxlm.config import MeshConfig, TransformerConfig
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.generate import Settings, bucket, complete, generate, release
@@ -109,7 +110,7 @@ def test_rows_stop_at_their_own_stop_id_callback_or_limit():
 
 def test_one_compilation_serves_a_bucket_of_lengths_and_all_settings():
     model, params = build(BASE)
-    from jaxlm.generate import _prefill, _step
+    _prefill, _step = generation._prefill, generation._step
     generate(model, params, [[1] * 3], max_tokens=10, context=64, settings=GREEDY)
     sizes = _prefill._cache_size(), _step._cache_size()
     generate(model, params, [[1] * 9], max_tokens=16, context=64, settings=Settings(top_k=3, top_p=0.5, seed=4, repetition_penalty=1.1))
@@ -117,17 +118,21 @@ def test_one_compilation_serves_a_bucket_of_lengths_and_all_settings():
     assert [bucket(n) for n in (1, 16, 17, 64, 65)] == [16, 16, 32, 64, 128]
 
 
-def test_sharded_parameters_and_batches_that_do_not_divide():
+def test_sharded_parameters_and_batches_that_do_not_divide(monkeypatch):
+    step, shares = generation._step, set()
+    monkeypatch.setattr(generation, "_step", lambda *args: shares.add(args[3].cache["k"].sharding.shard_shape(args[3].cache["k"].shape)) or step(*args))
     cfg = dataclasses.replace(BASE, vocab_size=96, kv_heads=2)
     model, params = build(cfg)
     sampled = Settings(top_k=10, top_p=0.9, seed=1)
     want = generate(model, params, PROMPTS[:3], max_tokens=8, context=64, settings=sampled)
     for sizes in (MeshConfig(fsdp=4, tensor=2), MeshConfig(data=8, fsdp=1)):
+        shares.clear()
         mesh = make_mesh(sizes)
         spread = jax.device_put(params, params_shardings(mesh, model.axes, jax.eval_shape(model.init, jax.random.key(0))))
         assert generate(model, spread, PROMPTS[:3], max_tokens=8, context=64, settings=sampled) == want
         with jax.set_mesh(mesh):  # as inside the training loop
             assert generate(model, spread, PROMPTS[:3], max_tokens=8, context=64, settings=sampled) == want
+        assert shares == {(2, 1, 128, 2 // mesh.shape["tensor"], 8)}, "each device keeps its rows and heads of the cache only"
 
 
 @pytest.mark.parametrize("prompt, max_tokens, message", [
