@@ -100,7 +100,7 @@ def _evaluate(values: flags.FlagValues, log, run) -> None:
     corpus, config = saved.open_data(run, values.data), run.config
     scorer = _scorer(config.model, run.mesh, config.objective.chunk_rows)
     progress = report.Progress()
-    show = lambda done, total: progress.show(f"step {run.step}, {values.split}: {min(1, done / max(total, 1)):.0%} of {total:,} tokens")
+    show = lambda done, total: progress.show(f"step {run.step}, {values.split}: {min(1, done / max(total, 1)):.0%}")
     scores = likelihood.score_documents(
         scorer, run.params, run.mesh, corpus, values.split, sequence_length=config.data.sequence_length,
         batch_size=values.batch_size or config.eval.batch_size or config.data.batch_size,

@@ -59,13 +59,12 @@ def environment() -> dict[str, str]:
     return env | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
 
 
-def start(*arguments: str, **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "jaxlm", *arguments], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            **options)
+def start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "jaxlm", *arguments], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(*arguments: str, **options) -> tuple[int, str]:
+def finish(*arguments: str, timeout: float = 300) -> tuple[int, str]:
     """Exit code and everything printed."""
-    process = start(*arguments, **options)
-    output, _ = process.communicate(timeout=300)
+    process = start(*arguments)
+    output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
