@@ -93,7 +93,7 @@ def _flag_help(values) -> str:
     for name in sorted(values):
         flag = values[name]
         default = "" if flag.default in (None, False, "", []) else f" (default: {flag.default})"
-        lines.append(f"  --{name}\n" + textwrap.fill(flag.help + default, 100, initial_indent="      ", subsequent_indent="      "))
+        lines.append(f"  --{name}\n" + textwrap.fill(" ".join(flag.help.split(";\n")[0].split()) + default, 100, initial_indent="      ", subsequent_indent="      "))
     if "config" in values:
         lines.append("  --config.PART.KEY=VALUE\n      Overrides one key of the config; every key is explained in jaxlm/config.py.")
     return "\n".join(lines)

@@ -161,10 +161,9 @@ class OptimConfig:
     decay_rules: Rules = ()  # (path regex, decays or not), strict; empty: every weight with two or more dimensions of its own decays
     trainable: Rules = ()  # (path regex, trained or frozen), strict; empty: everything is trained
     clip: float = 1.0  # global norm of the gradient; 0: off
-    b1: float = 0.9  # first-moment decay (adamw, lion), momentum (sgd, muon)
-    b2: float = 0.95  # second-moment decay (adamw, lion); of muon's adamw part too
+    b1: float = 0.9  # first-moment decay (adamw, lion), momentum (sgd); of muon's AdamW part
+    b2: float = 0.95  # second-moment decay (adamw, lion); likewise
     eps: float = 1e-8
-    muon_adam_lr_ratio: float = 1.0  # muon: lr of the weights that are not matrices (embeddings, norms, biases) over lr
     ema: float = 0.0  # decay of an exponential moving average of the parameters, used by eval and generate; 0: off
 
     def __post_init__(self):

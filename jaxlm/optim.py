@@ -94,8 +94,7 @@ def _method(cfg: OptimConfig, rate: Callable, mask: Callable, axes: dict[str, tu
     # Jordan et al. 2024; update scaled to AdamW's RMS (Liu et al. 2025), so that lr means the same in both.
     matrices = lambda tree: trees.map_paths(lambda path, _: _matrix(path, axes[path]), tree)
     return contrib.muon(rate, beta=0.95, weight_decay=cfg.weight_decay, weight_decay_mask=mask, adam_b1=cfg.b1, adam_b2=cfg.b2, eps=cfg.eps,
-                        adam_learning_rate=lambda step: cfg.muon_adam_lr_ratio * rate(step), adam_weight_decay=0.0,
-                        muon_weight_dimension_numbers=matrices, consistent_rms=0.2)
+                        adam_weight_decay=0.0, muon_weight_dimension_numbers=matrices, consistent_rms=0.2)
 
 
 def _matrix(path: str, axes: tuple[str, ...]) -> contrib.MuonDimensionNumbers | None:

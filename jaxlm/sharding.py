@@ -3,8 +3,10 @@
 Model code names logical axes ("batch", "heads"); only this table knows what the mesh does with them.
 """
 
+import contextlib
 import math
 import os
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,9 +55,15 @@ def start_processes(coordinator: str = "", processes: int = 0, index: int = -1) 
 
 
 def _cluster_size() -> int:
-    """Processes that the surrounding scheduler announces."""
-    tpu_workers = os.environ.get("TPU_WORKER_HOSTNAMES", "localhost").split(",")
-    return max(int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_STEP_NODELIST" in os.environ else 1, len(tpu_workers))
+    """Processes that the surroundings announce: a Slurm step, GKE's variable, or the metadata server of a Cloud TPU VM."""
+    slurm = int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_STEP_NODELIST" in os.environ else 1
+    workers = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    if not workers and slurm == 1 and "COLAB_RELEASE_TAG" not in os.environ and (os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")):
+        address = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+        request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
+        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=2) as answer:  # no such server: not a Cloud TPU VM
+            workers = answer.read().decode()
+    return max(slurm, len(workers.split(",")))
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

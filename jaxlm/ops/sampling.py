@@ -20,7 +20,7 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, *, temperature, top_k=0, top
       min_p: in [0, 1], 0 for off.
       Each setting is a scalar or `[B]`.
     """
-    rows = logits_BV.shape[0]
+    rows, vocabulary = logits_BV.shape
     temperature, top_p, min_p = (jnp.broadcast_to(jnp.asarray(x, jnp.float32), (rows,))[:, None] for x in (temperature, top_p, min_p))
     top_k = jnp.broadcast_to(jnp.asarray(top_k, jnp.int32), (rows,))[:, None]
     logits = logits_BV.astype(jnp.float32)
@@ -28,23 +28,55 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, *, temperature, top_k=0, top
     # The maximum becomes 0 before the division, so a tiny temperature cannot overflow.
     scaled = (logits - logits.max(axis=-1, keepdims=True)) / jnp.where(greedy, 1, temperature)
     scaled = jnp.where(scaled >= jnp.log(min_p), scaled, -jnp.inf)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys_B)
+    off = lambda scaled: scaled
+    scaled = jax.lax.cond(jnp.any(top_k > 0), lambda scaled: _likeliest(scaled, jnp.where(top_k > 0, top_k, vocabulary)), off, scaled)
+    scaled = jax.lax.cond(jnp.any(top_p < 1), lambda scaled: _nucleus(scaled, jnp.where(top_p < 1, top_p, jnp.inf)), off, scaled)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (vocabulary,)))(keys_B)  # argmax(log p + noise) is a draw from p
+    return jnp.where(greedy[:, 0], jnp.argmax(logits, axis=-1), jnp.argmax(scaled + noise, axis=-1)).astype(jnp.int32)
 
-    def ranked():
-        order = jnp.argsort(scaled, axis=-1, descending=True, stable=True)
-        ordered = jnp.take_along_axis(scaled, order, axis=-1)
-        rank = jnp.arange(logits.shape[1])[None]
-        kept = jnp.where((rank < top_k) | (top_k == 0), ordered, -jnp.inf)
-        shares = jax.nn.softmax(kept, axis=-1)
-        before = jnp.cumsum(shares, axis=-1) - shares
-        kept = jnp.where((before < top_p) | (top_p >= 1) | (rank == 0), kept, -jnp.inf)
-        # The noise stays with its token, so a row draws the same token in either branch.
-        winner = jnp.argmax(kept + jnp.take_along_axis(noise, order, axis=-1), axis=-1)
-        return jnp.take_along_axis(order, winner[:, None], axis=-1)[:, 0]
 
-    # Sorting the vocabulary is most of the cost, and plain sampling does not need it.
-    drawn = jax.lax.cond(jnp.any((top_k > 0) | (top_p < 1)), ranked, lambda: jnp.argmax(scaled + noise, axis=-1))
-    return jnp.where(greedy[:, 0], jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+# The filters keep tokens up to some distance from the likeliest. They find it by halving the range of float32 bit patterns, 31 passes over the
+# logits: sorting a vocabulary of 50,000 takes ten times as long.
+
+
+def _likeliest(scaled_BV: jax.Array, k_B1: jax.Array) -> jax.Array:
+    distance = _distance(scaled_BV)
+    cut = _smallest(distance, lambda near: near.sum(axis=-1, keepdims=True) >= k_B1)
+    return _keep(scaled_BV, distance, cut, k_B1 - (distance < cut).sum(axis=-1, keepdims=True))
+
+
+def _nucleus(scaled_BV: jax.Array, p_B1: jax.Array) -> jax.Array:
+    distance, weights = _distance(scaled_BV), jnp.exp(scaled_BV)
+    mass = lambda kept: jnp.where(kept, weights, 0).sum(axis=-1, keepdims=True)
+    needed = p_B1 * weights.sum(axis=-1, keepdims=True)
+    cut = _smallest(distance, lambda near: mass(near) >= needed)
+    each = jnp.where(distance == cut, weights, 0).max(axis=-1, keepdims=True)
+    return _keep(scaled_BV, distance, cut, jnp.maximum(1, jnp.ceil((needed - mass(distance < cut)) / each)))
+
+
+def _distance(scaled_BV: jax.Array) -> jax.Array:
+    """How far below the maximum, as int32 in the same order: the bits of floats that are not negative order like whole numbers."""
+    return jax.lax.bitcast_convert_type(jnp.abs(scaled_BV), jnp.int32)
+
+
+def _smallest(distance_BV: jax.Array, enough) -> jax.Array:
+    """The smallest cut `[B, 1]` with `enough(distance <= cut)`; that of infinity where there is none."""
+    infinity = jax.lax.bitcast_convert_type(jnp.float32(jnp.inf), jnp.int32)
+    ends = jnp.full((distance_BV.shape[0], 1), -1, jnp.int32), jnp.full((distance_BV.shape[0], 1), infinity)
+
+    def halve(_, ends):
+        low, high = ends
+        middle = low + (high - low) // 2
+        found = enough(distance_BV <= middle)
+        return jnp.where(found, low, middle), jnp.where(found, middle, high)
+
+    return jax.lax.fori_loop(0, 31, halve, ends)[1]
+
+
+def _keep(scaled_BV: jax.Array, distance_BV: jax.Array, cut_B1: jax.Array, ties_B1: jax.Array) -> jax.Array:
+    """What is nearer than the cut, and the first `ties` of what is as far; -inf elsewhere."""
+    tied = distance_BV == cut_B1
+    return jnp.where((distance_BV < cut_B1) | (tied & (jnp.cumsum(tied, axis=-1) <= ties_B1)), scaled_BV, -jnp.inf)
 
 
 def penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty) -> jax.Array:

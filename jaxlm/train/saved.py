@@ -62,7 +62,7 @@ def open_run(workdir: os.PathLike | str, step: int | None = None, *, log: Callab
                 raise
             log(f"passed over: {error}")
             last = error
-    raise ValueError(f"no checkpoint in {workdir} is whole ({last})")
+    raise ValueError(f"no checkpoint in {workdir} can be used: {last}")
 
 
 def _newest_below(workdir: pathlib.Path, bound: int) -> int:

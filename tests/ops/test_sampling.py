@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.ops import sampling
 from jaxlm.ops.sampling import penalise, sample
 
 V = 12
@@ -52,6 +53,18 @@ def test_settings_may_differ_from_row_to_row():
     # A row alone takes the branch without sorting where its own settings allow it; beside others it does not.
     alone = [sample(logits[i:i + 1], keys[i:i + 1], **case)[0] for i, case in enumerate(cases)]
     assert np.array_equal(together, alone)
+
+
+def test_large_vocabularies_are_cut_at_the_same_token():
+    logits = np.random.default_rng(4).normal(0, 3, 20_000).astype(np.float32)
+    logits[::7] = logits[3]  # many ties, some of which must go
+    kept = lambda scaled: np.flatnonzero(np.isfinite(scaled[0])).tolist()
+    scaled = jnp.array(logits - logits.max())[None]
+    for k in (1, 40, 9000, 10_000, 19_999):
+        assert kept(sampling._likeliest(scaled, jnp.array([[k]]))) == np.flatnonzero(allowed(logits, top_k=k)).tolist()
+    for p in (0.1, 0.5, 0.9, 0.999):
+        got, want = kept(sampling._nucleus(scaled, jnp.array([[p]]))), np.flatnonzero(allowed(logits.astype(np.float64), top_p=p)).tolist()
+        assert len(set(got) ^ set(want)) <= 1 + 2e-4 * len(want)  # sums in float32 against float64
 
 
 def test_ties_keep_exactly_k_and_impossible_tokens_are_never_drawn():
