@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import io
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 
 from jaxlm import generate as generation
 from jaxlm.config import MeshConfig, TransformerConfig
@@ -118,6 +120,14 @@ def test_one_compilation_serves_a_bucket_of_lengths_and_all_settings():
     assert [bucket(n) for n in (1, 16, 17, 64, 65)] == [16, 16, 32, 64, 128]
 
 
+def test_the_cache_is_updated_in_place(monkeypatch):
+    step, given = generation._step, []
+    monkeypatch.setattr(generation, "_step", lambda *args: given.append(args[3].cache["k"]) or step(*args))
+    model, params = build(BASE)
+    generate(model, params, PROMPTS, max_tokens=5, context=64)
+    assert len(given) == 4 and all(k.is_deleted() for k in given)
+
+
 def test_sharded_parameters_and_batches_that_do_not_divide(monkeypatch):
     step, shares = generation._step, set()
     monkeypatch.setattr(generation, "_step", lambda *args: shares.add(args[3].cache["k"].sharding.shard_shape(args[3].cache["k"].shape)) or step(*args))
@@ -222,6 +232,17 @@ def test_release_does_not_depend_on_how_text_arrives():
         assert len(results) == 1
         ends = [text.find(s) + len(s) for s in stop if s in text]
         assert results == {text} if not ends else len(results.pop()) < min(ends)
+
+
+def test_a_tokenizer_that_puts_a_space_before_texts_keeps_the_one_of_the_continuation():
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["the dog", "a dog", "the cat"] * 20), model_writer=file, vocab_size=20, model_type="bpe",
+                                             minloglevel=2)
+    tokenizer = tokenizers.from_bytes(file.getvalue())
+    [dog] = tokenizer.encode("dog")
+    params = {"says": np.full(64, dog, np.int32)}
+    options = dict(max_tokens=2, context=64, settings=GREEDY)
+    assert complete(puppet(), params, tokenizer, ["the", ""], **options) == [" dog dog", "dog dog"]
 
 
 def test_complete_begins_with_bos_and_follows_the_prompt():

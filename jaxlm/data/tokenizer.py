@@ -162,7 +162,7 @@ def train(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
             num_threads=16,  # the order in which the unigram trainer adds up depends on it, so it is not the number of cores
             minloglevel=2)
-    except RuntimeError as error:
+    except (RuntimeError, SystemError) as error:
         if failures:
             raise failures[0] from None
         raise ValueError(_trainer_error(str(error), cfg, size)) from None

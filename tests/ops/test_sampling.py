@@ -67,11 +67,13 @@ def test_large_vocabularies_are_cut_at_the_same_token():
         assert len(set(got) ^ set(want)) <= 1 + 2e-4 * len(want)  # sums in float32 against float64
 
 
-def test_ties_keep_exactly_k_and_impossible_tokens_are_never_drawn():
+def test_ties_keep_no_more_than_needed_and_impossible_tokens_are_never_drawn():
     logits = np.zeros((5000, 8), np.float32)
     logits[:, 0] = -np.inf
     drawn = np.asarray(sample(logits, jax.random.split(jax.random.key(3), 5000), temperature=1.0, top_k=3))
     assert set(drawn.tolist()) == {1, 2, 3}
+    drawn = np.asarray(sample(logits, jax.random.split(jax.random.key(3), 5000), temperature=1.0, top_p=0.45))
+    assert set(drawn.tolist()) == {1, 2, 3, 4}  # of seven equal ones, three do not reach 0.45
     drawn = np.asarray(sample(logits, jax.random.split(jax.random.key(3), 5000), temperature=5.0))
     assert set(drawn.tolist()) == set(range(1, 8))
 
