@@ -21,6 +21,6 @@ def get_config(size=None):
     c.train = ConfigDict(dict(steps="350 steps", eval_every="50%", eval_documents=20))
     c.checkpoint = ConfigDict(dict(every="25%"))
     if size == "long":
-        c.model.update(layers=6, width=320, heads=5, dropout=0.1)
-        c.train.update(steps="3000 steps", eval_every="10%")
+        c.model.update(layers=6, dropout=0.1)
+        c.train.update(steps="2400 steps", eval_every="10%")
     return c

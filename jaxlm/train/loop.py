@@ -5,6 +5,7 @@ import contextlib
 import json
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -76,17 +77,7 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, epoch: pack.EpochSize, wor
     config, total, primary = parts.config, parts.total, jax.process_index() == 0
     note = progress.note if primary else lambda line: None
     tokenizer = tokenizers.load(corpus.tokenizer_path)
-    start = checkpoint.newest(workdir, log=note) or 0
-    if start:
-        saved = json.loads(checkpoint.read_file(workdir, start, "data.json"))
-        if saved["manifest"] != corpus.fingerprint:
-            raise ValueError(f"{corpus.folder} holds another corpus than the run in {workdir} was trained on until step {start}: bring that one back, "
-                             "or choose another --workdir")
-        state = checkpoint.restore(workdir, start, parts.target)
-    else:
-        state = parts.init()
-    tokens_per_step = config.data.batch_size * config.data.sequence_length
-    step_flops = tokens_per_step * report.flops_per_token(config.model, trees.count(state.params), config.data.sequence_length)
+    start, state = _start(parts, corpus, workdir, note)
     note(_introduction(parts, epoch, state, start, peak[1]))
     finished = workdir / "FINISHED"
     if start >= total and finished.exists():
@@ -99,45 +90,23 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, epoch: pack.EpochSize, wor
         ("log", "train.log_every", config.train.log_every), ("eval", "train.eval_every", config.train.eval_every),
         ("save", "checkpoint.every", config.checkpoint.every))}
     due = lambda name, step: step == total or (every[name] and step % every[name] == 0)
-    evaluator = likelihood.scorer(parts.model, parts.mesh)
-    reporter = report.Reporter(workdir, start) if primary else None
-    if reporter:
-        reporter.text(start, "config", "    " + configs.to_json(config).replace("\n", "\n    "))  # Markdown shows it as code
     files = {"config.json": configs.to_json(config).encode(), tokenizer.filename: tokenizer.model}
 
     def save(step: int, state: State, loss: float | None) -> None:
         position = {"step": step, "dir": str(corpus.folder.absolute()), "manifest": corpus.fingerprint}
         checkpoints.save(step, state, files | {"data.json": json.dumps(position).encode()}, loss)
 
+    evaluator = likelihood.scorer(parts.model, parts.mesh)
     # Compiled before any data is read: a request to stop that came meanwhile is seen before the first step.
     step_fn = parts.step.lower(state, parts.batch).compile()
     rows = sharding.local_rows(parts.mesh, config.data.batch_size)
     batches = loader.batches(corpus, "train", sequence_length=config.data.sequence_length, batch_size=config.data.batch_size, seed=config.data.seed,
                              start_step=start, stop_step=total, rows=rows, threads=config.data.threads, prefetch=config.data.prefetch)
+    reporter = report.Reporter(workdir, start, configs.to_json(config)) if primary else None
     clock, health = _Clock(), _Health(config, workdir)
+    log = _Log(parts, trees.count(state.params), peak[0], clock, health, reporter, progress, lambda step: due("log", step))
     pending: tuple[int, dict] | None = None
     saved_step, step = start, start
-
-    def read(pending) -> None:
-        """Looks at a finished step's metrics; the device is busy with the next one meanwhile."""
-        at, metrics = pending
-        values = jax.device_get(metrics)
-        health.check(at, values)
-        clock.finished()
-        if not primary:
-            return
-        loss = float(values["sums"]["loss"][0]) / max(float(values["sums"]["loss"][1]), 1.0)
-        speed = tokens_per_step / clock.step_seconds
-        if due("log", at):
-            reporter.scalars(at, {
-                **{f"train/{name}": float(total) / max(float(weight), 1.0) for name, (total, weight) in values["sums"].items()},
-                "train/lr": float(parts.rate(at - 1)), "train/grad_norm": float(values["grad_norm"]), "train/param_norm": float(values["param_norm"]),
-                "train/skipped": health.skipped, "train/tokens": at * tokens_per_step, "perf/tokens_per_second": speed,
-                "perf/mfu": step_flops / clock.step_seconds / peak[0], "perf/step_seconds": clock.step_seconds, "perf/data_wait": clock.wait_share(),
-                **report.memory_gib()})
-        progress.show(f"step {at}/{total}  loss {loss:.3f}  {report.count(speed)} tokens/s  MFU {step_flops / clock.step_seconds / peak[0]:.0%}  "
-                      f"left {report.duration((total - at) * clock.step_seconds)}", final=at == total)
-
     stop.arm()
     with Watchdog(config.train.watchdog_seconds) as watchdog, contextlib.closing(reporter) if primary else contextlib.nullcontext():
         while step < total and not stop.at(step):
@@ -145,13 +114,13 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, epoch: pack.EpochSize, wor
                 batch = sharding.to_device(parts.mesh, next(batches)[1], config.data.batch_size)
             state, new = step_fn(state, batch)
             step += 1
-            if pending:
-                read(pending)
+            if pending:  # the metrics of the step before: the device is busy with the next one meanwhile
+                log(*pending)
             watchdog.beat()
             pending = (step, new)
             if not (due("eval", step) or due("save", step)):
                 continue
-            read(pending)
+            log(*pending)
             pending = None
             with clock.paused():
                 loss = None
@@ -161,7 +130,7 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, epoch: pack.EpochSize, wor
                     save(step, state, loss)
                     saved_step = step
         if pending:
-            read(pending)
+            log(*pending)
         if step > saved_step:
             save(step, state, None)
         acknowledged = checkpoints.wait()
@@ -171,6 +140,18 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, epoch: pack.EpochSize, wor
             return stop.exit_code
         _finish(parts, corpus, tokenizer, evaluator, state, workdir, reporter, progress, watchdog, stop)
     return 0
+
+
+def _start(parts: setup.Setup, corpus: shards.Corpus, workdir: pathlib.Path, note: Callable[[str], None]) -> tuple[int, State]:
+    """The step to go on from and its state: the newest whole checkpoint, or step 0."""
+    start = checkpoint.newest(workdir, log=note) or 0
+    if not start:
+        return 0, parts.init()
+    saved = json.loads(checkpoint.read_file(workdir, start, "data.json"))
+    if saved["manifest"] != corpus.fingerprint:
+        raise ValueError(f"{corpus.folder} holds another corpus than the run in {workdir} was trained on until step {start}: bring that one back, "
+                         "or choose another --workdir")
+    return start, checkpoint.restore(workdir, start, parts.target)
 
 
 def _introduction(parts: setup.Setup, epoch: pack.EpochSize, state: State, start: int, peak_source: str) -> str:
@@ -262,6 +243,33 @@ def _finish(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tok
     progress.note("\n".join([
         "Next:", f"  jaxlm generate --workdir={workdir} --prompt=\"Return the\"", f"  jaxlm eval --workdir={workdir}",
         f"  tensorboard --logdir={workdir}        (pip install tensorboard)"]))
+
+
+class _Log:
+    """Reads a finished step's metrics, looks at their health, shows and writes them."""
+
+    def __init__(self, parts: setup.Setup, params: int, peak: float, clock: "_Clock", health: "_Health", reporter: report.Reporter | None,
+                 progress: report.Progress, due: Callable[[int], bool]):
+        self._total, self._clock, self._health, self._reporter, self._progress, self._due = parts.total, clock, health, reporter, progress, due
+        config = parts.config
+        self._tokens = config.data.batch_size * config.data.sequence_length
+        self._load = self._tokens * report.flops_per_token(config.model, params, config.data.sequence_length) / peak  # seconds at the peak
+
+    def __call__(self, step: int, metrics: dict[str, Any]) -> None:
+        values = jax.device_get(metrics)
+        self._health.check(step, values)
+        self._clock.finished()
+        if self._reporter is None:
+            return
+        seconds = self._clock.step_seconds
+        means = {name: float(total) / max(float(weight), 1.0) for name, (total, weight) in values.pop("sums").items()}
+        if self._due(step):
+            self._reporter.scalars(step, {
+                **{f"train/{name}": value for name, value in means.items()}, **{f"train/{name}": float(value) for name, value in values.items()},
+                "train/skipped": self._health.skipped, "train/tokens": step * self._tokens, "perf/tokens_per_second": self._tokens / seconds,
+                "perf/mfu": self._load / seconds, "perf/step_seconds": seconds, "perf/data_wait": self._clock.wait_share(), **report.memory_gib()})
+        self._progress.show(f"step {step}/{self._total}  loss {means['loss']:.3f}  {report.count(self._tokens / seconds)} tokens/s  "
+                            f"MFU {self._load / seconds:.0%}  left {report.duration((self._total - step) * seconds)}", final=step == self._total)
 
 
 class _Clock:

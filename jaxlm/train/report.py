@@ -27,11 +27,12 @@ class Reporter:
     A row of `metrics.jsonl` holds `step` and full-precision floats such as `train/loss`.
     """
 
-    def __init__(self, workdir: pathlib.Path, resume_step: int):
+    def __init__(self, workdir: pathlib.Path, resume_step: int, config: str):
         self._path = workdir / "metrics.jsonl"
         _drop_rows_after(self._path, resume_step)
         self._file = open(self._path, "a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir), purge_step=resume_step + 1 if resume_step else None, flush_secs=10)
+        self.text(resume_step, "config", "    " + config.replace("\n", "\n    "))  # Markdown shows it as code
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One row of the log and one point of each curve."""

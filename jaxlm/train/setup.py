@@ -23,7 +23,6 @@ class Setup(NamedTuple):
     mesh: Mesh
     model: decoder.Model
     total: int  # steps of the run
-    rate: Callable[[int], jax.Array]  # learning rate of a step
     target: State  # of jax.ShapeDtypeStruct with shardings: what `init` makes and a checkpoint restores
     batch: dict[str, jax.ShapeDtypeStruct]  # what `step` is given
     init: Callable[[], State]
@@ -74,7 +73,7 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
     tokens = jax.ShapeDtypeStruct((rows, config.data.sequence_length), jnp.int32, sharding=sharding.batch_sharding(mesh))
     batch = {key: tokens for key in ("tokens", "targets", "positions", "segments")} | {"weights": tokens.update(dtype=jnp.float32)}
     objective = functools.partial(OBJECTIVES[config.objective.name], config.objective, model)
-    step = functools.partial(train_step, objective=objective, tx=tx, trainable=trainable, microbatches=parts, ema=config.optim.ema)
-    return Setup(config, mesh, model, total, rate, target, batch,
+    step = functools.partial(train_step, objective=objective, tx=tx, rate=rate, trainable=trainable, microbatches=parts, ema=config.optim.ema)
+    return Setup(config, mesh, model, total, target, batch,
                  lambda: jax.jit(init, out_shardings=state_places)(jax.random.key(config.train.seed)),
                  jax.jit(step, donate_argnums=0, out_shardings=(state_places, whole)), steps)

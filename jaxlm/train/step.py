@@ -26,7 +26,7 @@ def init_state(params: Any, tx: optax.GradientTransformation, trainable: Mapping
 
 
 def train_step(state: State, batch: Mapping[str, jax.Array], *, objective: Callable[..., Sums], tx: optax.GradientTransformation,
-               trainable: Mapping[str, bool], microbatches: int = 1, ema: float = 0.0) -> tuple[State, dict[str, Any]]:
+               rate: Callable[[jax.Array], jax.Array], trainable: Mapping[str, bool], microbatches: int = 1, ema: float = 0.0) -> tuple[State, dict[str, Any]]:
     """Gradient of the sum of losses over the sum of weights of the whole batch, however it is cut; then one update.
 
     A loss or gradient that is not finite leaves parameters and moments as they are; only the step and the optimiser's counters go on.
@@ -34,12 +34,13 @@ def train_step(state: State, batch: Mapping[str, jax.Array], *, objective: Calla
     Args:
       batch: arrays `[B, T]`; see `data/tasks.py`.
       objective: `(params, batch, key) -> Sums` with the entry "loss".
+      rate: the learning rate by step, as `tx` has it; only reported.
       trainable: path -> trained or frozen; frozen parameters get no gradient.
       microbatches: parts of the batch, computed one after the other.
       ema: decay of the average, 0 for none.
 
     Returns:
-      The next state, and `{"sums": Sums, "grad_norm", "param_norm", "skipped"}` as float32 scalars.
+      The next state, and `{"sums": Sums, "lr", "grad_norm", "param_norm", "skipped"}` as float32 scalars.
     """
     train, frozen = trees.split(state.params, trainable)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -67,7 +68,7 @@ def train_step(state: State, batch: Mapping[str, jax.Array], *, objective: Calla
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o) if jnp.issubdtype(n.dtype, jnp.floating) else n, new, old)
     params = trees.merge(keep(optax.apply_updates(train, updates), train), frozen)
     average = None if state.ema is None else jax.tree.map(lambda a, p: a * ema + p * (1 - ema), state.ema, params)
-    metrics = {"sums": sums, "grad_norm": norm, "param_norm": optax.tree.norm(params), "skipped": 1.0 - finite.astype(jnp.float32)}
+    metrics = {"sums": sums, "lr": jnp.asarray(rate(state.step), jnp.float32), "grad_norm": norm, "param_norm": optax.tree.norm(params), "skipped": 1.0 - finite.astype(jnp.float32)}
     return State(state.step + 1, params, keep(opt, state.opt), average, state.key), metrics
 
 
