@@ -96,7 +96,7 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, epoch: pack.EpochSize, wor
         position = {"step": step, "dir": str(corpus.folder.absolute()), "manifest": corpus.fingerprint}
         checkpoints.save(step, state, files | {"data.json": json.dumps(position).encode()}, loss)
 
-    evaluator = likelihood.scorer(parts.model, parts.mesh)
+    evaluator = likelihood.scorer(parts.model, parts.mesh, config.objective.chunk_rows)
     # Compiled before any data is read: a request to stop that came meanwhile is seen before the first step.
     step_fn = parts.step.lower(state, parts.batch).compile()
     rows = sharding.local_rows(parts.mesh, config.data.batch_size)
@@ -139,7 +139,7 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, epoch: pack.EpochSize, wor
             note(f"stopped at step {step} of {total}; {safe}; the same command goes on from there")
             return stop.exit_code
         _finish(parts, corpus, tokenizer, evaluator, state, workdir, reporter, progress, watchdog, stop)
-    return 0
+    return stop.exit_code
 
 
 def _start(parts: setup.Setup, corpus: shards.Corpus, workdir: pathlib.Path, note: Callable[[str], None]) -> tuple[int, State]:
@@ -167,25 +167,24 @@ def _introduction(parts: setup.Setup, epoch: pack.EpochSize, state: State, start
         + (f"; resumed after step {start}" if start else "")])
 
 
-def _evaluate(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tokenizer, evaluator, state: State, step: int, reporter, progress: report.Progress,
-              watchdog: Watchdog, stop: StopRequest) -> float | None:
+def _evaluate(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tokenizer, evaluator: likelihood.Scorer, state: State, step: int,
+              reporter: report.Reporter | None, progress: report.Progress, watchdog: Watchdog, stop: StopRequest) -> float | None:
     """Validation loss in nats per token; None without a validation split, or when the run was asked to stop meanwhile."""
-    config = parts.config
     if not len(corpus.splits["validation"].tokens):
         return None
-    summary = _score(parts, corpus, evaluator, state, "validation", config.train.eval_documents, watchdog, stop)
-    if summary is None or not reporter:
-        return summary and summary["loss"]
-    reporter.scalars(step, {f"eval/{name}": value for name, value in summary.items()})
-    progress.note(f"step {step}  validation loss {summary['loss']:.4f}  {summary['bits_per_byte']:.4f} bits per byte "
-                  f"({summary['documents']} documents)")
-    if jax.process_count() == 1:
-        prompt, text = _sample(parts, corpus, tokenizer, state)
+    summary = _score(parts, corpus, evaluator, state, "validation", parts.config.train.eval_documents, watchdog, stop)
+    if summary is None:
+        return None
+    prompt, text = _sample(parts, corpus, tokenizer, state)
+    if reporter:
+        reporter.scalars(step, {f"eval/{name}": value for name, value in summary.items()})
         reporter.text(step, "sample", f"[{prompt}]{text}")
+        progress.note(f"step {step}  validation loss {summary['loss']:.4f}  {summary['bits_per_byte']:.4f} bits per byte "
+                      f"({summary['documents']} documents)")
     return summary["loss"]
 
 
-def _score(parts: setup.Setup, corpus: shards.Corpus, evaluator, state: State, split: str, limit: int, watchdog: Watchdog,
+def _score(parts: setup.Setup, corpus: shards.Corpus, evaluator: likelihood.Scorer, state: State, split: str, limit: int, watchdog: Watchdog,
            stop: StopRequest) -> dict[str, float] | None:
     config = parts.config
 
@@ -212,7 +211,7 @@ def _sample(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tok
     """A prompt and the model's continuation."""
     config = parts.config
     if config.train.sample_prompt:
-        prompt = [tokenizer.bos, *tokenizer.encode(config.train.sample_prompt)]
+        prompt = [tokenizer.bos, *tokenizer.encode(config.train.sample_prompt)][:config.model.context // 2]
     else:
         split = "validation" if len(corpus.splits["validation"].tokens) else "train"
         prompt = [int(i) for i in corpus.read(split, 0)[:min(16, config.data.sequence_length // 4)] if i != tokenizer.eos]
@@ -224,21 +223,22 @@ def _sample(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tok
     return tokenizer.decode(prompt), tokenizer.decode(ids)
 
 
-def _finish(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tokenizer, evaluator, state: State, workdir: pathlib.Path,
-            reporter, progress: report.Progress, watchdog: Watchdog, stop: StopRequest) -> None:
+def _finish(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tokenizer, evaluator: likelihood.Scorer, state: State,
+            workdir: pathlib.Path, reporter: report.Reporter | None, progress: report.Progress, watchdog: Watchdog, stop: StopRequest) -> None:
     """The last word of a complete run: the whole test split, beside what compressors reach, a sample, and what to try next."""
     split = next((s for s in ("test", "validation") if len(corpus.splits[s].tokens)), None)
     summary = _score(parts, corpus, evaluator, state, split, 0, watchdog, stop) if split else None
+    if split and summary is None:  # asked to stop: the same command evaluates when it is run again
+        return
+    prompt, text = _sample(parts, corpus, tokenizer, state)
     if reporter is None:
         return
     if summary:
         reporter.scalars(parts.total, {f"{split}/{name}": value for name, value in summary.items()})
         progress.note(f"\n{split} split, {summary['documents']} documents the model never saw:\n" + likelihood.table(summary))
         progress.note(compression.table(corpus, tokenizer, split, summary["bits_per_byte"]))
-    if jax.process_count() == 1:
-        prompt, text = _sample(parts, corpus, tokenizer, state)
-        reporter.text(parts.total, "sample", f"[{prompt}]{text}")
-        progress.note(f"\nA sample, after the prompt in brackets:\n[{prompt}]{text}\n")
+    reporter.text(parts.total, "sample", f"[{prompt}]{text}")
+    progress.note(f"\nA sample, after the prompt in brackets:\n[{prompt}]{text}\n")
     (workdir / "FINISHED").write_text(json.dumps({"step": parts.total}) + "\n", encoding="utf-8")
     progress.note("\n".join([
         "Next:", f"  jaxlm generate --workdir={workdir} --prompt=\"Return the\"", f"  jaxlm eval --workdir={workdir}",
