@@ -102,7 +102,7 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, epoch: pack.EpochSize, wor
     rows = sharding.local_rows(parts.mesh, config.data.batch_size)
     batches = loader.batches(corpus, "train", sequence_length=config.data.sequence_length, batch_size=config.data.batch_size, seed=config.data.seed,
                              start_step=start, stop_step=total, rows=rows, threads=config.data.threads, prefetch=config.data.prefetch)
-    reporter = report.Reporter(workdir, start, configs.to_json(config)) if primary else None
+    reporter = report.Reporter(workdir, start, {"config": configs.to_json(config), "parameters": report.overview(state.params)}) if primary else None
     clock, health = _Clock(), _Health(config, workdir)
     log = _Log(parts, trees.count(state.params), peak[0], clock, health, reporter, progress, lambda step: due("log", step))
     pending: tuple[int, dict] | None = None

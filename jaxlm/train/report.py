@@ -25,14 +25,19 @@ class Reporter:
     """Writes one run's metrics; on a resume, what an interrupted process logged past its checkpoint is taken back first.
 
     A row of `metrics.jsonl` holds `step` and full-precision floats such as `train/loss`.
+
+    Args:
+      resume_step: the checkpoint that the run goes on from, 0 for none.
+      facts: texts for TensorBoard by name: the config, the table of parameters.
     """
 
-    def __init__(self, workdir: pathlib.Path, resume_step: int, config: str):
+    def __init__(self, workdir: pathlib.Path, resume_step: int, facts: Mapping[str, str]):
         self._path = workdir / "metrics.jsonl"
         _drop_rows_after(self._path, resume_step)
         self._file = open(self._path, "a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir), purge_step=resume_step + 1 if resume_step else None, flush_secs=10)
-        self.text(resume_step, "config", "    " + config.replace("\n", "\n    "))  # Markdown shows it as code
+        for name, text in facts.items():
+            self.text(resume_step, name, "    " + text.replace("\n", "\n    "))  # Markdown shows it as code
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One row of the log and one point of each curve."""

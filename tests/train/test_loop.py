@@ -64,7 +64,8 @@ def test_tensorboard_shows_it(whole):
     assert [event.step for event in curve] == list(range(1, 13))
     assert [event.value for event in curve] == pytest.approx(list(runs.losses(whole[0] / "run").values()))
     assert {"train/lr", "perf/mfu", "perf/data_wait", "eval/bits_per_byte", "memory/peak_gib"} <= set(board.Tags()["scalars"])
-    assert {"sample/text_summary", "config/text_summary"} <= set(board.Tags()["tensors"])
+    texts = {name: board.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0].decode() for name in ("config", "parameters", "sample")}
+    assert '"lr": 0.001' in texts["config"] and "layers/attn/q" in texts["parameters"] and texts["sample"].startswith("[")
 
 
 @pytest.mark.parametrize("last", [1, 3, 4, 6, 11])
