@@ -40,7 +40,7 @@ def scorer(model: Model, mesh: Mesh, chunk_rows: int = 0) -> Scorer:
     """
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def score(params, batch):
-        nll, _, right = token_nll(model, params, batch, chunk_rows=chunk_rows)
+        nll, _, right, _ = token_nll(model, params, batch, chunk_rows=chunk_rows)
         counts = batch["weights"] > 0
         return jnp.where(counts, nll, 0), jnp.where(counts, right, 0), batch["weights"], batch["documents"]
 

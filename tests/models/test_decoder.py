@@ -19,7 +19,14 @@ BASE = TransformerConfig(vocab_size=64, context=64, layers=2, width=32, heads=4,
 VARIANTS = {
     "llama": BASE,
     "gpt2": dataclasses.replace(BASE, kv_heads=0, norm="layer", positions="learned", activation="gelu_tanh", gated=False, bias=True),
-    "knobs": dataclasses.replace(BASE, windows=(0, 5), qk_norm=True, attention_softcap=5.0, final_softcap=9.0, tied=False, activation="gelu", bias=True),
+    "knobs": dataclasses.replace(BASE, windows=(0, 5), qk_norm="head", attention_softcap=5.0, final_softcap=9.0, tied=False, activation="gelu", bias=True),
+    "neox": dataclasses.replace(BASE, norm="layer", bias=True, parallel_residual=True, rotary_fraction=0.5, gated=False, activation="gelu"),
+    "gemma": dataclasses.replace(BASE, layers=3, windows=(5, 5, 0), norm_position="sandwich", norm_offset=True, embedding_scale=5.0, query_scale=7.0,
+                                 rope_theta=1000.0, rope_local_theta=20.0, rope_scaling="linear", rope_factor=2.0, qk_norm="head"),
+    "olmo": dataclasses.replace(BASE, norm_position="branch", qk_norm="full", rope_scaling="llama3", rope_factor=4.0, rope_original_context=16),
+    "post": dataclasses.replace(BASE, norm_position="post", norm="layer", bias=True, qkv_bias=True),
+    "moe": dataclasses.replace(BASE, layers=4, experts=4, expert_feedforward=24, dense_layers=(0, 2), shared_feedforward=16, shared_gate=True,
+                               expert_renormalise=False, qkv_bias=True),
     "bare": dataclasses.replace(BASE, positions="none", activation="relu", gated=False, head_size=6),
 }
 
@@ -69,6 +76,24 @@ def test_window_is_exact():
     assert np.array_equal(seen, (distance >= 0) & (distance <= 2 * 3))
 
 
+def test_an_encoder_sees_its_whole_segment():
+    cfg = dataclasses.replace(VARIANTS["post"], causal=False, layers=1)
+    segments = jnp.array([[1] * 10 + [2] * 14])
+    same = np.asarray(segments[0])[:, None] == np.asarray(segments[0])
+    assert np.array_equal(influence(cfg, segments), same)
+    distance = np.abs(np.arange(24)[:, None] - np.arange(24))
+    assert np.array_equal(influence(dataclasses.replace(cfg, windows=(4,))), distance < 4)
+
+
+@pytest.mark.parametrize("change", [dict(parallel_residual=True), dict(norm_position="branch"), dict(norm_position="sandwich"), dict(norm_position="post"),
+                                    dict(embedding_scale=2.0), dict(query_scale=3.0), dict(rotary_fraction=0.5), dict(rope_local_theta=5.0, windows=(50,)),
+                                    dict(rope_scaling="linear", rope_factor=3.0),
+                                    dict(rope_scaling="llama3", rope_factor=3.0, rope_original_context=12)], ids=str)
+def test_each_knob_does_something(change):
+    apply = lambda cfg: decoder.build(cfg).apply(decoder.build(cfg).init(jax.random.key(0)), inputs(tokens()))[0]
+    assert float(jnp.abs(apply(dataclasses.replace(BASE, **change)) - apply(BASE)).max()) > 1e-3
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_packed_documents_never_meet(name):
     segments = jnp.array([[1] * 7 + [2] * 9 + [3] * 3 + [0] * 5])
@@ -84,7 +109,7 @@ def test_packing_and_padding_change_nothing(name):
     a, b = tokens(1, 9), tokens(1, 12, seed=2)
     alone = [model.apply(params, inputs(x))[0] for x in (a, b)]
     row = jnp.concatenate([a, b, jnp.zeros((1, 3), jnp.int32)], 1)
-    packed, _ = model.apply(params, inputs(row, jnp.array([[1] * 9 + [2] * 12 + [0] * 3])))
+    packed, _, _ = model.apply(params, inputs(row, jnp.array([[1] * 9 + [2] * 12 + [0] * 3])))
     np.testing.assert_allclose(packed[:, :9], alone[0], atol=2e-5)
     np.testing.assert_allclose(packed[:, 9:21], alone[1], atol=2e-5)
 
@@ -118,10 +143,10 @@ def test_cached_equals_uncached(name):
     model = decoder.build(VARIANTS[name])
     params = model.init(jax.random.key(0))
     batch = inputs(tokens())
-    whole, _ = model.apply(params, batch)
+    whole, _, _ = model.apply(params, batch)
     cache, parts = model.init_cache(2, 32), []
     for a, b in ((0, 10), (10, 11), (11, 12), (12, 24)):
-        hidden, cache = model.apply(params, {k: v[:, a:b] for k, v in batch.items()}, cache=cache)
+        hidden, cache, _ = model.apply(params, {k: v[:, a:b] for k, v in batch.items()}, cache=cache)
         parts.append(hidden)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=2e-5)
 
@@ -130,11 +155,11 @@ def test_ragged_prompts_continue_at_their_own_position():
     model = decoder.build(BASE)
     params = model.init(jax.random.key(0))
     row = tokens(1, 9)
-    whole, _ = model.apply(params, inputs(row))
+    whole, _, _ = model.apply(params, inputs(row))
     padded = inputs(jnp.pad(row[:, :5], ((0, 0), (0, 3))), jnp.array([[1] * 5 + [0] * 3]))
-    _, cache = model.apply(params, padded, cache=model.init_cache(1, 16))
+    _, cache, _ = model.apply(params, padded, cache=model.init_cache(1, 16))
     for t in range(5, 9):
-        hidden, cache = model.apply(params, {"tokens": row[:, t:t + 1], "positions": jnp.array([[t]]), "segments": jnp.ones((1, 1), jnp.int32)}, cache=cache)
+        hidden, cache, _ = model.apply(params, {"tokens": row[:, t:t + 1], "positions": jnp.array([[t]]), "segments": jnp.ones((1, 1), jnp.int32)}, cache=cache)
         np.testing.assert_allclose(hidden[:, 0], whole[:, t], atol=2e-5)
 
 
@@ -154,9 +179,9 @@ def test_bfloat16_computes_in_bfloat16_from_float32_parameters():
     model = decoder.build(dataclasses.replace(BASE, dtype="bfloat16"))
     params = model.init(jax.random.key(0))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
-    hidden, _ = model.apply(params, inputs(tokens()))
+    hidden, _, _ = model.apply(params, inputs(tokens()))
     assert hidden.dtype == jnp.bfloat16 and model.head(params, hidden).dtype == jnp.float32
-    exact, _ = decoder.build(BASE).apply(params, inputs(tokens()))
+    exact, _, _ = decoder.build(BASE).apply(params, inputs(tokens()))
     assert float(jnp.abs(hidden - exact).max() / jnp.abs(exact).max()) < 0.03
 
 
