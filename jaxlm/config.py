@@ -239,6 +239,7 @@ class CheckpointConfig:
 class TrainConfig:
     steps: Duration = Duration("1000 steps")
     seed: int = 0  # of the initial parameters and of dropout
+    init_from: str = ""  # "hf:DIR", a Hugging Face directory, or a workdir: its model, parameters and tokenizer are the beginning; empty: from nothing
     microbatches: int = 1  # the batch is computed in so many parts, one after the other; the result is the same
     log_every: Duration = Duration("10 steps")
     eval_every: Duration = Duration("10%")
@@ -281,7 +282,8 @@ class Config:
     def __post_init__(self):
         rows, parts = self.data.batch_size, self.train.microbatches
         _need(rows % parts == 0, f"train.microbatches={parts} must divide data.batch_size={rows}: try {_nearest_divisor(rows, parts)}")
-        _need(self.data.sequence_length <= self.model.context, f"data.sequence_length={self.data.sequence_length} is longer than "
+        # With init_from the model's context is known only when that is read (train/initial.py).
+        _need(self.train.init_from or self.data.sequence_length <= self.model.context, f"data.sequence_length={self.data.sequence_length} is longer than "
               f"model.context={self.model.context}: make the first smaller or the second larger")
 
 

@@ -3,6 +3,7 @@
 Nothing here executes what a file says: pickled weights (.bin, .pt) are refused.
 """
 
+import itertools
 import json
 import math
 import pathlib
@@ -17,7 +18,7 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F64": np.dtype(np.float64),
            "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "U8": np.dtype(np.uint8), "BOOL": np.dtype(bool)}
-_WRITTEN = {"float32": "float32", "bfloat16": "bfloat16"}  # numpy's names -> safetensors' names when writing
+_CODES = {dtype.name: code for code, dtype in _DTYPES.items()}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -131,7 +132,9 @@ def _header(path: pathlib.Path) -> dict[str, Tensor]:
 
 def write_files(folder: pathlib.Path, names: Mapping[str, tuple[tuple[int, ...], np.dtype]], tensors: Iterator[tuple[str, np.ndarray]],
                 shard_bytes: int = SHARD_BYTES) -> list[pathlib.Path]:
-    """Writes model.safetensors, or shards with an index when it would be larger than `shard_bytes`; holds one shard in memory.
+    """Writes model.safetensors, or shards with an index when it would be larger than `shard_bytes`; one tensor at a time.
+
+    Written by hand, since the format is a header and the bytes: the package wants a whole shard in memory, and its interface has changed often.
 
     Args:
       names: what is to be written, in order: name -> shape and dtype (float32 or bfloat16).
@@ -148,12 +151,17 @@ def write_files(folder: pathlib.Path, names: Mapping[str, tuple[tuple[int, ...],
         used += size(name)
     files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, shard in zip(files, shards):
-        content = {}
-        for name in shard:
-            given, array = next(tensors)
-            assert given == name and array.shape == names[name][0] and array.dtype == names[name][1], (given, name, array.shape, array.dtype)
-            content[name] = {"dtype": _WRITTEN[array.dtype.name], "shape": array.shape, "data": np.ascontiguousarray(array).tobytes()}
-        safetensors.serialize_file(content, folder / file, {"format": "pt"})
+        ends = list(itertools.accumulate(map(size, shard)))
+        header = {"__metadata__": {"format": "pt"}} | {name: {"dtype": _CODES[names[name][1].name], "shape": names[name][0],
+                                                              "data_offsets": [end - size(name), end]} for name, end in zip(shard, ends)}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+        with (folder / file).open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for name in shard:
+                given, array = next(tensors)
+                assert given == name and array.shape == names[name][0] and array.dtype == names[name][1], (given, name, array.shape, array.dtype)
+                out.write(np.ascontiguousarray(array).tobytes())
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
         index = {"metadata": {"total_size": sum(map(size, names))}, "weight_map": dict(sorted(weight_map.items()))}

@@ -16,7 +16,7 @@ from jaxlm.config import Config
 from jaxlm.data import loader, pack, prepare, shards
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.evaluate import compression, likelihood
-from jaxlm.train import checkpoint, report, setup
+from jaxlm.train import checkpoint, initial, report, setup
 from jaxlm.train.state import State
 from jaxlm.train.stop import StopRequest, Watchdog
 
@@ -39,6 +39,7 @@ def run(config: Config, workdir: pathlib.Path) -> int:
     progress = report.Progress()
     note = progress.note if jax.process_index() == 0 else lambda line: None
     with checkpoint.Lock(workdir) as lock:
+        config = initial.resolve(config, workdir)
         _adopt(config, workdir)
         peak = report.peak_flops()
         mesh = sharding.make_mesh(config.mesh)
@@ -86,6 +87,8 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, epoch: pack.EpochSize, wor
             raise ValueError(f"{corpus.folder} holds another corpus than the run in {workdir} was trained on until step {start}: bring that one back, "
                              "or choose another --workdir")
         state = checkpoint.restore(workdir, start, parts.target)
+    elif config.train.init_from:
+        state = parts.begin(initial.params(config.train.init_from, parts.target.params, log=note))
     else:
         state = parts.init()
     tokens_per_step = config.data.batch_size * config.data.sequence_length
