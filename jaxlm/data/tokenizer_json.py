@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 SPACE = "\u2581"  # SentencePiece's stand-in for the space
-_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
+BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 _FAR = -1e6  # score of a unigram piece that must not be found in a text
 _PADS = ("[PAD]", "<pad>", "<|pad|>")
 _ENDS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")  # of families whose files do not name their end of text
@@ -242,7 +242,7 @@ def _speller(decoder: Mapping[str, Any] | None):
             raise ValueError(f"it decodes by {' then '.join(map(str, kinds))}, which is not known here")
 
     def spell(piece: str) -> bytes:
-        match = _BYTE_PIECE.fullmatch(piece) if fallback else None
+        match = BYTE_PIECE.fullmatch(piece) if fallback else None
         if match:
             return bytes([int(match[1], 16)])
         for old, new in swaps:
