@@ -226,8 +226,8 @@ def _qwen_json(cfg: TransformerConfig) -> dict[str, Any]:
 def _qwen_moe(c: Json) -> dict[str, Any]:
     step, dense = c.get("decoder_sparse_step", 1), set(c.get("mlp_only_layers") or ())
     dense |= {i for i in range(c["num_hidden_layers"]) if (i + 1) % step}
-    return dict(experts=c["num_experts"] if "num_experts" in c else c["num_local_experts"], experts_per_token=c["num_experts_per_tok"], expert_feedforward=c["moe_intermediate_size"],
-                expert_renormalise=c.get("norm_topk_prob", False), dense_layers=tuple(sorted(dense)))
+    return dict(experts=c["num_experts"] if "num_experts" in c else c["num_local_experts"], experts_per_token=c["num_experts_per_tok"],
+                expert_feedforward=c["moe_intermediate_size"], expert_renormalise=c.get("norm_topk_prob", False), dense_layers=tuple(sorted(dense)))
 
 
 def _qwen_moe_json(cfg: TransformerConfig) -> dict[str, Any]:
@@ -253,12 +253,14 @@ def _gemma_json(cfg: TransformerConfig) -> dict[str, Any]:
 def _gemma2(c: Json) -> dict[str, Any]:
     return _gemma(c) | dict(norm_position="sandwich", query_scale=float(c.get("query_pre_attn_scalar", 256)),
                             windows=_windows({"sliding_window": 4096, **c}, lambda layer: layer % 2 == 0),
-                            attention_softcap=float(c.get("attn_logit_softcapping", 50.0) or 0), final_softcap=float(c.get("final_logit_softcapping", 30.0) or 0))
+                            attention_softcap=float(c.get("attn_logit_softcapping", 50.0) or 0),
+                            final_softcap=float(c.get("final_logit_softcapping", 30.0) or 0))
 
 
 def _gemma2_json(cfg: TransformerConfig) -> dict[str, Any]:
-    return _gemma_json(cfg) | _windows_json(cfg) | dict(query_pre_attn_scalar=_whole(cfg.query_scale), attn_logit_softcapping=cfg.attention_softcap or None,
-                                                        final_logit_softcapping=cfg.final_softcap or None)
+    return _gemma_json(cfg) | _windows_json(cfg) | dict(
+        query_pre_attn_scalar=_whole(cfg.query_scale), attn_logit_softcapping=cfg.attention_softcap or None,
+        final_logit_softcapping=cfg.final_softcap or None)
 
 
 def _whole(number: float) -> int | float:

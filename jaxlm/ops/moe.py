@@ -2,7 +2,7 @@
 
 Dispatch sorts the (token, expert) pairs by expert and multiplies each run of rows with its expert's matrix. Two kernels do that product:
 `ragged_dot` of jax, and one by blocks of rows for CPUs, where XLA lowers `ragged_dot` to as many dense products as there are experts
-(measured with 16 experts: 18 times the work; see tools/bench.py).
+(measured with 16 experts, values and gradients: 30 and 24 times one dense product; by blocks 1.5 and 3 times).
 
 Shapes: R tokens, K experts of a token, E experts, D in, F out, M rows of the sorted buffer.
 """

@@ -185,8 +185,24 @@ def test_bfloat16_computes_in_bfloat16_from_float32_parameters():
     assert float(jnp.abs(hidden - exact).max() / jnp.abs(exact).max()) < 0.03
 
 
-PUBLISHED = {"gpt2_124m": 124_439_808, "gpt2_medium": 354_823_168, "gpt2_large": 774_030_080, "gpt2_xl": 1_557_611_200, "llama_150m": 149_840_640,
-             "llama_1b": 1_100_048_384, "llama_7b": 6_738_415_616, "llama_8b": 8_030_261_248}
+# Parameters as the papers, model cards and released safetensors give them; of Gemma 3 without the vision encoder.
+PUBLISHED = {
+    "gpt2_124m": 124_439_808, "gpt2_medium": 354_823_168, "gpt2_large": 774_030_080, "gpt2_xl": 1_557_611_200, "llama_150m": 149_840_640,
+    "llama_1b": 1_100_048_384, "llama_7b": 6_738_415_616, "llama_8b": 8_030_261_248,
+    "llama1_7b": 6_738_415_616, "llama1_13b": 13_015_864_320, "llama1_30b": 32_528_943_616, "llama1_65b": 65_285_660_672,
+    "llama2_13b": 13_015_864_320, "llama2_70b": 68_976_648_192, "llama3_70b": 70_553_706_496, "llama3.1_8b": 8_030_261_248,
+    "llama3.1_70b": 70_553_706_496, "llama3.1_405b": 405_853_388_800, "llama3.2_1b": 1_235_814_400, "llama3.2_3b": 3_212_749_824,
+    "neox_20b": 20_554_567_680, "pythia_70m": 70_426_624, "pythia_160m": 162_322_944, "pythia_410m": 405_334_016,
+    "pythia_1b": 1_011_781_632, "pythia_1.4b": 1_414_647_808, "pythia_2.8b": 2_775_208_960, "pythia_6.9b": 6_857_302_016,
+    "pythia_12b": 11_846_072_320, "mistral_7b": 7_241_732_096, "mixtral_8x7b": 46_702_792_704, "qwen2_0.5b": 494_032_768,
+    "qwen2_1.5b": 1_543_714_304, "qwen2_7b": 7_615_616_512, "qwen2_72b": 72_706_203_648, "qwen2.5_3b": 3_085_938_688,
+    "qwen2.5_14b": 14_770_033_664, "qwen2.5_32b": 32_763_876_352, "qwen3_0.6b": 596_049_920, "qwen3_1.7b": 1_720_574_976,
+    "qwen3_4b": 4_022_468_096, "qwen3_8b": 8_190_735_360, "qwen3_14b": 14_768_307_200, "qwen3_32b": 32_762_123_264,
+    "qwen3_30b_a3b": 30_532_122_624, "qwen3_235b_a22b": 235_093_634_560, "olmo2_1b": 1_484_916_736, "olmo2_7b": 7_298_617_344,
+    "olmo2_13b": 13_716_198_400, "olmo2_32b": 32_234_279_936, "gemma_2b": 2_506_172_416, "gemma_7b": 8_537_680_896,
+    "gemma2_2b": 2_614_341_888, "gemma2_9b": 9_241_705_984, "gemma2_27b": 27_227_128_320, "gemma3_270m": 268_098_176,
+    "gemma3_1b": 999_885_952, "gemma3_4b": 3_880_263_168, "gemma3_12b": 11_766_034_176, "gemma3_27b": 27_009_346_304,
+}
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
