@@ -38,7 +38,7 @@ def read(config: Json) -> tuple[Family, TransformerConfig]:
         cfg = TransformerConfig(**family.read(config))
     except KeyError as error:
         raise ValueError(f"config.json of {family.architecture} lacks {error.args[0]}: download it again") from None
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise ValueError(f"config.json of {family.architecture} holds a value of the wrong type ({error}): download it again") from None
     return family, cfg.filled()
 

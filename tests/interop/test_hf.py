@@ -188,6 +188,7 @@ BAD = {
     "unknown architecture": (lambda f: configure(f, architectures=["MambaForCausalLM"]), "'MambaForCausalLM', which is not known here; known: LlamaForCausalLM"),
     "missing key": (lambda f: f.joinpath("config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]})), "lacks num_attention_heads"),
     "wrong type": (lambda f: configure(f, hidden_size="16"), "wrong type"),
+    "rope not an object": (lambda f: configure(f, rope_parameters="linear"), "wrong type"),
     "unknown scaling": (lambda f: configure(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "rope scaling 'yarn'"),
     "unknown activation": (lambda f: configure(f, hidden_act="xielu"), "activation 'xielu'"),
     "not computed": (lambda f: configure(f, attention_bias=True), "attention_bias=True, which is not computed here"),
