@@ -76,6 +76,8 @@ def read(metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], facto
         if keys.get(key, int, head_size) != head_size:
             raise ValueError(f"{family}.{key}={keys.get(key, int)} differs from the head size {head_size}, which is not computed here")
     eps = "attention.layer_norm_epsilon" if family == "gpt2" else "attention.layer_norm_rms_epsilon"
+    if family in ("qwen2", "gpt2") and head_size * heads != width:  # llama.cpp refuses to load it
+        raise ValueError(f"a {family} model has heads of width / heads = {width // heads}, not {head_size}")
     context = keys.get("context_length", int)
     values = FAMILIES[family] | dict(
         vocab_size=shapes["token_embd.weight"][0], context=context, layers=layers, width=width, heads=heads, head_size=head_size,

@@ -160,14 +160,14 @@ def test_added_tokens_after_special_ones_keep_their_ids():
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "bytes"])
 def test_own_tokenizers_as_hugging_face_has_them(kind, tmp_path):
-    tok = tokenizer.train(TRAINING, TokenizerConfig(kind=kind, vocab_size=310, special_tokens=("<|user|>",)))
+    tok = tokenizer.train([*TRAINING, *["1 < 4 > 0 x"] * 9], TokenizerConfig(kind=kind, vocab_size=316, special_tokens=("<|user|>",)))
     assert {path.name for path in tok.write_huggingface(tmp_path)} == {
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *(() if kind == "bytes" else ("tokenizer.model",))}
     other = tokenizer.load(tmp_path)
     assert other.kind == "huggingface" and (other.bos, other.eos, other.pad, other.vocab_size) == (tok.bos, tok.eos, tok.pad, tok.vocab_size)
     assert other.adds_bos and other._processor.encode("the").ids == [tok.bos, *tok.encode("the")]
     for text in [*HARD, *TRAINING[:20], "<|user|>hi<|user|>", "the  quick\n\n\nbrown\u2047"]:
-        assert other.encode(text) == tok.encode(text) or (kind, text) == ("unigram", "<0x41>"), text
+        assert other.encode(text) == tok.encode(text), text
         assert other.decode(tok.encode(text)) == text
 
 

@@ -26,7 +26,7 @@ MODELS = {
     "llama": TransformerConfig(**_ROTARY, tied=False),
     "llama_tied_linear": TransformerConfig(**_ROTARY, rope_scaling="linear", rope_factor=4.0),
     "llama3": TransformerConfig(**_ROTARY, rope_scaling="llama3", rope_factor=8.0, rope_theta=500_000.0),
-    "qwen2": TransformerConfig(**_ROTARY, qkv_bias=True), "qwen3": TransformerConfig(**_ROTARY, qk_norm="head", tied=False),
+    "qwen2": TransformerConfig(**(_ROTARY | dict(head_size=8)), qkv_bias=True), "qwen3": TransformerConfig(**_ROTARY, qk_norm="head", tied=False),
     "gemma": TransformerConfig(**_GEMMA),
     "gemma2": TransformerConfig(**_GEMMA, norm_position="sandwich", attention_softcap=50.0, final_softcap=30.0, query_scale=16.0, windows=(8, 0)),
     "gemma3": TransformerConfig(**(_GEMMA | dict(layers=7)), norm_position="sandwich", qk_norm="head", windows=(8,) * 5 + (0,), rope_theta=1e6,
@@ -164,7 +164,7 @@ def test_quantised_weights_are_those_of_the_package(tok, tmp_path, kind):
     (dict(norm="layer"), "another norm"), (dict(activation="relu"), "another activation"), (dict(norm_position="branch"), "another"),
     (dict(final_softcap=30.0), "another final_softcap"), (dict(rotary_fraction=0.5), "another rotary_fraction"),
     (dict(rope_scaling="llama3", rope_factor=8.0, rope_original_context=4096), "does not hold the rotary scaling of Llama 3"),
-    (dict(experts=4), "another"), (dict(parallel_residual=True), "another parallel_residual"), (dict(query_scale=7.0), "another query_scale"),
+    (dict(qkv_bias=True), "a qwen2 model has heads of width"), (dict(experts=4), "another"), (dict(parallel_residual=True), "another parallel_residual"), (dict(query_scale=7.0), "another query_scale"),
 ])
 def test_a_model_that_no_family_computes_is_refused(tok, tmp_path, change, reason):
     cfg = dataclasses.replace(MODELS["llama"], **change)
