@@ -15,6 +15,8 @@ VERBS = {
     "train": "train a model, or resume the run in a workdir",
     "eval": "loss, perplexity and bits per byte of a checkpoint; --watch follows a run",
     "generate": "continue prompts with a checkpoint",
+    "import": "turn a Hugging Face directory into a checkpoint",
+    "export": "write a checkpoint as a Hugging Face directory",
 }
 
 _HELP = """jaxlm {version}: from raw text to a trained, evaluated language model

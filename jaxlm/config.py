@@ -82,17 +82,38 @@ class TransformerConfig:
     feedforward: int = 0  # inner size of the MLP; 0: 4 x width
     norm: Literal["layer", "rms"] = "rms"
     norm_eps: float = 1e-5
+    norm_position: Literal["pre", "post", "branch", "sandwich"] = "pre"  # x + f(norm x), norm(x + f x) (BERT), x + norm f(x) (OLMo 2), both (Gemma 2)
+    norm_offset: bool = False  # norms multiply by 1 + scale, as Gemma's do, and their scales start at 0
+    parallel_residual: bool = False  # x + attention(norm x) + mlp(norm x), as in GPT-NeoX; else one after the other
+    causal: bool = True  # a token sees no later one; encoders see all of their segment
     positions: Literal["rotary", "learned", "none"] = "rotary"
+    rotary_fraction: float = 1.0  # leading share of each head that rotary positions turn (GPT-NeoX: 0.25)
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
+    rope_local_theta: float = 0.0  # base in layers with a window, never scaled (Gemma 3); 0: all layers are alike
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"  # a longer context than trained: all wavelengths longer, or only the long ones
+    rope_factor: float = 1.0  # of the scaling
+    rope_low_frequency: float = 1.0  # llama3: wavelengths above rope_original_context / this are scaled in full
+    rope_high_frequency: float = 4.0  # llama3: wavelengths below rope_original_context / this are left as they are
+    rope_original_context: int = 8192  # llama3: context before the scaling
     activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "silu"
     gated: bool = True  # activation(x W_gate) * (x W_up), as in SwiGLU
     tied: bool = True  # the output projection is the token embedding
     bias: bool = False  # biases in projections and layer norms
+    qkv_bias: bool = False  # biases of queries, keys and values alone, as in Qwen 2
+    embedding_scale: float = 1.0  # factor on token embeddings; Gemma: sqrt(width)
     dropout: float = 0.0  # on embeddings and on each branch of the residual stream
     attention_softcap: float = 0.0  # c * tanh(scores / c) as in Gemma 2; 0: off
     final_softcap: float = 0.0  # the same on the logits
-    qk_norm: bool = False  # RMS norm of queries and keys, per head
+    query_scale: float = 0.0  # attention scores are divided by the root of this; 0: the head size
+    qk_norm: Literal["none", "head", "full"] = "none"  # RMS norm of queries and keys: of each head (Qwen 3) or over all heads (OLMo 2)
     windows: tuple[int, ...] = (0,)  # sliding window of each layer in tokens, repeated over the layers; 0: all that came before
+    experts: int = 0  # mixture of experts: MLPs of which each token takes a few; 0: one MLP for all tokens
+    experts_per_token: int = 2
+    expert_feedforward: int = 0  # inner size of each expert; 0: feedforward
+    expert_renormalise: bool = True  # weights of the chosen experts sum to 1 (Mixtral); else they stay shares among all experts
+    shared_feedforward: int = 0  # inner size of one more expert that every token passes; 0: none
+    shared_gate: bool = False  # the shared expert's output is weighed by a sigmoid gate, as in Qwen 2 MoE
+    dense_layers: tuple[int, ...] = ()  # with experts: numbers of the layers that keep one MLP, from 0
     init: Literal["normal", "truncated_normal", "xavier", "kaiming", "lecun"] = "normal"
     init_std: float = 0.02  # of "normal" and "truncated_normal"
     init_depth_scaled: bool = True  # divide the std of projections into the residual stream by sqrt(2 x layers), as GPT-2 does
@@ -115,12 +136,34 @@ class TransformerConfig:
               "change model.width, model.heads or model.head_size")
         _need(0 <= self.dropout < 1, f"model.dropout={self.dropout} must be in [0, 1)")
         _need(bool(self.windows) and all(w >= 0 for w in self.windows), f"model.windows={self.windows} must be one or more sizes >= 0")
+        _need(0 < self.rotary_fraction <= 1 and int(head_size * self.rotary_fraction) % 2 == 0 and int(head_size * self.rotary_fraction) > 0,
+              f"model.rotary_fraction={self.rotary_fraction} must be in (0, 1] and leave an even part of the head size {head_size}")
+        for key in ("rope_theta", "rope_factor", "rope_low_frequency", "rope_original_context", "embedding_scale", "norm_eps"):
+            _need(getattr(self, key) > 0, f"model.{key}={getattr(self, key)} must be positive")
+        for key in ("rope_local_theta", "query_scale", "attention_softcap", "final_softcap", "experts", "expert_feedforward", "shared_feedforward"):
+            _need(getattr(self, key) >= 0, f"model.{key}={getattr(self, key)} must not be negative")
+        _need(self.rope_high_frequency > self.rope_low_frequency, f"model.rope_high_frequency={self.rope_high_frequency} must be above "
+              f"model.rope_low_frequency={self.rope_low_frequency}")
+        _need(not self.parallel_residual or self.norm_position == "pre", f"model.parallel_residual needs model.norm_position=pre, not {self.norm_position}")
+        _need(not self.experts or 0 < self.experts_per_token <= self.experts, f"model.experts_per_token={self.experts_per_token} must be in "
+              f"[1, model.experts={self.experts}]")
+        _need(all(0 <= i < self.layers for i in self.dense_layers) and len(set(self.dense_layers)) == len(self.dense_layers),
+              f"model.dense_layers={self.dense_layers} must be different numbers in [0, {self.layers})")
+        _need(self.experts > 0 or not (self.dense_layers or self.shared_feedforward), "model.dense_layers and model.shared_feedforward go with "
+              "model.experts: set that too, or leave them out")
+        _need(not self.shared_gate or self.shared_feedforward > 0, "model.shared_gate weighs a shared expert: set model.shared_feedforward too")
+        _need(not self.experts or (self.gated and not self.bias), "model.experts are gated and have no biases: set model.gated=true and model.bias=false")
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers with a mixture of experts."""
+        return tuple(i for i in range(self.layers) if i not in self.dense_layers) if self.experts else ()
 
     def filled(self) -> "TransformerConfig":
         """The same model with every 0-means-default size written out."""
         return dataclasses.replace(
             self, kv_heads=self.kv_heads or self.heads, head_size=self.head_size or self.width // self.heads,
-            feedforward=self.feedforward or 4 * self.width)
+            feedforward=self.feedforward or 4 * self.width, expert_feedforward=self.expert_feedforward or self.feedforward or 4 * self.width)
 
 
 @dataclass(frozen=True)
@@ -128,9 +171,12 @@ class ObjectiveConfig:
     name: Literal["next_token"] = "next_token"
     z_loss: float = 0.0  # weight of log(Z)^2, which keeps the logits from drifting (PaLM uses 1e-4)
     chunk_rows: int = 0  # tokens whose logits exist at one time, the rest is recomputed in the backward pass; 0: all
+    moe_balance: float = 0.01  # mixture of experts: weight of the loss that spreads tokens over the experts (Switch, Mixtral)
+    moe_z: float = 0.001  # mixture of experts: weight of log(Z)^2 of the router (ST-MoE)
 
     def __post_init__(self):
-        _need(self.z_loss >= 0, f"objective.z_loss={self.z_loss} must not be negative")
+        for key in ("z_loss", "moe_balance", "moe_z"):
+            _need(getattr(self, key) >= 0, f"objective.{key}={getattr(self, key)} must not be negative")
         _need(self.chunk_rows >= 0, f"objective.chunk_rows={self.chunk_rows} must not be negative")
 
 
@@ -192,6 +238,7 @@ class CheckpointConfig:
 class TrainConfig:
     steps: Duration = Duration("1000 steps")
     seed: int = 0  # of the initial parameters and of dropout
+    init_from: str = ""  # "hf:DIR", a Hugging Face directory, or a workdir: its model, parameters and tokenizer are the beginning; empty: from nothing
     microbatches: int = 1  # the batch is computed in so many parts, one after the other; the result is the same
     log_every: Duration = Duration("10 steps")
     eval_every: Duration = Duration("10%")
@@ -234,7 +281,8 @@ class Config:
     def __post_init__(self):
         rows, parts = self.data.batch_size, self.train.microbatches
         _need(rows % parts == 0, f"train.microbatches={parts} must divide data.batch_size={rows}: try {_nearest_divisor(rows, parts)}")
-        _need(self.data.sequence_length <= self.model.context, f"data.sequence_length={self.data.sequence_length} is longer than "
+        # With init_from the model's context is known only when that is read (train/initial.py).
+        _need(self.train.init_from or self.data.sequence_length <= self.model.context, f"data.sequence_length={self.data.sequence_length} is longer than "
               f"model.context={self.model.context}: make the first smaller or the second larger")
 
 

@@ -191,7 +191,7 @@ def _prefill(model: Model, params, tokens_BP, lengths_B, draw: dict, *, slots: i
     rows, width = tokens_BP.shape
     inside = jnp.arange(width)[None] < lengths_B[:, None]
     inputs = {"tokens": tokens_BP, "positions": jnp.where(inside, jnp.arange(width, dtype=jnp.int32)[None], 0), "segments": inside.astype(jnp.int32)}
-    hidden, cache = model.apply(params, inputs, cache=model.init_cache(rows, slots))
+    hidden, cache, _ = model.apply(params, inputs, cache=model.init_cache(rows, slots))
     last_BD = jnp.take_along_axis(hidden, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     logits = model.head(params, last_BD)
     # Padding points behind the vocabulary and is dropped.
@@ -204,7 +204,7 @@ def _step(model: Model, params, token_B, decoding: _Decoding, draw: dict):
     """Feeds each row its last token and draws the next."""
     positions = decoding.positions_B[:, None]
     inputs = {"tokens": token_B[:, None], "positions": positions, "segments": jnp.ones_like(positions)}
-    hidden, cache = model.apply(params, inputs, cache=decoding.cache)
+    hidden, cache, _ = model.apply(params, inputs, cache=decoding.cache)
     return _draw(model.head(params, hidden[:, 0]), decoding._replace(cache=cache, positions_B=decoding.positions_B + 1), draw)
 
 

@@ -11,29 +11,46 @@ import jax.numpy as jnp
 
 from jaxlm.config import ObjectiveConfig
 from jaxlm.models.decoder import Model
-from jaxlm.ops import losses
+from jaxlm.ops import losses, moe
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def token_nll(model: Model, params: Any, batch: Mapping[str, jax.Array], key: jax.Array | None = None, chunk_rows: int = 0):
-    """Per token, each float32 `[B, T]`: `-log p(target)` in nats, `log Z`, and whether the target ranks first."""
-    hidden, _ = model.apply(params, batch, key=key)
+    """Per token, each float32 `[B, T]`: `-log p(target)` in nats, `log Z`, and whether the target ranks first; and the routers' statistics."""
+    hidden, _, routing = model.apply(params, batch, key=key)
     shape = batch["targets"].shape
     parts = losses.token_losses(lambda h: model.head(params, h), hidden.reshape(-1, hidden.shape[-1]), batch["targets"].reshape(-1), chunk_rows)
-    return tuple(part.reshape(shape) for part in parts)
+    return *(part.reshape(shape) for part in parts), routing
 
 
 def next_token(cfg: ObjectiveConfig, model: Model, params: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> Sums:
-    """Cross-entropy of the next token, plus `z_loss * log(Z)^2` (PaLM, Chowdhery et al. 2022)."""
-    nll, log_z, right = token_nll(model, params, batch, key, cfg.chunk_rows)
+    """Cross-entropy of the next token, plus `z_loss * log(Z)^2` (PaLM, Chowdhery et al. 2022), plus what keeps a mixture of experts in balance."""
+    nll, log_z, right, routing = token_nll(model, params, batch, key, cfg.chunk_rows)
     weights = batch["weights"]
-    weight, cross_entropy = weights.sum(), (nll * weights).sum()
-    sums = {"cross_entropy": (cross_entropy, weight), "accuracy": ((right * weights).sum(), weight)}
+    weight, loss = weights.sum(), (nll * weights).sum()
+    sums = {"cross_entropy": (loss, weight), "accuracy": ((right * weights).sum(), weight)}
     if cfg.z_loss:
         penalty = cfg.z_loss * (jnp.square(log_z) * weights).sum()
-        return sums | {"loss": (cross_entropy + penalty, weight), "z_loss": (penalty, weight)}
-    return sums | {"loss": (cross_entropy, weight)}
+        loss, sums["z_loss"] = loss + penalty, (penalty, weight)
+    if routing:
+        found = expert_balance(routing, weight)
+        loss = loss + cfg.moe_balance * found["moe_balance"][0] + cfg.moe_z * found["moe_z"][0]
+        sums |= found
+    return sums | {"loss": (loss, weight)}
+
+
+def expert_balance(routing: Mapping[str, jax.Array], weight: jax.Array) -> Sums:
+    """How evenly the experts of a model are used, means over its sparse layers: the balance loss, the router's log(Z)^2, and the share of the most
+    and the least used expert over an even share.
+
+    The balance of a batch is not a sum over its tokens: it is taken of each microbatch and weighed by the microbatch's targets.
+    """
+    even = routing["chosen"].sum(-1) / routing["chosen"].shape[-1]
+    share = routing["chosen"] / jnp.maximum(even, 1)[:, None]
+    values = {"moe_balance": moe.balance(routing["chosen"], routing["shares"], routing["tokens"]), "moe_z": routing["z"] / jnp.maximum(routing["tokens"], 1),
+              "expert_max": share.max(-1), "expert_min": share.min(-1)}
+    return {name: (value.mean() * weight, weight) for name, value in values.items()}
 
 
 OBJECTIVES: dict[str, Callable[..., Sums]] = {"next_token": next_token}

@@ -29,6 +29,7 @@ RULES: Mapping[str, tuple[str, ...] | None] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "feedforward": ("tensor",),
+    "expert": None,
     "head_size": None,
     "positions": None,
     "sequence": None,  # tokens of an activation

@@ -23,7 +23,7 @@ BASE = TransformerConfig(vocab_size=97, context=64, layers=2, width=32, heads=4)
 VARIANTS = {
     "rotary_gqa": dataclasses.replace(BASE, kv_heads=2),
     "learned_layernorm": dataclasses.replace(BASE, positions="learned", norm="layer", bias=True, gated=False, activation="gelu", tied=False),
-    "windows": dataclasses.replace(BASE, windows=(5, 0), kv_heads=1, qk_norm=True),
+    "windows": dataclasses.replace(BASE, windows=(5, 0), kv_heads=1, qk_norm="head"),
     "softcaps": dataclasses.replace(BASE, attention_softcap=5.0, final_softcap=3.0, head_size=16),
 }
 PROMPTS = [[1, 5, 9], [2], list(range(3, 40)), [7] * 16, [11, 13]]
@@ -182,7 +182,7 @@ BYTES = tokenizers.from_bytes(b'{"kind": "bytes"}\n')
 def puppet():
     """A model that says the ids in `params` whatever it is asked: its logits point at the one for the position. The prompt must be empty (bos alone)."""
     model, _ = build(TransformerConfig(vocab_size=320, context=256, layers=1, width=8, heads=1))
-    apply = lambda params, inputs, *, cache=None: (inputs["positions"][..., None], {**cache, "length": cache["length"] + inputs["tokens"].shape[1]})
+    apply = lambda params, inputs, *, cache=None: (inputs["positions"][..., None], {**cache, "length": cache["length"] + inputs["tokens"].shape[1]}, {})
     return model._replace(apply=apply, head=lambda params, hidden: jax.nn.one_hot(params["says"][hidden[..., 0]], 320) * 100.0)
 
 

@@ -39,7 +39,7 @@ def scorer(model: Model, mesh: Mesh, chunk_rows: int = 0) -> Scorer:
     """
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def score(params, batch):
-        nll, _, right = token_nll(model, params, batch, chunk_rows=chunk_rows)
+        nll, _, right, _ = token_nll(model, params, batch, chunk_rows=chunk_rows)
         return nll, right, batch["weights"], batch["documents"]
 
     return score

@@ -9,24 +9,37 @@ def decoder_axes(cfg: TransformerConfig) -> Axes:
     """Strict rules, path regex -> logical axes, for the decoder that `cfg` describes."""
     learned = cfg.positions == "learned"
     norm_bias = cfg.bias and cfg.norm == "layer"
+    qkv_bias = cfg.bias or cfg.qkv_bias
+    norms = "layers/(attn|mlp)(_out)?_norm" if cfg.norm_position == "sandwich" else "layers/(attn|mlp)_norm"
+    dense = len(cfg.sparse_layers) < cfg.layers
+    shared = cfg.shared_feedforward > 0
+    matrix = "(up|gate)" if cfg.gated else "up"
     table = [
         (True, "embed/tokens", ("vocab", "embed")),
         (learned, "embed/positions", ("positions", "embed")),
-        (True, "layers/(attn|mlp)_norm/scale", ("layers", "embed")),
-        (norm_bias, "layers/(attn|mlp)_norm/bias", ("layers", "embed")),
+        (True, f"{norms}/scale", ("layers", "embed")),
+        (norm_bias, f"{norms}/bias", ("layers", "embed")),
         (True, "layers/attn/q", ("layers", "embed", "heads", "head_size")),
         (True, "layers/attn/[kv]", ("layers", "embed", "kv_heads", "head_size")),
         (True, "layers/attn/o", ("layers", "heads", "head_size", "embed")),
-        (cfg.bias, "layers/attn/q_bias", ("layers", "heads", "head_size")),
-        (cfg.bias, "layers/attn/[kv]_bias", ("layers", "kv_heads", "head_size")),
+        (qkv_bias, "layers/attn/q_bias", ("layers", "heads", "head_size")),
+        (qkv_bias, "layers/attn/[kv]_bias", ("layers", "kv_heads", "head_size")),
         (cfg.bias, "layers/attn/o_bias", ("layers", "embed")),
-        (cfg.qk_norm, "layers/attn/[qk]_norm", ("layers", "head_size")),
-        (True, "layers/mlp/(up|gate)" if cfg.gated else "layers/mlp/up", ("layers", "embed", "feedforward")),
-        (True, "layers/mlp/down", ("layers", "feedforward", "embed")),
-        (cfg.bias, "layers/mlp/(up|gate)_bias" if cfg.gated else "layers/mlp/up_bias", ("layers", "feedforward")),
-        (cfg.bias, "layers/mlp/down_bias", ("layers", "embed")),
-        (True, "final_norm/scale", ("embed",)),
-        (norm_bias, "final_norm/bias", ("embed",)),
+        (cfg.qk_norm == "head", "layers/attn/[qk]_norm", ("layers", "head_size")),
+        (cfg.qk_norm == "full", "layers/attn/q_norm", ("layers", "heads", "head_size")),
+        (cfg.qk_norm == "full", "layers/attn/k_norm", ("layers", "kv_heads", "head_size")),
+        (dense, f"layers/mlp/{matrix}", ("layers", "embed", "feedforward")),
+        (dense, "layers/mlp/down", ("layers", "feedforward", "embed")),
+        (dense and cfg.bias, f"layers/mlp/{matrix}_bias", ("layers", "feedforward")),
+        (dense and cfg.bias, "layers/mlp/down_bias", ("layers", "embed")),
+        (cfg.experts > 0, "layers/moe/router", ("layers", "embed", "expert")),
+        (cfg.experts > 0, "layers/moe/(up|gate)", ("layers", "expert", "embed", "feedforward")),
+        (cfg.experts > 0, "layers/moe/down", ("layers", "expert", "feedforward", "embed")),
+        (shared, "layers/moe/shared/(up|gate)", ("layers", "embed", "feedforward")),
+        (shared, "layers/moe/shared/down", ("layers", "feedforward", "embed")),
+        (cfg.shared_gate, "layers/moe/shared_gate", ("layers", "embed")),
+        (cfg.norm_position != "post", "final_norm/scale", ("embed",)),
+        (cfg.norm_position != "post" and norm_bias, "final_norm/bias", ("embed",)),
         (not cfg.tied, "head/kernel", ("embed", "vocab")),
     ]
     return tuple((path, axes) for present, path, axes in table if present)

@@ -23,7 +23,7 @@ class Model(NamedTuple):
     for the last token only.
     """
     init: Callable  # key -> params, nested dict of float32
-    apply: Callable  # params, {tokens, positions, segments} each int32 [B, T], *, cache=None, key=None, view=... -> hidden [B, T, D], cache
+    apply: Callable  # params, {tokens, positions, segments} each int32 [B, T], *, cache=None, key=None, view=... -> hidden [B, T, D], cache, routing
     head: Callable  # params, hidden [..., D] -> logits [..., V] float32
     init_cache: Callable  # batch, length -> cache
     axes: tuple[tuple[str, tuple[str, ...]], ...]  # path regex -> logical axes, strict
@@ -56,8 +56,9 @@ def _init(cfg: TransformerConfig, key: jax.Array) -> dict:
     embed = {"tokens": initialiser(cfg, cfg.vocab_size, cfg.width)(k_tokens, (cfg.vocab_size, cfg.width), jnp.float32)}
     if cfg.positions == "learned":
         embed["positions"] = initialiser(cfg, cfg.context, cfg.width)(k_positions, (cfg.context, cfg.width), jnp.float32)
-    params = {"embed": embed, "layers": stack.init(cfg, k_layers, _slots(cfg, {"positions": one, "segments": one}, None)),
-              "final_norm": Norm(cfg).init(k_head, jnp.zeros((1, 1, cfg.width)))["params"]}
+    params = {"embed": embed, "layers": stack.init(cfg, k_layers, _slots(cfg, {"positions": one, "segments": one}, None))}
+    if cfg.norm_position != "post":
+        params["final_norm"] = Norm(cfg).init(k_head, jnp.zeros((1, 1, cfg.width)))["params"]
     if not cfg.tied:
         params["head"] = {"kernel": initialiser(cfg, cfg.width, cfg.vocab_size)(k_head, (cfg.width, cfg.vocab_size), jnp.float32)}
     return params
@@ -69,33 +70,53 @@ def _slots(cfg: TransformerConfig, inputs: dict, cache: dict | None) -> Slots:
     if cache is not None:
         keys = attention.Tokens(*(jax.lax.dynamic_update_slice_in_dim(cache[name], inputs[name], cache["length"], axis=1)
                                   for name in ("positions", "segments")))
-    angles = positions.rotary_angles(inputs["positions"], cfg.head_size, cfg.rope_theta) if cfg.positions == "rotary" else None
-    return Slots(queries, keys, angles, None if cache is None else cache["length"])
+    angles, local = (None if freqs is None else positions.rotary_angles(inputs["positions"], freqs) for freqs in _frequencies(cfg))
+    return Slots(queries, keys, angles, local, None if cache is None else cache["length"])
+
+
+def _frequencies(cfg: TransformerConfig) -> tuple[jax.Array | None, jax.Array | None]:
+    """Rotary frequencies of the layers, and of those with a window where these have their own; None for none."""
+    if cfg.positions != "rotary":
+        return None, None
+    size = int(cfg.head_size * cfg.rotary_fraction)
+    freqs = positions.frequencies(size, cfg.rope_theta)
+    if cfg.rope_scaling == "linear":
+        freqs = freqs / cfg.rope_factor
+    elif cfg.rope_scaling == "llama3":
+        freqs = positions.scale_llama3(freqs, factor=cfg.rope_factor, low=cfg.rope_low_frequency, high=cfg.rope_high_frequency,
+                                       context=cfg.rope_original_context)
+    return freqs, positions.frequencies(size, cfg.rope_local_theta) if cfg.rope_local_theta and any(cfg.windows) else None
 
 
 def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: dict | None = None, key: jax.Array | None = None,
-           view: stack.View | None = None) -> tuple[jax.Array, dict | None]:
-    """Hidden states `[B, T, D]` in the compute dtype, before the output projection, and the cache after the tokens.
+           view: stack.View | None = None) -> tuple[jax.Array, dict | None, dict]:
+    """Hidden states `[B, T, D]` in the compute dtype, before the output projection, the cache after the tokens, and what the routers did.
 
     Args:
       inputs: `tokens`, `positions`, `segments`, int32 `[B, T]`; segment 0 is padding.
       cache: from `init_cache` or an earlier call; the new tokens go to its next T slots. The caller keeps count of the room.
       key: dropout key; None for evaluation.
       view: what one layer computes with, given its weights; the default casts to the compute dtype.
+
+    Returns:
+      The third is empty without experts, else `moe.statistics` of each sparse layer, over the tokens that are not padding.
     """
     dtype = jnp.dtype(cfg.dtype)
     view = view or (lambda layer: jax.tree.map(lambda w: w.astype(dtype), layer))
     slots = _slots(cfg, inputs, cache)
     k_embed, k_layers = (None, None) if key is None or cfg.dropout == 0 else jax.random.split(key)
     x = params["embed"]["tokens"].astype(dtype)[inputs["tokens"]]
+    if cfg.embedding_scale != 1:
+        x = x * jnp.asarray(cfg.embedding_scale, dtype)
     if cfg.positions == "learned":
         x = x + params["embed"]["positions"].astype(dtype)[inputs["positions"]]
     x = constrain(dropout(x, cfg.dropout, k_embed), "batch", "sequence", "residual")
-    x, kv = stack.run(cfg, params["layers"], x, slots, None if cache is None else {"k": cache["k"], "v": cache["v"]}, k_layers, view)
-    x = Norm(cfg).apply({"params": params["final_norm"]}, x)
+    x, kv, routing = stack.run(cfg, params["layers"], x, slots, None if cache is None else {"k": cache["k"], "v": cache["v"]}, k_layers, view)
+    if cfg.norm_position != "post":
+        x = Norm(cfg).apply({"params": params["final_norm"]}, x)
     if cache is not None:
         cache = {**kv, "positions": slots.keys.positions, "segments": slots.keys.segments, "length": cache["length"] + inputs["tokens"].shape[1]}
-    return x, cache
+    return x, cache, routing
 
 
 def _head(cfg: TransformerConfig, params: dict, hidden: jax.Array) -> jax.Array:

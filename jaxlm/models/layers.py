@@ -1,6 +1,6 @@
 """The leaves of the network as Linen modules, used only as (init, apply) pairs. One Block serves every family through its config.
 
-Shapes: B batch, T tokens, S keys, D width, N query heads, K key heads, H head size, F feed-forward, V vocabulary, L layers.
+Shapes: B batch, T tokens, S keys, D width, N query heads, K key heads, H head size, F feed-forward, V vocabulary, L layers, E experts.
 """
 
 import math
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import TransformerConfig
-from jaxlm.ops import attention, positions
+from jaxlm.ops import attention, moe, positions
 from jaxlm.sharding import constrain
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -25,6 +25,7 @@ class Slots(NamedTuple):
     queries: attention.Tokens  # [B, T]
     keys: attention.Tokens  # [B, S]; S = T without a cache
     angles: tuple[jax.Array, jax.Array] | None  # rotary, of the queries
+    local_angles: tuple[jax.Array, jax.Array] | None  # the same for layers with a window, where these differ
     start: jax.Array | None  # first cache slot to write, int32 scalar; None without a cache
 
 
@@ -67,19 +68,29 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         cfg, size = self.cfg, x_BTD.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (size,), jnp.float32)
+        scale = self.param("scale", _scale_initialiser(cfg), (size,), jnp.float32)
         x = x_BTD.astype(jnp.float32)
         if cfg.norm == "layer":
             x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + cfg.norm_eps) * scale.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + cfg.norm_eps) * _multiplier(cfg, scale)
         if cfg.norm == "layer" and cfg.bias:
             x = x + self.param("bias", nn.initializers.zeros, (size,), jnp.float32).astype(jnp.float32)
         return x.astype(x_BTD.dtype)
 
 
-def _rms(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    y = x.astype(jnp.float32)
-    return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps) * scale.astype(jnp.float32)).astype(x.dtype)
+def _scale_initialiser(cfg: TransformerConfig) -> Callable:
+    return nn.initializers.zeros if cfg.norm_offset else nn.initializers.ones
+
+
+def _multiplier(cfg: TransformerConfig, scale: jax.Array) -> jax.Array:
+    """What a norm multiplies by. The scale itself stays as stored, so that a file read and written again is the same bit by bit."""
+    return scale.astype(jnp.float32) + 1 if cfg.norm_offset else scale.astype(jnp.float32)
+
+
+def _rms(cfg: TransformerConfig, x: jax.Array, scale: jax.Array) -> jax.Array:
+    """RMS norm over the axes of `scale`: the head, or all heads."""
+    y, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
+    return (y * jax.lax.rsqrt(jnp.square(y).mean(axes, keepdims=True) + cfg.norm_eps) * _multiplier(cfg, scale)).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -93,23 +104,28 @@ class Attention(nn.Module):
         q = project(x_BTD, self.param("q", initialiser(cfg, d, n * h), (d, n, h), jnp.float32))
         key = project(x_BTD, self.param("k", initialiser(cfg, d, k * h), (d, k, h), jnp.float32))
         value = project(x_BTD, self.param("v", initialiser(cfg, d, k * h), (d, k, h), jnp.float32))
-        if cfg.bias:
+        if cfg.bias or cfg.qkv_bias:
             q = q + self.param("q_bias", nn.initializers.zeros, (n, h), jnp.float32)
             key = key + self.param("k_bias", nn.initializers.zeros, (k, h), jnp.float32)
             value = value + self.param("v_bias", nn.initializers.zeros, (k, h), jnp.float32)
-        if cfg.qk_norm:
-            q = _rms(q, self.param("q_norm", nn.initializers.ones, (h,), jnp.float32), cfg.norm_eps)
-            key = _rms(key, self.param("k_norm", nn.initializers.ones, (h,), jnp.float32), cfg.norm_eps)
+        if cfg.qk_norm != "none":
+            whole = cfg.qk_norm == "full"
+            q = _rms(cfg, q, self.param("q_norm", _scale_initialiser(cfg), (n, h) if whole else (h,), jnp.float32))
+            key = _rms(cfg, key, self.param("k_norm", _scale_initialiser(cfg), (k, h) if whole else (h,), jnp.float32))
         if slots.angles is not None:
-            q, key = positions.rotate(q, slots.angles), positions.rotate(key, slots.angles)
+            angles = slots.angles
+            if slots.local_angles is not None:
+                angles = jax.tree.map(lambda far, near: jnp.where(window > 0, near, far), angles, slots.local_angles)
+            q, key = positions.rotate(q, angles), positions.rotate(key, angles)
         q = constrain(q, "batch", "sequence", "heads", "head_size")
         key, value = (constrain(a, "batch", "sequence", "kv_heads", "head_size") for a in (key, value))
         if cache is not None:
             cache = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), slots.start, axis=1)
                      for name, new in (("k", key), ("v", value))}
             key, value = cache["k"].astype(q.dtype), cache["v"].astype(q.dtype)
-        kernel = attention.choose(cfg.attention, cached=cache is not None)
-        out_BTNH = kernel(q, key, value, slots.queries, slots.keys, window=window, softcap=cfg.attention_softcap, scale=h ** -0.5)
+        kernel = attention.choose(cfg.attention, cached=cache is not None, causal=cfg.causal)
+        out_BTNH = kernel(q, key, value, slots.queries, slots.keys, window=window, causal=cfg.causal, softcap=cfg.attention_softcap,
+                          scale=(cfg.query_scale or h) ** -0.5)
         out = project(out_BTNH, self.param("o", initialiser(cfg, n * h, d, into_residual=True), (n, h, d), jnp.float32), inputs=2)
         if cfg.bias:
             out = out + self.param("o_bias", nn.initializers.zeros, (d,), jnp.float32)
@@ -119,10 +135,11 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Feed-forward layer, plain or gated (Shazeer 2020)."""
     cfg: TransformerConfig
+    size: int  # F
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        cfg, d, f = self.cfg, x_BTD.shape[-1], self.cfg.feedforward
+        cfg, d, f = self.cfg, x_BTD.shape[-1], self.size
         hidden = project(x_BTD, self.param("up", initialiser(cfg, d, f), (d, f), jnp.float32))
         if cfg.bias:
             hidden = hidden + self.param("up_bias", nn.initializers.zeros, (f,), jnp.float32)
@@ -140,16 +157,62 @@ class Mlp(nn.Module):
         return out
 
 
-class Block(nn.Module):
-    """Pre-norm transformer layer: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+class Moe(nn.Module):
+    """Mixture of experts (Shazeer et al. 2017): each token passes the few gated MLPs that its router ranks first, none is dropped."""
     cfg: TransformerConfig
 
     @nn.compact
+    def __call__(self, x_BTD: jax.Array, counted_BT: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The output, and the sums over the tokens that count (`counted_BT`, bool) of what `moe.statistics` makes of the router."""
+        cfg, d, e, f = self.cfg, x_BTD.shape[-1], self.cfg.experts, self.cfg.expert_feedforward
+        x_RD = x_BTD.reshape(-1, d)
+        router = self.param("router", initialiser(cfg, d, e), (d, e), jnp.float32)
+        logits_RE = (x_RD @ router).astype(jnp.float32)
+        weights_RK, chosen_RK = moe.route(logits_RE, cfg.experts_per_token, renormalise=cfg.expert_renormalise)
+        gate = self.param("gate", initialiser(cfg, d, f), (e, d, f), jnp.float32)
+        up = self.param("up", initialiser(cfg, d, f), (e, d, f), jnp.float32)
+        down = self.param("down", initialiser(cfg, f, d, into_residual=True), (e, f, d), jnp.float32)
+        act = ACTIVATIONS[cfg.activation]
+        out = moe.dispatch(x_RD, weights_RK, chosen_RK, e, lambda rows, multiply: multiply(act(multiply(rows, gate)) * multiply(rows, up), down))
+        if cfg.shared_feedforward:
+            shared = Mlp(cfg, cfg.shared_feedforward, name="shared")(x_RD[None])[0]
+            if cfg.shared_gate:
+                shared = shared * jax.nn.sigmoid(x_RD @ self.param("shared_gate", initialiser(cfg, d, 1), (d,), jnp.float32))[:, None]
+            out = out + shared
+        return out.reshape(x_BTD.shape), moe.statistics(logits_RE, chosen_RK, counted_BT.reshape(-1))
+
+
+class Block(nn.Module):
+    """One transformer layer: attention, then MLP or experts, each a branch of the residual stream with its norm where `norm_position` puts it."""
+    cfg: TransformerConfig
+    sparse: bool = False  # a mixture of experts in place of the MLP
+
+    @nn.compact
     def __call__(self, x_BTD, slots: Slots, window=None, cache: dict | None = None, key: jax.Array | None = None):
+        """The new residual stream, the layer's cache, and the router's statistics (empty without experts)."""
         cfg = self.cfg
         keys = (None, None) if key is None else jax.random.split(key)
-        mixed, cache = Attention(cfg, name="attn")(Norm(cfg, name="attn_norm")(x_BTD), slots, window, cache)
-        x_BTD = constrain(x_BTD + dropout(mixed, cfg.dropout, keys[0]), "batch", "sequence", "residual")
-        hidden = Mlp(cfg, name="mlp")(Norm(cfg, name="mlp_norm")(x_BTD))
-        x_BTD = constrain(x_BTD + dropout(hidden, cfg.dropout, keys[1]), "batch", "sequence", "residual")
-        return x_BTD, cache
+        attn = lambda x: Attention(cfg, name="attn")(x, slots, window, cache)
+        if self.sparse:
+            mlp = lambda x: Moe(cfg, name="moe")(x, slots.queries.segments > 0)
+        else:
+            mlp = lambda x: (Mlp(cfg, cfg.feedforward, name="mlp")(x), {})
+        mixed, cache = self._branch("attn", attn, x_BTD, keys[0])
+        if cfg.parallel_residual:
+            hidden, statistics = self._branch("mlp", mlp, x_BTD, keys[1])
+            return constrain(x_BTD + mixed + hidden, "batch", "sequence", "residual"), cache, statistics
+        x_BTD = self._join("attn", x_BTD, mixed)
+        hidden, statistics = self._branch("mlp", mlp, x_BTD, keys[1])
+        return self._join("mlp", x_BTD, hidden), cache, statistics
+
+    def _branch(self, name: str, f: Callable, x_BTD: jax.Array, key: jax.Array | None):
+        """What a branch adds to the residual stream, and what else `f` returns."""
+        cfg, at = self.cfg, self.cfg.norm_position
+        out, other = f(Norm(cfg, name=f"{name}_norm")(x_BTD) if at in ("pre", "sandwich") else x_BTD)
+        if at in ("branch", "sandwich"):
+            out = Norm(cfg, name=f"{name}_norm" if at == "branch" else f"{name}_out_norm")(out)
+        return dropout(out, cfg.dropout, key), other
+
+    def _join(self, name: str, x_BTD: jax.Array, branch: jax.Array) -> jax.Array:
+        x_BTD = constrain(x_BTD + branch, "batch", "sequence", "residual")
+        return Norm(self.cfg, name=f"{name}_norm")(x_BTD) if self.cfg.norm_position == "post" else x_BTD

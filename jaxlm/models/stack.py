@@ -1,5 +1,10 @@
-"""Layers stacked on their first axis: initialised by `vmap`, run by `scan`, recomputed under `jax.checkpoint`."""
+"""Layers stacked on their first axis: initialised by `vmap`, run by `scan`, recomputed under `jax.checkpoint`.
 
+Where layers with one MLP and layers with experts alternate, both kinds have stacks of their own for that part (`layers/mlp` has as many rows as
+there are dense layers, `layers/moe` as there are sparse ones), and the scan goes over the shortest pattern that repeats.
+"""
+
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,28 +16,38 @@ from jaxlm.models.layers import Block, Slots
 
 View = Callable[[Any], Any]  # one layer's weights -> the weights to compute with (cast, dequantise, add LoRA)
 
+_KINDS = ("mlp", "moe")  # the part of a layer that its kind decides, indexed by `sparse`
+
 
 def init(cfg: TransformerConfig, key: jax.Array, slots: Slots) -> dict:
-    """Parameters of all layers, each leaf `[L, ...]`; `slots` gives shapes only."""
+    """Parameters of all layers, each leaf `[L, ...]` (`mlp` and `moe`: as many as there are such layers); `slots` gives shapes only."""
     shape = (*slots.queries.positions.shape, cfg.width)
-    one = lambda k: Block(cfg).init(k, jnp.zeros(shape, jnp.float32), slots)["params"]
-    return jax.vmap(one)(jax.random.split(key, cfg.layers))
+    keys, kinds = jax.random.split(key, cfg.layers), _kinds(cfg)
+    stacks = []
+    for sparse in sorted(set(kinds)):
+        one = lambda k: Block(cfg, sparse).init(k, jnp.zeros(shape, jnp.float32), slots, jnp.zeros((), jnp.int32))["params"]
+        stacks.append(jax.vmap(one)(keys if len(set(kinds)) == 1 else keys[jnp.array([i for i, kind in enumerate(kinds) if kind == sparse])]))
+    if len(stacks) == 1:
+        return stacks[0]
+    place = jnp.argsort(jnp.argsort(jnp.array(kinds), stable=True))  # of each layer among the dense ones followed by the sparse ones
+    own = {name: stack.pop(name) for name, stack in zip(_KINDS, stacks)}
+    return jax.tree.map(lambda dense, sparse: jnp.concatenate([dense, sparse])[place], *stacks) | own
 
 
 def run(cfg: TransformerConfig, layers: dict, x_BTD: jax.Array, slots: Slots, cache: dict | None, key: jax.Array | None, view: View):
     """All layers one after the other.
 
     Args:
-      layers: leaves `[L, ...]`.
+      layers: leaves `[L, ...]`, see `init`.
       cache: `{"k", "v"}` of `[L, B, S, K, H]`, or None.
       key: dropout key, or None for evaluation.
       view: applied to one layer's weights inside the loop, so only one layer is ever cast or dequantised.
 
     Returns:
-      Hidden states `[B, T, D]` and the new cache.
+      Hidden states `[B, T, D]`, the new cache, and the routers' statistics, each `[sparse layers, ...]` (empty without experts).
     """
     sizes = [cfg.windows[i % len(cfg.windows)] for i in range(cfg.layers)]
-    per_layer = {"params": layers}
+    per_layer = {"params": {name: leaf for name, leaf in layers.items() if name not in _KINDS}}
     if any(sizes):
         per_layer["window"] = jnp.array(sizes, jnp.int32)
     if cache is not None:
@@ -40,11 +55,53 @@ def run(cfg: TransformerConfig, layers: dict, x_BTD: jax.Array, slots: Slots, ca
     if key is not None:
         per_layer["key"] = jax.random.split(key, cfg.layers)
 
-    def body(x, layer):
-        return Block(cfg).apply({"params": view(layer["params"])}, x, slots, layer.get("window"), layer.get("cache"), layer.get("key"))
+    def one(sparse, x, layer, own):
+        params = view(layer["params"] | {_KINDS[sparse]: own})
+        x, cache, statistics = Block(cfg, sparse).apply({"params": params}, x, slots, layer.get("window"), layer.get("cache"), layer.get("key"))
+        return x, (cache, statistics)
 
-    if cfg.remat == "full":
-        body = jax.checkpoint(body)
-    elif cfg.remat == "dots":
-        body = jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    return jax.lax.scan(body, x_BTD, per_layer)
+    bodies = {sparse: _rematerialised(cfg.remat, lambda x, layer, own, sparse=sparse: one(sparse, x, layer, own)) for sparse in (False, True)}
+    start, caches, routed = [0, 0, 0], [], []  # rows used so far of the dense, sparse and common stacks
+    for pattern, repeats in _groups(_kinds(cfg)):
+        counts = [pattern.count(False), pattern.count(True), len(pattern)]
+        stacks = [layers[name] if counts[kind] else {} for kind, name in enumerate(_KINDS)] + [per_layer]
+        rows = [jax.tree.map(lambda a: a[begin:begin + repeats * count].reshape(repeats, count, *a.shape[1:]), stack)
+                for stack, begin, count in zip(stacks, start, counts)]
+
+        def group(x, rows, pattern=pattern):
+            at = lambda tree, i: jax.tree.map(lambda a: a[i], tree)
+            results = []
+            for i, sparse in enumerate(pattern):
+                x, result = bodies[sparse](x, at(rows[2], i), at(rows[sparse], pattern[:i].count(sparse)))
+                results.append(result)
+            stacked = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+            return x, (stacked([cache for cache, _ in results]), stacked([found for _, found in results if found] or [{}]))
+
+        x_BTD, results = jax.lax.scan(group, x_BTD, rows)
+        cached, found = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), results)
+        caches.append(cached)
+        routed += [found] if found else []
+        start = [begin + repeats * count for begin, count in zip(start, counts)]
+    joined = lambda trees: trees[0] if len(trees) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
+    return x_BTD, joined(caches), joined(routed) if routed else {}
+
+
+def _kinds(cfg: TransformerConfig) -> tuple[bool, ...]:
+    """Of each layer, whether it has experts."""
+    return tuple(i in cfg.sparse_layers for i in range(cfg.layers))
+
+
+def _groups(kinds: tuple[bool, ...]) -> list[tuple[tuple[bool, ...], int]]:
+    """`(pattern, repeats)` that make up the layers: one pattern where one repeats, else a pattern of one layer for each run of equal layers."""
+    for size in range(1, len(kinds) // 2 + 1):
+        if len(kinds) % size == 0 and kinds == kinds[:size] * (len(kinds) // size):
+            return [(kinds[:size], len(kinds) // size)]
+    return [((kind,), len(list(run))) for kind, run in itertools.groupby(kinds)]
+
+
+def _rematerialised(remat: str, body: Callable) -> Callable:
+    if remat == "full":
+        return jax.checkpoint(body)
+    if remat == "dots":
+        return jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    return body

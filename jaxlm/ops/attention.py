@@ -1,7 +1,7 @@
 """Attention: one signature, a table of kernels.
 
-Which key a query may see is data, not shape: a key counts when it lies in the same segment, not after the query, and inside the layer's
-window. Packed rows, padding, caches and sliding windows are all cases of that.
+Which key a query may see is data, not shape: a key counts when it lies in the same segment, not after the query (if causal), and inside the
+layer's window. Packed rows, padding, caches and sliding windows are all cases of that.
 """
 
 from collections.abc import Callable
@@ -17,20 +17,23 @@ class Tokens(NamedTuple):
     segments: jax.Array
 
 
-def mask(queries: Tokens, keys: Tokens, window: jax.Array | None) -> jax.Array:
+def mask(queries: Tokens, keys: Tokens, window: jax.Array | None, causal: bool = True) -> jax.Array:
     """Which key each query sees, bool `[B, T, S]`.
 
     Args:
       queries: `[B, T]` tokens.
       keys: `[B, S]` tokens.
       window: int32 scalar, how many positions back a query sees, itself included (0: all); None: all.
+      causal: no later position is seen; else as far ahead as back.
     """
     distance = queries.positions[:, :, None] - keys.positions[:, None, :]
-    seen = (queries.segments[:, :, None] == keys.segments[:, None, :]) & (distance >= 0)
+    seen = queries.segments[:, :, None] == keys.segments[:, None, :]
+    seen, distance = (seen & (distance >= 0), distance) if causal else (seen, jnp.abs(distance))
     return seen if window is None else seen & ((distance < window) | (window == 0))
 
 
-def reference(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=None, softcap: float = 0.0, scale: float) -> jax.Array:
+def reference(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=None, causal: bool = True, softcap: float = 0.0,
+              scale: float) -> jax.Array:
     """Plain attention, softmax in float32. Query heads `N` share `K` key heads, `N / K` neighbours each (Ainslie et al. 2023)."""
     b, t, n, h = q_BTNH.shape
     k = k_BSKH.shape[2]
@@ -39,7 +42,7 @@ def reference(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=N
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     # A finite floor: a query that sees nothing (padding against an empty cache) gets the mean, not NaN; nothing reads it.
-    scores = jnp.where(mask(queries, keys, window)[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask(queries, keys, window, causal)[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v_BSKH).reshape(b, t, n, h)
 
@@ -47,7 +50,7 @@ def reference(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=N
 def blocked(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, block: int = 128, **options) -> jax.Array:
     """`reference` by blocks of queries, each against the keys up to its own end: skips the half that causality hides.
 
-    Right only where slot order is time order within each segment (training rows; not a cache), which is why `attention` picks it.
+    Right only for causal attention where slot order is time order within each segment (training rows; not a cache), which `choose` sees to.
     """
     t = q_BTNH.shape[1]
     starts = range(0, t, block)
@@ -60,9 +63,9 @@ def blocked(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, block: int
 KERNELS: dict[str, Callable[..., jax.Array]] = {"reference": reference, "blocked": blocked}
 
 
-def choose(kernel: str, *, cached: bool) -> Callable[..., jax.Array]:
+def choose(kernel: str, *, cached: bool, causal: bool = True) -> Callable[..., jax.Array]:
     """The kernel of that name; "auto" takes what was fastest on this backend (see tools/bench.py)."""
-    if cached:
+    if cached or not causal:
         return reference
     if kernel == "auto":
         kernel = "blocked" if jax.default_backend() == "cpu" else "reference"

@@ -1,18 +1,34 @@
-"""Rotary position embedding (Su et al. 2021, RoFormer), in the half-split layout of GPT-NeoX and Llama."""
+"""Rotary position embedding (Su et al. 2021, RoFormer), in the half-split layout of GPT-NeoX and Llama, and its scalings for longer contexts."""
+
+import math
 
 import jax
 import jax.numpy as jnp
 
 
-def rotary_angles(positions_BT: jax.Array, head_size: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, each `[B, T, 1, head_size / 2]` float32, of positions times the wavelengths `theta^(-2i / head_size)`."""
-    frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
-    angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
+def frequencies(size: int, theta: float) -> jax.Array:
+    """`theta^(-2i / size)`, float32 `[size / 2]`: radians per position of each pair of dimensions."""
+    return theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+
+
+def scale_llama3(freqs: jax.Array, *, factor: float, low: float, high: float, context: int) -> jax.Array:
+    """Llama 3.1's scaling: wavelengths longer than `context / low` grow by `factor`, those shorter than `context / high` stay, between them it is
+    blended."""
+    turns = context * freqs / (2 * math.pi)  # of each pair within the original context
+    kept = jnp.clip((turns - low) / (high - low), 0, 1)
+    return kept * freqs + (1 - kept) * freqs / factor
+
+
+def rotary_angles(positions_BT: jax.Array, freqs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, each `[B, T, 1, len(freqs)]` float32, of positions times frequencies."""
+    angles = positions_BT[..., None, None].astype(jnp.float32) * freqs
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns each pair `(x[i], x[i + H/2])` by its angle; the result has the dtype of `x`."""
+    """Turns each pair `(x[i], x[i + R/2])` of the first R dimensions of a head by its angle, where R is twice the number of angles; the result has
+    the dtype of `x`."""
     cos, sin = angles
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+    half = cos.shape[-1]
+    a, b, rest = jnp.split(x_BTNH.astype(jnp.float32), (half, 2 * half), axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x_BTNH.dtype)

@@ -16,7 +16,7 @@ from jaxlm.config import Config
 from jaxlm.data import loader, pack, prepare, shards
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.evaluate import compression, likelihood
-from jaxlm.train import checkpoint, report, setup
+from jaxlm.train import checkpoint, initial, report, setup
 from jaxlm.train import lock as locks
 from jaxlm.train.state import State
 from jaxlm.train.stop import StopRequest, Watchdog
@@ -40,6 +40,7 @@ def run(config: Config, workdir: pathlib.Path) -> int:
     progress = report.Progress()
     note = progress.note if jax.process_index() == 0 else lambda line: None
     with locks.Lock(workdir) as lock:
+        config = initial.resolve(config, workdir)
         sharding.first(lambda: _adopt(config, workdir))
         peak = report.peak_flops()
         mesh = sharding.make_mesh(config.mesh)
@@ -143,10 +144,11 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, epoch: pack.EpochSize, wor
 
 
 def _start(parts: setup.Setup, corpus: shards.Corpus, workdir: pathlib.Path, note: Callable[[str], None]) -> tuple[int, State]:
-    """The step to go on from and its state: the newest whole checkpoint, or step 0."""
+    """The step to go on from and its state: the newest whole checkpoint, or step 0 with new or given parameters."""
     start = checkpoint.newest(workdir, log=note) or 0
     if not start:
-        return 0, parts.init()
+        origin = parts.config.train.init_from
+        return 0, parts.begin(initial.params(origin, parts.target.params, log=note)) if origin else parts.init()
     saved = json.loads(checkpoint.read_file(workdir, start, "data.json"))
     if saved["manifest"] != corpus.fingerprint:
         raise ValueError(f"{corpus.folder} holds another corpus than the run in {workdir} was trained on until step {start}: bring that one back, "

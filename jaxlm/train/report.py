@@ -96,10 +96,12 @@ def overview(params: Any) -> str:
 
 def flops_per_token(cfg: TransformerConfig, params: int, sequence_length: int) -> float:
     """Floating-point operations of one training step per token: `6 N + 6 L T N_heads H` (Chowdhery et al. 2022, appendix B, with the causal half of
-    attention counted once). `N` are the parameters that multiply: all but the embedding tables when these are only looked up."""
+    attention counted once). `N` are the parameters that multiply: all but the embedding tables when these are only looked up, and the experts that a token does not
+    pass."""
     cfg = cfg.filled()
     looked_up = (0 if cfg.tied else cfg.vocab_size * cfg.width) + (cfg.context * cfg.width if cfg.positions == "learned" else 0)
-    return 6 * (params - looked_up) + 6 * cfg.layers * sequence_length * cfg.heads * cfg.head_size
+    idle = len(cfg.sparse_layers) * (cfg.experts - cfg.experts_per_token) * 3 * cfg.width * cfg.expert_feedforward
+    return 6 * (params - looked_up - idle) + 6 * cfg.layers * sequence_length * cfg.heads * cfg.head_size
 
 
 def peak_flops() -> tuple[float, str]:

@@ -71,22 +71,27 @@ def _newest_below(workdir: pathlib.Path, bound: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(found))) if jax.process_count() > 1 else found
 
 
-def _open(workdir: pathlib.Path, step: int) -> Run:
+def read_files(workdir: pathlib.Path, step: int) -> tuple[Config, tokenizers.Tokenizer, dict[str, Any]]:
+    """Config with the vocabulary filled in, tokenizer, and position in the data of a checkpoint, each verified."""
     config = configs.from_json(checkpoint.read_file(workdir, step, "config.json").decode())
     names = sorted(path.name for path in (workdir / "checkpoints" / str(step) / "files").glob("tokenizer.*"))
     tokenizer = tokenizers.from_bytes(checkpoint.read_file(workdir, step, names[0] if names else "tokenizer.model"))
     data = json.loads(checkpoint.read_file(workdir, step, "data.json"))
-    config = dataclasses.replace(config, model=decoder.vocabulary(config.model, tokenizer.vocab_size))
+    return dataclasses.replace(config, model=decoder.vocabulary(config.model, tokenizer.vocab_size)), tokenizer, data
+
+
+def _open(workdir: pathlib.Path, step: int) -> Run:
+    config, tokenizer, data = read_files(workdir, step)
     model = decoder.build(config.model)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    mesh, places = _place(config.mesh, model, shapes)
+    mesh, places = place(config.mesh, model, shapes)
     target = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places)
     params = checkpoint.restore_params(workdir, step, target, ema=config.optim.ema > 0)
     return Run(workdir, step, config, tokenizer, data, model, params, mesh)
 
 
-def _place(cfg: MeshConfig, model: decoder.Model, shapes: Any) -> tuple[Mesh, Any]:
-    """The mesh that the run was trained on, where it fits the devices here; else a copy of the model on each device."""
+def place(cfg: MeshConfig, model: decoder.Model, shapes: Any) -> tuple[Mesh, Any]:
+    """The mesh of a config, where it fits the devices here, else a copy of the model on each device; and where each parameter lies."""
     try:
         mesh = sharding.make_mesh(cfg)
         return mesh, sharding.params_shardings(mesh, model.axes, shapes)
@@ -114,7 +119,7 @@ def open_data(run: Run, folder: str = "") -> shards.Corpus:
     if corpus.manifest["tokenizer"]["sha256"] != run.tokenizer.fingerprint:
         raise ValueError(f"{path} was prepared with another tokenizer than {run.workdir} was trained with: prepare it again with "
                          "--config.tokenizer.path set to the tokenizer.model in the run's data folder")
-    if not folder and corpus.fingerprint != run.data["manifest"]:
+    if not folder and run.data["manifest"] and corpus.fingerprint != run.data["manifest"]:
         raise ValueError(f"{path} holds another corpus than {run.workdir} was trained on: its held-out documents may have been training text; "
                          f"give --data={path} to evaluate on it all the same")
     return corpus

@@ -26,6 +26,7 @@ class Setup(NamedTuple):
     target: State  # of jax.ShapeDtypeStruct with shardings: what `init` makes and a checkpoint restores
     batch: dict[str, jax.ShapeDtypeStruct]  # what `step` is given
     init: Callable[[], State]
+    begin: Callable[[Any], State]  # the state before step 0 with these parameters, which are donated
     step: Callable[[State, dict[str, jax.Array]], tuple[State, dict[str, Any]]]  # jitted, donates the state
     steps: Callable[[str, str], int]  # (config key, duration) -> steps
 
@@ -62,9 +63,10 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
     rate = optim.schedule(config.optim, total, tokens_per_step, tokens_per_epoch)
     tx = optim.build(config.optim, rate, {path: names for path, names in axes.items() if trainable[path]})
 
-    def init(key: jax.Array) -> State:
+    def init(key: jax.Array, params: Any = None) -> State:
         k_params, k_run = jax.random.split(key)
-        return init_state(model.init(k_params), tx, trainable, jax.random.key_data(k_run), config.optim.ema > 0)
+        params = model.init(k_params) if params is None else params
+        return init_state(params, tx, trainable, jax.random.key_data(k_run), config.optim.ema > 0)
 
     state_shapes = jax.eval_shape(init, jax.random.key(0))
     whole = NamedSharding(mesh, PartitionSpec())
@@ -76,4 +78,5 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
     step = functools.partial(train_step, objective=objective, tx=tx, rate=rate, trainable=trainable, microbatches=parts, ema=config.optim.ema)
     return Setup(config, mesh, model, total, target, batch,
                  lambda: jax.jit(init, out_shardings=state_places)(jax.random.key(config.train.seed)),
+                 lambda params: jax.jit(init, out_shardings=state_places, donate_argnums=1)(jax.random.key(config.train.seed), params),
                  jax.jit(step, donate_argnums=0, out_shardings=(state_places, whole)), steps)

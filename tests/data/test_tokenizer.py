@@ -150,15 +150,15 @@ def test_no_text_and_errors_of_the_reader():
 
 @pytest.mark.parametrize("data, message", [
     (b"\x89PNG" * 100, "is not a SentencePiece model"), (b"", "is not a SentencePiece model"),
-    (b'{"version": "1.0", "model": {}}', "is Hugging Face's tokenizer.json, not a SentencePiece model"),
-    (b'{"kind": "words"}', "is JSON, not a SentencePiece model"),
+    (b'{"version": "1.0", "model": {}}', "is not a tokenizer that can be used: it has no vocabulary"),
+    (b'{"kind": "words"}', "is JSON, but neither Hugging Face's tokenizer.json nor"),
 ])
 def test_files_that_are_no_tokenizer(tmp_path, data, message):
     path = tmp_path / "x.model"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=f"x.model {message}"):
         tokenizer.load(path)
-    with pytest.raises(ValueError, match="it holds neither"):
+    with pytest.raises(ValueError, match="holds no tokenizer; looked for tokenizer.json, "):
         tokenizer.load(tmp_path)
     with pytest.raises(ValueError, match="no such tokenizer file"):
         tokenizer.load(tmp_path / "y.model")

@@ -30,7 +30,7 @@ def scores(model, params, corpus):
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(model, params, tokens, segments):
-    hidden, _ = model.apply(params, {"tokens": tokens, "positions": jnp.arange(tokens.shape[1])[None], "segments": segments})
+    hidden, _, _ = model.apply(params, {"tokens": tokens, "positions": jnp.arange(tokens.shape[1])[None], "segments": segments})
     return model.head(params, hidden)[0]
 
 

@@ -19,7 +19,14 @@ BASE = TransformerConfig(vocab_size=64, context=64, layers=2, width=32, heads=4,
 VARIANTS = {
     "llama": BASE,
     "gpt2": dataclasses.replace(BASE, kv_heads=0, norm="layer", positions="learned", activation="gelu_tanh", gated=False, bias=True),
-    "knobs": dataclasses.replace(BASE, windows=(0, 5), qk_norm=True, attention_softcap=5.0, final_softcap=9.0, tied=False, activation="gelu", bias=True),
+    "knobs": dataclasses.replace(BASE, windows=(0, 5), qk_norm="head", attention_softcap=5.0, final_softcap=9.0, tied=False, activation="gelu", bias=True),
+    "neox": dataclasses.replace(BASE, norm="layer", bias=True, parallel_residual=True, rotary_fraction=0.5, gated=False, activation="gelu"),
+    "gemma": dataclasses.replace(BASE, layers=3, windows=(5, 5, 0), norm_position="sandwich", norm_offset=True, embedding_scale=5.0, query_scale=7.0,
+                                 rope_theta=1000.0, rope_local_theta=20.0, rope_scaling="linear", rope_factor=2.0, qk_norm="head"),
+    "olmo": dataclasses.replace(BASE, norm_position="branch", qk_norm="full", rope_scaling="llama3", rope_factor=4.0, rope_original_context=16),
+    "post": dataclasses.replace(BASE, norm_position="post", norm="layer", bias=True, qkv_bias=True),
+    "moe": dataclasses.replace(BASE, layers=4, experts=4, expert_feedforward=24, dense_layers=(0, 2), shared_feedforward=16, shared_gate=True,
+                               expert_renormalise=False, qkv_bias=True),
     "bare": dataclasses.replace(BASE, positions="none", activation="relu", gated=False, head_size=6),
 }
 
@@ -69,6 +76,24 @@ def test_window_is_exact():
     assert np.array_equal(seen, (distance >= 0) & (distance <= 2 * 3))
 
 
+def test_an_encoder_sees_its_whole_segment():
+    cfg = dataclasses.replace(VARIANTS["post"], causal=False, layers=1)
+    segments = jnp.array([[1] * 10 + [2] * 14])
+    same = np.asarray(segments[0])[:, None] == np.asarray(segments[0])
+    assert np.array_equal(influence(cfg, segments), same)
+    distance = np.abs(np.arange(24)[:, None] - np.arange(24))
+    assert np.array_equal(influence(dataclasses.replace(cfg, windows=(4,))), distance < 4)
+
+
+@pytest.mark.parametrize("change", [dict(parallel_residual=True), dict(norm_position="branch"), dict(norm_position="sandwich"), dict(norm_position="post"),
+                                    dict(embedding_scale=2.0), dict(query_scale=3.0), dict(rotary_fraction=0.5), dict(rope_local_theta=5.0, windows=(50,)),
+                                    dict(rope_scaling="linear", rope_factor=3.0),
+                                    dict(rope_scaling="llama3", rope_factor=3.0, rope_original_context=12)], ids=str)
+def test_each_knob_does_something(change):
+    apply = lambda cfg: decoder.build(cfg).apply(decoder.build(cfg).init(jax.random.key(0)), inputs(tokens()))[0]
+    assert float(jnp.abs(apply(dataclasses.replace(BASE, **change)) - apply(BASE)).max()) > 1e-3
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_packed_documents_never_meet(name):
     segments = jnp.array([[1] * 7 + [2] * 9 + [3] * 3 + [0] * 5])
@@ -84,7 +109,7 @@ def test_packing_and_padding_change_nothing(name):
     a, b = tokens(1, 9), tokens(1, 12, seed=2)
     alone = [model.apply(params, inputs(x))[0] for x in (a, b)]
     row = jnp.concatenate([a, b, jnp.zeros((1, 3), jnp.int32)], 1)
-    packed, _ = model.apply(params, inputs(row, jnp.array([[1] * 9 + [2] * 12 + [0] * 3])))
+    packed, _, _ = model.apply(params, inputs(row, jnp.array([[1] * 9 + [2] * 12 + [0] * 3])))
     np.testing.assert_allclose(packed[:, :9], alone[0], atol=2e-5)
     np.testing.assert_allclose(packed[:, 9:21], alone[1], atol=2e-5)
 
@@ -118,10 +143,10 @@ def test_cached_equals_uncached(name):
     model = decoder.build(VARIANTS[name])
     params = model.init(jax.random.key(0))
     batch = inputs(tokens())
-    whole, _ = model.apply(params, batch)
+    whole, _, _ = model.apply(params, batch)
     cache, parts = model.init_cache(2, 32), []
     for a, b in ((0, 10), (10, 11), (11, 12), (12, 24)):
-        hidden, cache = model.apply(params, {k: v[:, a:b] for k, v in batch.items()}, cache=cache)
+        hidden, cache, _ = model.apply(params, {k: v[:, a:b] for k, v in batch.items()}, cache=cache)
         parts.append(hidden)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=2e-5)
 
@@ -130,11 +155,11 @@ def test_ragged_prompts_continue_at_their_own_position():
     model = decoder.build(BASE)
     params = model.init(jax.random.key(0))
     row = tokens(1, 9)
-    whole, _ = model.apply(params, inputs(row))
+    whole, _, _ = model.apply(params, inputs(row))
     padded = inputs(jnp.pad(row[:, :5], ((0, 0), (0, 3))), jnp.array([[1] * 5 + [0] * 3]))
-    _, cache = model.apply(params, padded, cache=model.init_cache(1, 16))
+    _, cache, _ = model.apply(params, padded, cache=model.init_cache(1, 16))
     for t in range(5, 9):
-        hidden, cache = model.apply(params, {"tokens": row[:, t:t + 1], "positions": jnp.array([[t]]), "segments": jnp.ones((1, 1), jnp.int32)}, cache=cache)
+        hidden, cache, _ = model.apply(params, {"tokens": row[:, t:t + 1], "positions": jnp.array([[t]]), "segments": jnp.ones((1, 1), jnp.int32)}, cache=cache)
         np.testing.assert_allclose(hidden[:, 0], whole[:, t], atol=2e-5)
 
 
@@ -154,14 +179,30 @@ def test_bfloat16_computes_in_bfloat16_from_float32_parameters():
     model = decoder.build(dataclasses.replace(BASE, dtype="bfloat16"))
     params = model.init(jax.random.key(0))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
-    hidden, _ = model.apply(params, inputs(tokens()))
+    hidden, _, _ = model.apply(params, inputs(tokens()))
     assert hidden.dtype == jnp.bfloat16 and model.head(params, hidden).dtype == jnp.float32
-    exact, _ = decoder.build(BASE).apply(params, inputs(tokens()))
+    exact, _, _ = decoder.build(BASE).apply(params, inputs(tokens()))
     assert float(jnp.abs(hidden - exact).max() / jnp.abs(exact).max()) < 0.03
 
 
-PUBLISHED = {"gpt2_124m": 124_439_808, "gpt2_medium": 354_823_168, "gpt2_large": 774_030_080, "gpt2_xl": 1_557_611_200, "llama_150m": 149_840_640,
-             "llama_1b": 1_100_048_384, "llama_7b": 6_738_415_616, "llama_8b": 8_030_261_248}
+# Parameters as the papers, model cards and released safetensors give them; of Gemma 3 without the vision encoder.
+PUBLISHED = {
+    "gpt2_124m": 124_439_808, "gpt2_medium": 354_823_168, "gpt2_large": 774_030_080, "gpt2_xl": 1_557_611_200, "llama_150m": 149_840_640,
+    "llama_1b": 1_100_048_384, "llama_7b": 6_738_415_616, "llama_8b": 8_030_261_248,
+    "llama1_7b": 6_738_415_616, "llama1_13b": 13_015_864_320, "llama1_30b": 32_528_943_616, "llama1_65b": 65_285_660_672,
+    "llama2_13b": 13_015_864_320, "llama2_70b": 68_976_648_192, "llama3_70b": 70_553_706_496, "llama3.1_8b": 8_030_261_248,
+    "llama3.1_70b": 70_553_706_496, "llama3.1_405b": 405_853_388_800, "llama3.2_1b": 1_235_814_400, "llama3.2_3b": 3_212_749_824,
+    "neox_20b": 20_554_567_680, "pythia_70m": 70_426_624, "pythia_160m": 162_322_944, "pythia_410m": 405_334_016,
+    "pythia_1b": 1_011_781_632, "pythia_1.4b": 1_414_647_808, "pythia_2.8b": 2_775_208_960, "pythia_6.9b": 6_857_302_016,
+    "pythia_12b": 11_846_072_320, "mistral_7b": 7_241_732_096, "mixtral_8x7b": 46_702_792_704, "qwen2_0.5b": 494_032_768,
+    "qwen2_1.5b": 1_543_714_304, "qwen2_7b": 7_615_616_512, "qwen2_72b": 72_706_203_648, "qwen2.5_3b": 3_085_938_688,
+    "qwen2.5_14b": 14_770_033_664, "qwen2.5_32b": 32_763_876_352, "qwen3_0.6b": 596_049_920, "qwen3_1.7b": 1_720_574_976,
+    "qwen3_4b": 4_022_468_096, "qwen3_8b": 8_190_735_360, "qwen3_14b": 14_768_307_200, "qwen3_32b": 32_762_123_264,
+    "qwen3_30b_a3b": 30_532_122_624, "qwen3_235b_a22b": 235_093_634_560, "olmo2_1b": 1_484_916_736, "olmo2_7b": 7_298_617_344,
+    "olmo2_13b": 13_716_198_400, "olmo2_32b": 32_234_279_936, "gemma_2b": 2_506_172_416, "gemma_7b": 8_537_680_896,
+    "gemma2_2b": 2_614_341_888, "gemma2_9b": 9_241_705_984, "gemma2_27b": 27_227_128_320, "gemma3_270m": 268_098_176,
+    "gemma3_1b": 999_885_952, "gemma3_4b": 3_880_263_168, "gemma3_12b": 11_766_034_176, "gemma3_27b": 27_009_346_304,
+}
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)

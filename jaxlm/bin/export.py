@@ -1,0 +1,53 @@
+"""jaxlm export: writes a checkpoint as a Hugging Face directory, which from_pretrained of transformers loads with nothing added.
+
+  jaxlm export --workdir=runs/quickstart --to=exports/quickstart
+  jaxlm export --workdir=runs/qwen3 --step=2000 --to=exports/qwen3 --dtype=bfloat16
+
+It writes config.json, model.safetensors (shards of at most 5 GB with their index when it is larger) and the tokenizer's files, reads
+everything back and compares it. The moving average of the parameters is written where the run keeps one. float32 is exact; bfloat16 is half
+the size.
+
+The architecture is the plainest one that computes what the model does: Llama for most decoders with rotary positions. --architecture chooses
+another. It prints which parameter became which tensor.
+
+Next: transformers.AutoModelForCausalLM.from_pretrained("exports/quickstart")
+"""
+
+from absl import flags
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True, flag_values=values)
+    flags.DEFINE_integer("step", None, "Checkpoint to write; without it, the newest whole one.", flag_values=values)
+    flags.DEFINE_string("to", None, "Directory to make.", required=True, flag_values=values)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the tensors.", flag_values=values)
+    flags.DEFINE_string("architecture", "", "Class in transformers, such as MistralForCausalLM; without it, the plainest that fits.", flag_values=values)
+
+
+def main(values: flags.FlagValues) -> int:
+    import os
+    import pathlib
+    import tempfile
+
+    to = pathlib.Path(values.to)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ValueError(f"--to={to} exists and is not an empty directory: choose another")
+
+    from jaxlm.interop import hf
+    from jaxlm.train import saved
+
+    run = saved.open_run(values.workdir, values.step)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    # Whole or not at all.
+    with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as temporary:
+        folder = pathlib.Path(temporary) / "export"
+        folder.mkdir()
+        tokenizer = run.tokenizer
+        source = hf.save(folder, run.config.model, run.params, dtype=values.dtype, architecture=values.architecture,
+                         extra={"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad})
+        tokenizer.write_huggingface(folder)
+        if to.exists():
+            to.rmdir()
+        os.replace(folder, to)
+    print(f"{source.family.architecture} in {to}, step {run.step} of {run.workdir}, read back and compared:\n{hf.mapping(source)}")
+    return 0

@@ -1,0 +1,305 @@
+"""config.json of Hugging Face <-> TransformerConfig, one small pair of functions per family.
+
+Both spellings are read: `rope_theta` and `rope_scaling` at the top (transformers 4) or inside `rope_parameters` (5), `layer_types` or the
+patterns that came before. Written is the older one, which every version reads. What a family can say and we cannot is refused, never dropped.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jaxlm.config import TransformerConfig
+
+Json = Mapping[str, Any]
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
+               "relu": "relu"}
+# How a model is computed and trained, which no config.json says: not compared.
+COMPUTED = ("dtype", "remat", "attention", "dropout", "init", "init_std", "init_depth_scaled")
+
+
+class Family(NamedTuple):
+    architecture: str  # the class in transformers
+    model_type: str
+    table: str  # in hf_names.TABLES
+    read: Callable[[Json], dict[str, Any]]  # config.json -> arguments of TransformerConfig
+    write: Callable[[TransformerConfig], dict[str, Any]]  # the inverse; what it cannot say shows when it is read back
+
+
+def read(config: Json) -> tuple[Family, TransformerConfig]:
+    """The family and the model of a config.json.
+
+    Raises:
+      ValueError: one line: an unknown architecture (with the known ones), a missing key, or something that this code does not compute.
+    """
+    family = _family(config)
+    try:
+        cfg = TransformerConfig(**family.read(config))
+    except KeyError as error:
+        raise ValueError(f"config.json of {family.architecture} lacks {error.args[0]}: download it again") from None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"config.json of {family.architecture} holds a value of the wrong type ({error}): download it again") from None
+    return family, cfg.filled()
+
+
+def write(cfg: TransformerConfig, architecture: str = "") -> tuple[Family, dict[str, Any]]:
+    """The first family that can express a model, and its config.json.
+
+    Args:
+      architecture: the class in transformers; empty: any.
+
+    Raises:
+      ValueError: one line: no family, or not the one asked for, computes this.
+    """
+    if architecture and architecture not in FAMILIES:
+        raise ValueError(f"architecture {architecture!r} is not known; known: {', '.join(FAMILIES)}")
+    plain = lambda c: dataclasses.replace(c.filled(), **{key: getattr(TransformerConfig, key) for key in COMPUTED})
+    reasons = []
+    for family in [FAMILIES[architecture]] if architecture else FAMILIES.values():
+        try:
+            config = family.write(cfg.filled()) | {"architectures": [family.architecture], "model_type": family.model_type}
+            found = plain(read(config)[1])
+        except ValueError as error:
+            reasons.append(str(error))
+            continue
+        if found == plain(cfg):
+            return family, config
+        differs = [f.name for f in dataclasses.fields(cfg) if getattr(found, f.name) != getattr(plain(cfg), f.name)]
+        reasons.append(f"{family.architecture} has another {', '.join(differs)}")
+    # The nearest family is the one with the fewest differences.
+    raise ValueError(f"no architecture of Hugging Face that is known here computes this model; nearest: {min(reasons, key=len)}")
+
+
+def _family(config: Json) -> Family:
+    named = config.get("architectures") or []
+    for family in FAMILIES.values():
+        if family.architecture in named or (not named and family.model_type == config.get("model_type")):
+            return family
+    what = named[0] if named else config.get("model_type")
+    raise ValueError(f"config.json names the architecture {what!r}, which is not known here; known: {', '.join(FAMILIES)}")
+
+
+def _must(config: Json, **values: Any) -> None:
+    """Refuses what the code does not compute. A missing key or null is what is usual."""
+    for key, allowed in values.items():
+        value = config.get(key)
+        if value is not None and value != allowed:
+            raise ValueError(f"config.json has {key}={value!r}, which is not computed here; allowed: {allowed!r}")
+
+
+def _rope(config: Json, theta: float = 10_000.0, parameters: Json | None = None) -> dict[str, Any]:
+    if parameters is None:
+        parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    found: dict[str, Any] = {"rope_theta": float(parameters.get("rope_theta", config.get("rope_theta") or theta))}
+    if kind in ("default", None):
+        return found
+    if kind not in ("linear", "llama3"):
+        raise ValueError(f"config.json has rope scaling {kind!r}, which is not computed here; known: default, linear, llama3")
+    found |= {"rope_scaling": kind, "rope_factor": float(parameters["factor"])}
+    if kind == "llama3":
+        found |= {"rope_low_frequency": float(parameters["low_freq_factor"]), "rope_high_frequency": float(parameters["high_freq_factor"]),
+                  "rope_original_context": parameters.get("original_max_position_embeddings") or config["max_position_embeddings"]}
+    return found
+
+
+def _rope_json(cfg: TransformerConfig) -> dict[str, Any]:
+    if cfg.rope_scaling == "none":
+        return {"rope_theta": cfg.rope_theta, "rope_scaling": None}
+    scaling: dict[str, Any] = {"rope_type": cfg.rope_scaling, "factor": cfg.rope_factor}
+    if cfg.rope_scaling == "llama3":
+        scaling |= {"low_freq_factor": cfg.rope_low_frequency, "high_freq_factor": cfg.rope_high_frequency,
+                    "original_max_position_embeddings": cfg.rope_original_context}
+    return {"rope_theta": cfg.rope_theta, "rope_scaling": scaling}
+
+
+def _activation(name: str) -> str:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"config.json has the activation {name!r}, which is not known here; known: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def _activation_json(cfg: TransformerConfig) -> str:
+    return {"gelu_tanh": "gelu_pytorch_tanh"}.get(cfg.activation, cfg.activation)
+
+
+def _windows(config: Json, default: Callable[[int], bool]) -> tuple[int, ...]:
+    """The shortest pattern of windows; `default` says of a layer whether it has one where no `layer_types` does."""
+    size, layers = config.get("sliding_window") or 0, config["num_hidden_layers"]
+    types = config.get("layer_types") or ["sliding_attention" if size and default(i) else "full_attention" for i in range(layers)]
+    unknown = set(types) - {"sliding_attention", "full_attention"}
+    if unknown or len(types) != layers:
+        raise ValueError(f"config.json has layer_types={types}, which must be {layers} of sliding_attention and full_attention")
+    sizes = [size if kind == "sliding_attention" else 0 for kind in types]
+    return next(tuple(sizes[:n]) for n in range(1, layers + 1) if all(s == sizes[i % n] for i, s in enumerate(sizes)))
+
+
+def _windows_json(cfg: TransformerConfig) -> dict[str, Any]:
+    sizes = [cfg.windows[i % len(cfg.windows)] for i in range(cfg.layers)]
+    return {"sliding_window": max(sizes) or None, "layer_types": ["sliding_attention" if size else "full_attention" for size in sizes]}
+
+
+def _base(c: Json, *, eps: float = 1e-6, theta: float = 10_000.0, tied: bool = False) -> dict[str, Any]:
+    """What the families around Llama share."""
+    _must(c, attention_bias=False, mlp_bias=False, rope_interleaved=False, use_bidirectional_attention=False)
+    heads = c["num_attention_heads"]
+    return dict(vocab_size=c["vocab_size"], context=c["max_position_embeddings"], layers=c["num_hidden_layers"], width=c["hidden_size"], heads=heads,
+                kv_heads=c.get("num_key_value_heads") or heads, head_size=c.get("head_dim") or c["hidden_size"] // heads,
+                feedforward=c["intermediate_size"], norm="rms", norm_eps=c.get("rms_norm_eps", eps), positions="rotary", gated=True,
+                activation=_activation(c.get("hidden_act", "silu")), tied=c.get("tie_word_embeddings", tied), bias=False,
+                init_std=c.get("initializer_range", 0.02), **_rope(c, theta))
+
+
+def _base_json(cfg: TransformerConfig) -> dict[str, Any]:
+    return dict(vocab_size=cfg.vocab_size, max_position_embeddings=cfg.context, num_hidden_layers=cfg.layers, hidden_size=cfg.width,
+                num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_size, intermediate_size=cfg.feedforward,
+                rms_norm_eps=cfg.norm_eps, hidden_act=_activation_json(cfg), tie_word_embeddings=cfg.tied, initializer_range=cfg.init_std,
+                attention_bias=False, attention_dropout=0.0, **_rope_json(cfg))
+
+
+def _gpt2(c: Json) -> dict[str, Any]:
+    _must(c, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    return dict(vocab_size=c["vocab_size"], context=c["n_positions"], layers=c["n_layer"], width=c["n_embd"], heads=c["n_head"],
+                feedforward=c.get("n_inner") or 4 * c["n_embd"], norm="layer", norm_eps=c.get("layer_norm_epsilon", 1e-5), positions="learned",
+                activation=_activation(c.get("activation_function", "gelu_new")), gated=False, tied=c.get("tie_word_embeddings", True), bias=True,
+                init_std=c.get("initializer_range", 0.02))
+
+
+def _gpt2_json(cfg: TransformerConfig) -> dict[str, Any]:
+    return dict(vocab_size=cfg.vocab_size, n_positions=cfg.context, n_layer=cfg.layers, n_embd=cfg.width, n_head=cfg.heads, n_inner=cfg.feedforward,
+                layer_norm_epsilon=cfg.norm_eps, activation_function={"gelu_tanh": "gelu_new"}.get(cfg.activation, cfg.activation),
+                tie_word_embeddings=cfg.tied, initializer_range=cfg.init_std)
+
+
+def _neox(c: Json) -> dict[str, Any]:
+    _must(c, attention_bias=True)
+    rope = c.get("rope_parameters") or {}
+    return dict(vocab_size=c["vocab_size"], context=c["max_position_embeddings"], layers=c["num_hidden_layers"], width=c["hidden_size"],
+                heads=c["num_attention_heads"], feedforward=c["intermediate_size"], norm="layer", norm_eps=c.get("layer_norm_eps", 1e-5),
+                positions="rotary", rotary_fraction=float(rope.get("partial_rotary_factor", c.get("rotary_pct", 0.25))),
+                parallel_residual=c.get("use_parallel_residual", True), activation=_activation(c.get("hidden_act", "gelu")), gated=False,
+                tied=c.get("tie_word_embeddings", False), bias=True, init_std=c.get("initializer_range", 0.02),
+                **_rope(c, c.get("rotary_emb_base") or 10_000.0))
+
+
+def _neox_json(cfg: TransformerConfig) -> dict[str, Any]:
+    rope = _rope_json(cfg)
+    return dict(vocab_size=cfg.vocab_size, max_position_embeddings=cfg.context, num_hidden_layers=cfg.layers, hidden_size=cfg.width,
+                num_attention_heads=cfg.heads, intermediate_size=cfg.feedforward, layer_norm_eps=cfg.norm_eps, rotary_pct=cfg.rotary_fraction,
+                rotary_emb_base=rope.pop("rope_theta"), use_parallel_residual=cfg.parallel_residual, hidden_act=_activation_json(cfg),
+                tie_word_embeddings=cfg.tied, attention_bias=True, initializer_range=cfg.init_std, attention_dropout=0.0, hidden_dropout=0.0, **rope)
+
+
+def _llama(c: Json) -> dict[str, Any]:
+    return _base(c)
+
+
+def _mistral(c: Json) -> dict[str, Any]:
+    return _base(c) | dict(windows=_windows(c, lambda layer: True))
+
+
+def _mistral_json(cfg: TransformerConfig) -> dict[str, Any]:
+    return _base_json(cfg) | {"sliding_window": _windows_json(cfg)["sliding_window"]}
+
+
+def _mixtral(c: Json) -> dict[str, Any]:
+    return _mistral(c) | dict(experts=c["num_local_experts"], experts_per_token=c["num_experts_per_tok"])
+
+
+def _mixtral_json(cfg: TransformerConfig) -> dict[str, Any]:
+    return _mistral_json(cfg) | dict(num_local_experts=cfg.experts, num_experts_per_tok=cfg.experts_per_token)
+
+
+def _qwen(c: Json) -> dict[str, Any]:
+    default = lambda layer: layer >= c.get("max_window_layers", 28)
+    return _base(c) | dict(windows=_windows(c, default) if c.get("use_sliding_window", False) else (0,))
+
+
+def _qwen_json(cfg: TransformerConfig) -> dict[str, Any]:
+    windows = _windows_json(cfg)
+    kinds = windows["layer_types"]
+    return _base_json(cfg) | windows | dict(use_sliding_window=bool(windows["sliding_window"]),
+                                            max_window_layers=kinds.index("sliding_attention") if "sliding_attention" in kinds else cfg.layers)
+
+
+def _qwen_moe(c: Json) -> dict[str, Any]:
+    step, dense = c.get("decoder_sparse_step", 1), set(c.get("mlp_only_layers") or ())
+    dense |= {i for i in range(c["num_hidden_layers"]) if (i + 1) % step}
+    return dict(experts=c["num_experts"] if "num_experts" in c else c["num_local_experts"], experts_per_token=c["num_experts_per_tok"],
+                expert_feedforward=c["moe_intermediate_size"], expert_renormalise=c.get("norm_topk_prob", False), dense_layers=tuple(sorted(dense)))
+
+
+def _qwen_moe_json(cfg: TransformerConfig) -> dict[str, Any]:
+    return dict(num_experts=cfg.experts, num_experts_per_tok=cfg.experts_per_token, moe_intermediate_size=cfg.expert_feedforward,
+                norm_topk_prob=cfg.expert_renormalise, decoder_sparse_step=1, mlp_only_layers=list(cfg.dense_layers))
+
+
+def _qwen2_moe(c: Json) -> dict[str, Any]:
+    _must(c, qkv_bias=True)
+    return _qwen(c) | _qwen_moe(c) | dict(qkv_bias=True, shared_feedforward=c["shared_expert_intermediate_size"], shared_gate=True)
+
+
+def _gemma(c: Json, head_size: int = 256) -> dict[str, Any]:
+    # Gemma always uses the tanh form, whatever the older key hidden_act says.
+    c = {**c, "hidden_act": c.get("hidden_activation") or "gelu_pytorch_tanh", "head_dim": c.get("head_dim", head_size)}
+    return _base(c, tied=True) | dict(norm_offset=True, embedding_scale=math.sqrt(c["hidden_size"]))
+
+
+def _gemma_json(cfg: TransformerConfig) -> dict[str, Any]:
+    return _base_json(cfg) | {"hidden_activation": _activation_json(cfg)}
+
+
+def _gemma2(c: Json) -> dict[str, Any]:
+    return _gemma(c) | dict(norm_position="sandwich", query_scale=float(c.get("query_pre_attn_scalar", 256)),
+                            windows=_windows({"sliding_window": 4096, **c}, lambda layer: layer % 2 == 0),
+                            attention_softcap=float(c.get("attn_logit_softcapping", 50.0) or 0),
+                            final_softcap=float(c.get("final_logit_softcapping", 30.0) or 0))
+
+
+def _gemma2_json(cfg: TransformerConfig) -> dict[str, Any]:
+    return _gemma_json(cfg) | _windows_json(cfg) | dict(
+        query_pre_attn_scalar=_whole(cfg.query_scale), attn_logit_softcapping=cfg.attention_softcap or None,
+        final_logit_softcapping=cfg.final_softcap or None)
+
+
+def _whole(number: float) -> int | float:
+    return int(number) if number == int(number) else number
+
+
+def _gemma3(c: Json) -> dict[str, Any]:
+    _must(c, attn_logit_softcapping=0)
+    pattern = c.get("sliding_window_pattern") or c.get("_sliding_window_pattern") or 6
+    c = {"attn_logit_softcapping": None, "final_logit_softcapping": None, **c}
+    nested = c.get("rope_parameters") or {}
+    far, near = nested.get("full_attention"), nested.get("sliding_attention") or {}
+    if near.get("rope_type", "default") != "default":
+        raise ValueError(f"config.json scales the rotary positions of local layers ({near}), which is not computed here")
+    rope = _rope(c, 1_000_000.0, far)
+    local = float(near.get("rope_theta", c.get("rope_local_base_freq") or 10_000.0))
+    return _gemma2(c) | rope | dict(windows=_windows({"sliding_window": 4096, **c}, lambda layer: bool((layer + 1) % pattern)), qk_norm="head",
+                                    rope_local_theta=local)
+
+
+def _gemma3_json(cfg: TransformerConfig) -> dict[str, Any]:
+    return _gemma2_json(cfg) | {"rope_local_base_freq": cfg.rope_local_theta}
+
+
+# In the order in which `write` tries them: the plainest first.
+FAMILIES: dict[str, Family] = {family.architecture: family for family in (
+    Family("LlamaForCausalLM", "llama", "llama", _llama, _base_json),
+    Family("GPT2LMHeadModel", "gpt2", "gpt2", _gpt2, _gpt2_json),
+    Family("GPTNeoXForCausalLM", "gpt_neox", "gpt_neox", _neox, _neox_json),
+    Family("MistralForCausalLM", "mistral", "llama", _mistral, _mistral_json),
+    Family("MixtralForCausalLM", "mixtral", "mixtral", _mixtral, _mixtral_json),
+    Family("Qwen2ForCausalLM", "qwen2", "llama", lambda c: _qwen(c) | dict(qkv_bias=True), _qwen_json),
+    Family("Qwen2MoeForCausalLM", "qwen2_moe", "qwen_moe", _qwen2_moe,
+           lambda cfg: _qwen_json(cfg) | _qwen_moe_json(cfg) | dict(shared_expert_intermediate_size=cfg.shared_feedforward)),
+    Family("Qwen3ForCausalLM", "qwen3", "llama", lambda c: _qwen(c) | dict(qk_norm="head"), _qwen_json),
+    Family("Qwen3MoeForCausalLM", "qwen3_moe", "qwen_moe", lambda c: _qwen(c) | _qwen_moe(c) | dict(qk_norm="head"),
+           lambda cfg: _qwen_json(cfg) | _qwen_moe_json(cfg)),
+    Family("Olmo2ForCausalLM", "olmo2", "olmo2", lambda c: _base(c, eps=1e-5) | dict(norm_position="branch", qk_norm="full"), _base_json),
+    Family("GemmaForCausalLM", "gemma", "llama", _gemma, _gemma_json),
+    Family("Gemma2ForCausalLM", "gemma2", "gemma2", _gemma2, _gemma2_json),
+    Family("Gemma3ForCausalLM", "gemma3_text", "gemma2", _gemma3, _gemma3_json),
+)}

@@ -1,0 +1,165 @@
+"""Names and layouts of tensors in Hugging Face files, as tables: theirs <-> ours, both ways.
+
+A table may list more than a model has: an entry counts when the model has its parameters. The use is strict: each parameter of the model is in
+exactly one entry that counts, and each tensor of a file is used or named in `IGNORED`.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Shape = tuple[int, ...]
+
+
+class Form(NamedTuple):
+    """How one of their tensors holds one or more of our parameters (of one layer and one expert)."""
+    shape: Callable[[Sequence[Shape]], Shape]  # our shapes -> theirs
+    read: Callable[[np.ndarray, Sequence[Shape]], list[np.ndarray]]  # their tensor, our shapes -> ours
+    write: Callable[[Sequence[np.ndarray]], np.ndarray]  # ours -> theirs; the inverse of `read`
+
+
+def _single(shape: Callable[[Shape], Shape], read: Callable, write: Callable) -> Form:
+    return Form(lambda shapes: shape(shapes[0]), lambda theirs, shapes: [read(theirs, shapes[0])], lambda ours: write(ours[0]))
+
+
+def _linear(inputs: int, transposed: bool) -> Form:
+    """A matrix whose first `inputs` axes are summed over: torch's Linear holds it as [out, in], GPT-2's Conv1D as [in, out]."""
+    flat = lambda s: (math.prod(s[:inputs]), math.prod(s[inputs:]))
+    turn = (lambda a: a.T) if transposed else lambda a: a
+    return _single(lambda s: flat(s)[::-1] if transposed else flat(s), lambda a, s: turn(a).reshape(s), lambda a: turn(a.reshape(flat(a.shape))))
+
+
+def _fused(split: Callable[[np.ndarray, Shape], np.ndarray], join: Callable[[np.ndarray], np.ndarray]) -> Form:
+    """Queries, keys and values of equal shape in one tensor; `split` brings it to [3, *ours] and `join` back."""
+    total = lambda shapes: join(np.broadcast_to(np.zeros((), np.int8), (3, *shapes[0]))).shape
+    return Form(total, lambda a, shapes: list(split(a, shapes[0])), lambda ours: join(np.stack(ours)))
+
+
+FORMS: dict[str, Form] = {
+    "same": _single(lambda s: s, lambda a, s: a, lambda a: a),
+    "flat": _single(lambda s: (math.prod(s),), lambda a, s: a.reshape(s), lambda a: a.reshape(-1)),
+    "row": _single(lambda s: (1, *s), lambda a, s: a.reshape(s), lambda a: a[None]),
+    "linear": _linear(1, True), "linear_out": _linear(2, True),
+    "conv": _linear(1, False), "conv_out": _linear(2, False),
+    # GPT-2: [D, 3 N H] and [3 N H]; GPT-NeoX: [N 3 H, D] and [N 3 H].
+    "qkv_conv": _fused(lambda a, s: a.reshape(s[0], 3, *s[1:]).swapaxes(0, 1), lambda a: a.swapaxes(0, 1).reshape(a.shape[1], -1)),
+    "qkv_conv_bias": _fused(lambda a, s: a.reshape(3, *s), lambda a: a.reshape(-1)),
+    "qkv_heads": _fused(lambda a, s: a.reshape(s[1], 3, s[2], s[0]).transpose(1, 3, 0, 2), lambda a: a.transpose(2, 0, 3, 1).reshape(-1, a.shape[1])),
+    "qkv_heads_bias": _fused(lambda a, s: a.reshape(s[0], 3, s[1]).swapaxes(0, 1), lambda a: a.swapaxes(0, 1).reshape(-1)),
+}
+
+
+class Entry(NamedTuple):
+    theirs: str  # with {layer} and {expert}
+    ours: tuple[str, ...]
+    form: str
+
+
+def _table(*rows: tuple[str, str, str]) -> tuple[Entry, ...]:
+    return tuple(Entry(theirs, tuple(ours.split()), form) for theirs, ours, form in rows)
+
+
+def _layers(prefix: str, *rows: tuple[str, str, str]) -> tuple[Entry, ...]:
+    return _table(*((f"{prefix}.{{layer}}.{theirs}", " ".join(f"layers/{name}" for name in ours.split()), form) for theirs, ours, form in rows))
+
+
+def _linears(prefix: str, ours: str, names: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    return [(f"{prefix}.{theirs}.weight", f"{ours}/{name}", "linear") for name, theirs in names.items()]
+
+
+_GATED = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+_LLAMA_ENDS = _table(("model.embed_tokens.weight", "embed/tokens", "same"), ("model.norm.weight", "final_norm/scale", "same"),
+                     ("lm_head.weight", "head/kernel", "linear"))
+_LLAMA_ATTENTION = [
+    *_linears("self_attn", "attn", {"q": "q_proj", "k": "k_proj", "v": "v_proj"}), ("self_attn.o_proj.weight", "attn/o", "linear_out"),
+    *((f"self_attn.{x}_proj.bias", f"attn/{x}_bias", "flat") for x in "qkv"),
+    *((f"self_attn.{x}_norm.weight", f"attn/{x}_norm", "flat") for x in "qk")]
+_PRE = [("input_layernorm.weight", "attn_norm/scale", "same"), ("post_attention_layernorm.weight", "mlp_norm/scale", "same")]
+_BRANCH = [("post_attention_layernorm.weight", "attn_norm/scale", "same"), ("post_feedforward_layernorm.weight", "mlp_norm/scale", "same")]
+_SANDWICH = [("input_layernorm.weight", "attn_norm/scale", "same"), ("post_attention_layernorm.weight", "attn_out_norm/scale", "same"),
+             ("pre_feedforward_layernorm.weight", "mlp_norm/scale", "same"), ("post_feedforward_layernorm.weight", "mlp_out_norm/scale", "same")]
+_MLP = _linears("mlp", "mlp", _GATED)
+_QWEN_MOE = [("mlp.gate.weight", "moe/router", "linear"), *_linears("mlp.experts.{expert}", "moe", _GATED),
+             *_linears("mlp.shared_expert", "moe/shared", _GATED), ("mlp.shared_expert_gate.weight", "moe/shared_gate", "row")]
+_MIXTRAL_MOE = [("block_sparse_moe.gate.weight", "moe/router", "linear"),
+                *_linears("block_sparse_moe.experts.{expert}", "moe", {"gate": "w1", "up": "w3", "down": "w2"})]
+
+
+def _llama(*parts: list[tuple[str, str, str]]) -> tuple[Entry, ...]:
+    return _LLAMA_ENDS + _layers("model.layers", *_LLAMA_ATTENTION, *(row for part in parts for row in part))
+
+
+def _with_bias(rows: Sequence[tuple[str, str, str]], bias_forms: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """Each weight of layers whose projections and norms all have biases, and its bias."""
+    bias = lambda ours: " ".join(name.replace("/scale", "/bias") if name.endswith("/scale") else f"{name}_bias" for name in ours.split())
+    return [row for theirs, ours, form in rows for row in
+            ((f"{theirs}.weight", ours, form), (f"{theirs}.bias", bias(ours), bias_forms.get(form, "flat")))]
+
+
+_QKV = "attn/q attn/k attn/v"
+TABLES: dict[str, tuple[Entry, ...]] = {
+    "gpt2": _table(("transformer.wte.weight", "embed/tokens", "same"), ("transformer.wpe.weight", "embed/positions", "same"),
+                   ("transformer.ln_f.weight", "final_norm/scale", "same"), ("transformer.ln_f.bias", "final_norm/bias", "same"),
+                   ("lm_head.weight", "head/kernel", "linear"))
+    + _layers("transformer.h", *_with_bias([
+        ("ln_1", "attn_norm/scale", "same"), ("ln_2", "mlp_norm/scale", "same"), ("attn.c_attn", _QKV, "qkv_conv"),
+        ("attn.c_proj", "attn/o", "conv_out"), ("mlp.c_fc", "mlp/up", "conv"), ("mlp.c_proj", "mlp/down", "conv")],
+        {"qkv_conv": "qkv_conv_bias"})),
+    "gpt_neox": _table(("gpt_neox.embed_in.weight", "embed/tokens", "same"), ("gpt_neox.final_layer_norm.weight", "final_norm/scale", "same"),
+                       ("gpt_neox.final_layer_norm.bias", "final_norm/bias", "same"), ("embed_out.weight", "head/kernel", "linear"))
+    + _layers("gpt_neox.layers", *_with_bias([
+        ("input_layernorm", "attn_norm/scale", "same"), ("post_attention_layernorm", "mlp_norm/scale", "same"),
+        ("attention.query_key_value", _QKV, "qkv_heads"), ("attention.dense", "attn/o", "linear_out"),
+        ("mlp.dense_h_to_4h", "mlp/up", "linear"), ("mlp.dense_4h_to_h", "mlp/down", "linear")], {"qkv_heads": "qkv_heads_bias"})),
+    "llama": _llama(_PRE, _MLP),
+    "mixtral": _llama(_PRE, _MIXTRAL_MOE),
+    "qwen_moe": _llama(_PRE, _MLP, _QWEN_MOE),
+    "olmo2": _llama(_BRANCH, _MLP),
+    "gemma2": _llama(_SANDWICH, _MLP),
+}
+
+# What older files hold besides: buffers that are computed anew, and the output projection of a tied model, which is the embedding again.
+IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|attention\.bias|attention\.masked_bias)")
+TIED = ("lm_head.weight", "embed_out.weight")
+
+
+class Place(NamedTuple):
+    """One of their tensors and where it goes."""
+    theirs: str
+    entry: Entry
+    index: tuple[int, ...]  # rows of our stacks: (), (layer,) or (layer, expert)
+
+
+def places(table: str, shapes: Mapping[str, Shape], layers: Mapping[str, Sequence[int]]) -> list[Place]:
+    """All tensors of a model, in the order of layers.
+
+    Args:
+      table: a name in `TABLES`.
+      shapes: path -> shape of our parameters.
+      layers: "mlp", "moe" and "" (all other parts) -> number of the layer of each row in that part's stacks.
+    """
+    covered, found = [], []
+    for entry in TABLES[table]:
+        if not set(entry.ours) <= set(shapes):
+            continue
+        covered += entry.ours
+        first = entry.ours[0].split("/")
+        if first[0] != "layers":
+            found.append((-1, Place(entry.theirs, entry, ())))
+            continue
+        for row, layer in enumerate(layers.get(first[1], layers[""])):
+            if "{expert}" in entry.theirs:
+                experts = shapes[entry.ours[0]][1]
+                found += [(layer, Place(entry.theirs.format(layer=layer, expert=e), entry, (row, e))) for e in range(experts)]
+            else:
+                found.append((layer, Place(entry.theirs.format(layer=layer), entry, (row,))))
+    assert sorted(covered) == sorted(shapes), f"{table}: {sorted(set(shapes) ^ set(covered))} are not mapped, or twice"
+    return [place for _, place in sorted(found, key=lambda pair: pair[0])]
+
+
+def own_shapes(place: Place, shapes: Mapping[str, Shape]) -> list[Shape]:
+    """Shapes of the place's parameters in one layer and expert."""
+    return [shapes[path][len(place.index):] for path in place.entry.ours]

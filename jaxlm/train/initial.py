@@ -1,0 +1,125 @@
+"""Where a run's first parameters come from when not from nothing: a Hugging Face directory ("hf:DIR") or the workdir of another run.
+
+An import is a checkpoint of step 0 that holds parameters and no optimiser state; training in its workdir begins with it.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxlm import config as configs
+from jaxlm import trees
+from jaxlm.config import Config, DataConfig, MeshConfig, TransformerConfig
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.interop import hf
+from jaxlm.interop.hf_config import COMPUTED
+from jaxlm.models import decoder
+from jaxlm.train import checkpoint, saved
+from jaxlm.train.lock import Lock
+from jaxlm.train.state import State
+
+HF = "hf:"
+
+
+def resolve(config: Config, workdir: pathlib.Path) -> Config:
+    """The config with everything that `train.init_from` decides written out: the model but for how it is computed, and the tokenizer, of which a
+    copy is put into the workdir. Without `init_from`, a workdir that `jaxlm import` made is its own beginning. Called with the workdir locked.
+
+    Raises:
+      ValueError: one line: nothing there, or a `model` key that asks for another model.
+    """
+    path = workdir / "config.json"
+    before = configs.from_json(path.read_text(encoding="utf-8")) if path.exists() else None
+    own = 0 in checkpoint.steps(workdir) or (before is not None and before.train.init_from == str(workdir))
+    origin = config.train.init_from or (str(workdir) if own else "")
+    if not origin:
+        return config
+    copy = workdir / "initial"
+    if before is not None and before.train.init_from == origin:  # resumed: the origin may have gone
+        model, tokenizer = before.model, before.tokenizer
+    else:
+        model, found = _origin(origin)
+        if jax.process_index() == 0:
+            copy.mkdir(parents=True, exist_ok=True)
+            found.save(copy)
+        tokenizer = dataclasses.replace(config.tokenizer, kind="unigram", path=str(copy / found.filename))
+    config = dataclasses.replace(config, model=_merge(config.model, model, origin), train=dataclasses.replace(config.train, init_from=origin),
+                                 tokenizer=config.tokenizer if config.tokenizer.path else tokenizer)
+    if config.data.sequence_length > config.model.context:
+        raise ValueError(f"data.sequence_length={config.data.sequence_length} is longer than the context of {origin}, {config.model.context}: "
+                         f"set --config.data.sequence_length={config.model.context} or less")
+    return config
+
+
+def _origin(origin: str) -> tuple[TransformerConfig, tokenizers.Tokenizer]:
+    if origin.startswith(HF):
+        source = hf.open_directory(origin.removeprefix(HF))
+        return source.cfg, tokenizers.load(source.folder, vocab_size=source.cfg.vocab_size)
+    step = _step(origin)
+    config, tokenizer, _ = saved.read_files(pathlib.Path(origin), step)
+    return config.model, tokenizer
+
+
+def _step(workdir: str, log: Callable[[str], None] = print) -> int:
+    step = checkpoint.newest(workdir, log=log)
+    if step is None:
+        raise ValueError(f"train.init_from={workdir} holds no checkpoint: give the workdir of a run, or hf:DIR for a Hugging Face directory")
+    return step
+
+
+def _merge(asked: TransformerConfig, given: TransformerConfig, origin: str) -> TransformerConfig:
+    """The model that is given, computed as asked. What the recipe leaves at its default is not asked for."""
+    default, given = TransformerConfig(), given.filled()
+    for field in dataclasses.fields(asked):
+        value, name = getattr(asked, field.name), field.name
+        if name not in COMPUTED and value != getattr(default, name) and value != getattr(given, name):
+            raise ValueError(f"model.{name}={value!r}, but the model in {origin} has {getattr(given, name)!r}: leave the key out, or train from nothing")
+    return dataclasses.replace(given, **{name: getattr(asked, name) for name in COMPUTED})
+
+
+def params(origin: str, target: Any, *, log: Callable[[str], None] = print) -> Any:
+    """The parameters that `init_from` names, each where `target` (of `jax.ShapeDtypeStruct` with shardings) wants it."""
+    if origin.startswith(HF):
+        return hf.load(hf.open_directory(origin.removeprefix(HF)), jax.tree.map(lambda leaf: leaf.sharding, target))
+    step = _step(origin, log)
+    ema = saved.read_files(pathlib.Path(origin), step)[0].optim.ema > 0
+    return checkpoint.restore_params(origin, step, target, ema=ema)
+
+
+def import_directory(folder: pathlib.Path, workdir: pathlib.Path, *, dtype: str = "float32", log: Callable[[str], None] = print) -> hf.Source:
+    """Writes a Hugging Face directory as the checkpoint of step 0 of a new workdir, then reads that back and compares it with the files.
+
+    Args:
+      dtype: what the model will compute in; its parameters are float32.
+
+    Raises:
+      ValueError: one line: see `hf.open_directory`; or the workdir holds checkpoints.
+    """
+    source = hf.open_directory(folder)
+    tokenizer = tokenizers.load(folder, vocab_size=source.cfg.vocab_size)
+    cfg = dataclasses.replace(source.cfg, dtype=dtype)
+    config = Config(model=decoder.vocabulary(cfg, tokenizer.vocab_size), data=DataConfig(sequence_length=min(1024, cfg.context)))
+    if checkpoint.steps(workdir) or (workdir / "config.json").exists():
+        raise ValueError(f"{workdir} holds a run already: choose another --to")
+    log(f"{source.family.architecture} in {folder}:\n{hf.mapping(source)}")
+    model = decoder.build(config.model)
+    mesh, places = saved.place(MeshConfig(), model, jax.eval_shape(model.init, jax.random.key(0)))
+    found = hf.load(source, places)
+    count = trees.count(found)
+    whole = NamedSharding(mesh, PartitionSpec())
+    state = State(jax.device_put(jnp.zeros((), jnp.int32), whole), found, (), None, jax.device_put(jax.random.key_data(jax.random.key(0)), whole))
+    data = {"step": 0, "dir": str((workdir / "data").absolute()), "manifest": ""}
+    files = {"config.json": configs.to_json(config).encode(), tokenizer.filename: tokenizer.model, "data.json": json.dumps(data).encode()}
+    with Lock(workdir) as lock, checkpoint.Checkpoints(lock, keep_last=1, keep_best=0, keep_every=0, log=log) as checkpoints:
+        checkpoints.save(0, state, files)
+        checkpoints.wait()
+    del state, found
+    hf.verify(source, saved.open_run(workdir, 0, log=log).params)
+    log(f"{count:,} parameters and {tokenizer.vocab_size:,} tokens in {workdir}, read back and equal to the files bit by bit")
+    return source

@@ -1,0 +1,66 @@
+"""Experts against a dense reference: nothing dropped, whatever the routing; both kernels, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.ops import moe
+
+D, F, E = 6, 5, 7
+
+
+def weights(key):
+    a, b = jax.random.split(key)
+    return jax.random.normal(a, (E, D, F)), jax.random.normal(b, (E, F, D))
+
+
+def by_dispatch(x, share, chosen, w, kernel):
+    return moe.dispatch(x, share, chosen, E, lambda rows, multiply: multiply(jax.nn.silu(multiply(rows, w[0])), w[1]), kernel)
+
+
+def densely(x, share, chosen, w):
+    every = jnp.einsum("ref,efd->red", jax.nn.silu(jnp.einsum("rd,edf->ref", x, w[0])), w[1])
+    return (jnp.take_along_axis(every, chosen[..., None], axis=1) * share[..., None]).sum(1)
+
+
+@pytest.mark.parametrize("kernel", ["blocks", "ragged"])
+@pytest.mark.parametrize("rows, k, skew", [(1, 1, 0), (3, 2, 0), (40, 2, 0), (130, 3, 0), (64, 2, 100), (600, 1, 1)])
+def test_dispatch_equals_dense(kernel, rows, k, skew):
+    key = jax.random.split(jax.random.key(rows), 4)
+    x, w = jax.random.normal(key[0], (rows, D)), weights(key[1])
+    logits = jax.random.normal(key[2], (rows, E)) + skew * (jnp.arange(E) == 4)  # skew: (almost) all choose expert 4
+    share, chosen = moe.route(logits, k, renormalise=True)
+    pull = jax.random.normal(key[3], (rows, D))
+    value = lambda f: jax.value_and_grad(lambda x, s, w: (f(x, s, chosen, w) * pull).sum(), argnums=(0, 1, 2))(x, share, w)
+    np.testing.assert_allclose(by_dispatch(x, share, chosen, w, kernel), densely(x, share, chosen, w), atol=2e-5)
+    found, expected = value(lambda *a: by_dispatch(*a, kernel)), value(densely)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), found, expected)
+
+
+def test_routing():
+    logits = jnp.array([[0.0, 2.0, 1.0], [1.0, 1.0, 0.0]])
+    shares = jax.nn.softmax(logits)
+    plain, chosen = moe.route(logits, 2, renormalise=False)
+    assert chosen.tolist() == [[1, 2], [0, 1]]
+    np.testing.assert_allclose(plain, jnp.take_along_axis(shares, chosen, 1))
+    np.testing.assert_allclose(moe.route(logits, 2, renormalise=True)[0].sum(1), 1, rtol=1e-6)
+
+
+def test_balance_is_k_when_even_and_more_when_not():
+    k, tokens = 2, 32
+    even = jnp.tile(jnp.eye(8)[:, None] * 4.0, (1, 1, 1)).reshape(8, 8).repeat(4, 0)  # each expert first for the same number of tokens
+    even = even + jnp.roll(even, 1, axis=1) * 0.9
+    statistics = moe.statistics(even, moe.route(even, k, renormalise=True)[1], jnp.ones(tokens, bool))
+    assert float(moe.balance(statistics["chosen"], statistics["shares"], statistics["tokens"])) == pytest.approx(k, rel=1e-5)
+    skewed = even.at[:, 0].add(20.0)
+    statistics = moe.statistics(skewed, moe.route(skewed, k, renormalise=True)[1], jnp.ones(tokens, bool))
+    assert float(moe.balance(statistics["chosen"], statistics["shares"], statistics["tokens"])) > 4 * k - 1
+
+
+def test_padding_does_not_count():
+    logits = jax.random.normal(jax.random.key(0), (10, E))
+    chosen = moe.route(logits, 2, renormalise=True)[1]
+    part = moe.statistics(logits, chosen, jnp.arange(10) < 6)
+    whole = moe.statistics(logits[:6], chosen[:6], jnp.ones(6, bool))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), part, whole)
