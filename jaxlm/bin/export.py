@@ -1,11 +1,12 @@
-"""jaxlm export: writes a checkpoint as a Hugging Face directory, which from_pretrained of transformers loads with nothing added.
+"""jaxlm export: writes a checkpoint as a Hugging Face directory, which from_pretrained loads with nothing added, or as a GGUF file.
 
   jaxlm export --workdir=runs/quickstart --to=exports/quickstart
+  jaxlm export --workdir=runs/quickstart --to=exports/quickstart.gguf --dtype=q8_0
   jaxlm export --workdir=runs/qwen3 --step=2000 --to=exports/qwen3 --dtype=bfloat16
 
 It writes config.json, model.safetensors (shards of at most 5 GB with their index when it is larger) and the tokenizer's files, reads
-everything back and compares it. The moving average of the parameters is written where the run keeps one. float32 is exact; bfloat16 is half
-the size.
+everything back and compares it; a name that ends in .gguf asks for one file for llama.cpp and Ollama instead, tokenizer inside. The moving average
+of the parameters is written where the run keeps one. float32 is exact; bfloat16 (directories) and float16 and q8_0 (GGUF) are smaller.
 
 The architecture is the plainest one that computes what the model does: Llama for most decoders with rotary positions. --architecture chooses
 another. It prints which parameter became which tensor.
@@ -19,8 +20,9 @@ from absl import flags
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "Folder of the run.", required=True, flag_values=values)
     flags.DEFINE_integer("step", None, "Checkpoint to write; without it, the newest whole one.", flag_values=values)
-    flags.DEFINE_string("to", None, "Directory to make.", required=True, flag_values=values)
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the tensors.", flag_values=values)
+    flags.DEFINE_string("to", None, "Directory or .gguf file to make.", required=True, flag_values=values)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16", "q8_0"],
+                      "Of the tensors: float32 or bfloat16 in a directory; float32, float16 or q8_0 in GGUF.", flag_values=values)
     flags.DEFINE_string("architecture", "", "Class in transformers, such as MistralForCausalLM; without it, the plainest that fits.", flag_values=values)
 
 
@@ -32,12 +34,19 @@ def main(values: flags.FlagValues) -> int:
     to = pathlib.Path(values.to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ValueError(f"--to={to} exists and is not an empty directory: choose another")
+    allowed = ("float32", "float16", "q8_0") if to.suffix == ".gguf" else ("float32", "bfloat16")
+    if values.dtype not in allowed:
+        raise ValueError(f"--dtype={values.dtype} is not for {to.name}: allowed here are {', '.join(allowed)}")
 
-    from jaxlm.interop import hf
+    from jaxlm.interop import gguf, hf
     from jaxlm.train import saved
 
     run = saved.open_run(values.workdir, values.step)
     to.parent.mkdir(parents=True, exist_ok=True)
+    if to.suffix == ".gguf":
+        file = gguf.write(to, run.config.model, run.params, run.tokenizer, {"float32": "f32", "float16": "f16", "q8_0": "q8_0"}[values.dtype])
+        print(f"{to}, step {run.step} of {run.workdir}, read back and compared:\n{gguf.mapping(file)}")
+        return 0
     # Whole or not at all.
     with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as temporary:
         folder = pathlib.Path(temporary) / "export"

@@ -1,12 +1,14 @@
-"""jaxlm import: turns a Hugging Face directory into a checkpoint that train, eval, generate and export use.
+"""jaxlm import: turns a Hugging Face directory or a GGUF file into a checkpoint that train, eval, generate and export use.
 
   jaxlm import --from=models/Qwen3-0.6B --to=runs/qwen3
+  jaxlm import --from=models/SmolLM2-135M-Instruct.Q4_1.gguf --to=runs/smollm2
   jaxlm generate --workdir=runs/qwen3 --prompt="The capital of France is"
   jaxlm train --config=my_recipe.py --workdir=runs/mine --config.train.init_from=runs/qwen3      (or hf:models/Qwen3-0.6B, without an import)
 
 The directory holds config.json, model.safetensors (or its shards with their index) and the tokenizer's files, as save_pretrained of
 transformers writes them and huggingface.co offers them. Known are GPT-2, GPT-NeoX (Pythia), Llama 1 to 3, Mistral, Mixtral, Qwen 2, 2.5 and
-3, Qwen 2 and 3 MoE, OLMo 2 and Gemma 1 to 3 (text). Pickled weights (.bin) are refused: reading them runs code.
+3, Qwen 2 and 3 MoE, OLMo 2 and Gemma 1 to 3 (text). Pickled weights (.bin) are refused: reading them runs code. A .gguf file (Llama, Qwen, Gemma
+and GPT-2 families) holds everything itself; its weights are dequantised.
 
 It prints which tensor becomes which parameter and fails if one is missing, left over or of another shape. Tensors are read one at a time onto
 the devices, written as the checkpoint of step 0 of the new folder --to, read back and compared bit by bit with the files.
@@ -16,7 +18,7 @@ from absl import flags
 
 
 def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("from", None, "Hugging Face directory.", required=True, flag_values=values)
+    flags.DEFINE_string("from", None, "Hugging Face directory, or a .gguf file.", required=True, flag_values=values)
     flags.DEFINE_string("to", None, "Workdir to make.", required=True, flag_values=values)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What the model computes in; parameters are kept in float32.", flag_values=values)
 
@@ -26,6 +28,6 @@ def main(values: flags.FlagValues) -> int:
 
     from jaxlm.train import initial
 
-    initial.import_directory(pathlib.Path(values["from"].value).expanduser(), pathlib.Path(values.to), dtype=values.dtype)
+    initial.import_model(pathlib.Path(values["from"].value), pathlib.Path(values.to), dtype=values.dtype)
     print(f'next: jaxlm generate --workdir={values.to} --prompt="..."')
     return 0

@@ -1,13 +1,15 @@
-"""Where a run's first parameters come from when not from nothing: a Hugging Face directory ("hf:DIR") or the workdir of another run.
+"""Where a run's first parameters come from when not from nothing: a Hugging Face directory ("hf:DIR"), a GGUF file ("gguf:FILE") or the workdir
+of another run.
 
 An import is a checkpoint of step 0 that holds parameters and no optimiser state; training in its workdir begins with it.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +19,51 @@ from jaxlm import config as configs
 from jaxlm import trees
 from jaxlm.config import Config, DataConfig, MeshConfig, TransformerConfig
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.interop import hf
+from jaxlm.interop import gguf, hf
 from jaxlm.interop.hf_config import COMPUTED
 from jaxlm.models import decoder
 from jaxlm.train import checkpoint, saved
 from jaxlm.train.lock import Lock
 from jaxlm.train.state import State
 
-HF = "hf:"
+
+
+class Foreign(NamedTuple):
+    """A model in another system's files, whose headers are read and fit it; the weights are not read yet."""
+    name: str
+    cfg: TransformerConfig
+    tokenizer: Callable[[], tokenizers.Tokenizer]
+    mapping: Callable[[], str]
+    load: Callable[[Any], Any]  # shardings -> parameters
+    verify: Callable[[Any], None]  # parameters; OSError for a difference
+
+
+def foreign(path: pathlib.Path | str) -> Foreign:
+    """Opens a Hugging Face directory or a .gguf file.
+
+    Raises:
+      ValueError: one line; see `hf.open_directory` and `gguf.open_file`.
+    """
+    path = pathlib.Path(path).expanduser()
+    if path.suffix == ".gguf":
+        file = gguf.open_file(path)
+
+        def verify(found: Any) -> None:
+            again = trees.flatten(gguf.load(file, jax.tree.map(lambda leaf: leaf.sharding, found)))
+            for name, leaf in trees.flatten(found).items():
+                if not bool(jnp.array_equal(leaf, again[name])):
+                    raise OSError(f"{path}: {name} was not read the same twice: check the disk")
+
+        return Foreign(f"{path}", file.cfg, functools.partial(gguf.tokenizer, file), functools.partial(gguf.mapping, file),
+                       functools.partial(gguf.load, file), verify)
+    source = hf.open_directory(path)
+    return Foreign(f"{source.family.architecture} in {path}", source.cfg, functools.partial(tokenizers.load, path, vocab_size=source.cfg.vocab_size),
+                   functools.partial(hf.mapping, source), functools.partial(hf.load, source), functools.partial(hf.verify, source))
+
+
+def _foreign(origin: str) -> Foreign | None:
+    kind, colon, path = origin.partition(":")
+    return foreign(path) if colon and kind in ("hf", "gguf") else None
 
 
 def resolve(config: Config, workdir: pathlib.Path) -> Config:
@@ -58,9 +97,8 @@ def resolve(config: Config, workdir: pathlib.Path) -> Config:
 
 
 def _origin(origin: str) -> tuple[TransformerConfig, tokenizers.Tokenizer]:
-    if origin.startswith(HF):
-        source = hf.open_directory(origin.removeprefix(HF))
-        return source.cfg, tokenizers.load(source.folder, vocab_size=source.cfg.vocab_size)
+    if source := _foreign(origin):
+        return source.cfg, source.tokenizer()
     step = _step(origin)
     config, tokenizer, _ = saved.read_files(pathlib.Path(origin), step)
     return config.model, tokenizer
@@ -69,7 +107,7 @@ def _origin(origin: str) -> tuple[TransformerConfig, tokenizers.Tokenizer]:
 def _step(workdir: str, log: Callable[[str], None] = print) -> int:
     step = checkpoint.newest(workdir, log=log)
     if step is None:
-        raise ValueError(f"train.init_from={workdir} holds no checkpoint: give the workdir of a run, or hf:DIR for a Hugging Face directory")
+        raise ValueError(f"train.init_from={workdir} holds no checkpoint: give the workdir of a run, hf:DIR for a Hugging Face directory, or gguf:FILE")
     return step
 
 
@@ -85,32 +123,32 @@ def _merge(asked: TransformerConfig, given: TransformerConfig, origin: str) -> T
 
 def params(origin: str, target: Any, *, log: Callable[[str], None] = print) -> Any:
     """The parameters that `init_from` names, each where `target` (of `jax.ShapeDtypeStruct` with shardings) wants it."""
-    if origin.startswith(HF):
-        return hf.load(hf.open_directory(origin.removeprefix(HF)), jax.tree.map(lambda leaf: leaf.sharding, target))
+    if source := _foreign(origin):
+        return source.load(jax.tree.map(lambda leaf: leaf.sharding, target))
     step = _step(origin, log)
     ema = saved.read_files(pathlib.Path(origin), step)[0].optim.ema > 0
     return checkpoint.restore_params(origin, step, target, ema=ema)
 
 
-def import_directory(folder: pathlib.Path, workdir: pathlib.Path, *, dtype: str = "float32", log: Callable[[str], None] = print) -> hf.Source:
-    """Writes a Hugging Face directory as the checkpoint of step 0 of a new workdir, then reads that back and compares it with the files.
+def import_model(path: pathlib.Path, workdir: pathlib.Path, *, dtype: str = "float32", log: Callable[[str], None] = print) -> None:
+    """Writes a Hugging Face directory or a .gguf file as the checkpoint of step 0 of a new workdir, then reads that back and compares.
 
     Args:
       dtype: what the model will compute in; its parameters are float32.
 
     Raises:
-      ValueError: one line: see `hf.open_directory`; or the workdir holds checkpoints.
+      ValueError: one line: see `foreign`; or the workdir holds checkpoints.
     """
-    source = hf.open_directory(folder)
-    tokenizer = tokenizers.load(folder, vocab_size=source.cfg.vocab_size)
+    source = foreign(path)
+    tokenizer = source.tokenizer()
     cfg = dataclasses.replace(source.cfg, dtype=dtype)
     config = Config(model=decoder.vocabulary(cfg, tokenizer.vocab_size), data=DataConfig(sequence_length=min(1024, cfg.context)))
     if checkpoint.steps(workdir) or (workdir / "config.json").exists():
         raise ValueError(f"{workdir} holds a run already: choose another --to")
-    log(f"{source.family.architecture} in {folder}:\n{hf.mapping(source)}")
+    log(f"{source.name}:\n{source.mapping()}")
     model = decoder.build(config.model)
     mesh, places = saved.place(MeshConfig(), model, jax.eval_shape(model.init, jax.random.key(0)))
-    found = hf.load(source, places)
+    found = source.load(places)
     count = trees.count(found)
     whole = NamedSharding(mesh, PartitionSpec())
     state = State(jax.device_put(jnp.zeros((), jnp.int32), whole), found, (), None, jax.device_put(jax.random.key_data(jax.random.key(0)), whole))
@@ -120,6 +158,5 @@ def import_directory(folder: pathlib.Path, workdir: pathlib.Path, *, dtype: str 
         checkpoints.save(0, state, files)
         checkpoints.wait()
     del state, found
-    hf.verify(source, saved.open_run(workdir, 0, log=log).params)
+    source.verify(saved.open_run(workdir, 0, log=log).params)
     log(f"{count:,} parameters and {tokenizer.vocab_size:,} tokens in {workdir}, read back and equal to the files bit by bit")
-    return source

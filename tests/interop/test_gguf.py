@@ -12,11 +12,12 @@ import pytest
 gguf_package = pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")
 
-from jaxlm import sharding, trees
+from jaxlm import cli, sharding, trees
 from jaxlm.config import MeshConfig, TokenizerConfig, TransformerConfig
 from jaxlm.data import tokenizer
 from jaxlm.interop import gguf, gguf_config
 from jaxlm.models import decoder
+from jaxlm.train import saved
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "data" / "fixtures" / "tokenizers"
 _SMALL = dict(vocab_size=384, context=64, layers=2, width=32, heads=4, feedforward=64)
@@ -318,3 +319,17 @@ def test_no_such_file_and_a_missing_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match=r"need the package gguf: pip install 'jaxlm\[hf\]'"):
         gguf.open_file(tmp_path / "x.gguf")
+
+
+def test_the_verbs_take_and_make_gguf(tok, tmp_path, capsys):
+    cfg = MODELS["gemma2"]
+    params = random_params(cfg)
+    first, again, workdir = tmp_path / "first.gguf", tmp_path / "again.gguf", tmp_path / "run"
+    gguf.write(first, cfg, params, tok, "f32")
+    assert cli.run("import", [f"--from={first}", f"--to={workdir}"]) == 0
+    assert cli.run("export", [f"--workdir={workdir}", f"--to={again}"]) == 0
+    assert "token_embd.weight" in capsys.readouterr().out
+    assert same(gguf.load(gguf.open_file(again)), saved.open_run(workdir).params)
+    with pytest.raises(SystemExit):
+        cli.run("export", [f"--workdir={workdir}", f"--to={tmp_path / 'x.gguf'}", "--dtype=bfloat16"])
+    assert "allowed here are float32, float16, q8_0" in capsys.readouterr().err

@@ -88,7 +88,7 @@ def test_a_run_begins_where_it_is_told_and_resumes(tmp_path):
 
     folder = directory(tmp_path / "hf")
     begun = hf.load(hf.open_directory(folder))
-    initial.import_directory(folder, tmp_path / "imported", log=lambda line: None)
+    initial.import_model(folder, tmp_path / "imported", log=lambda line: None)
     close = lambda run: jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), run.params, begun)
     for workdir, origin in (("one", f"hf:{folder}"), ("two", str(tmp_path / "imported")), ("imported", "")):
         cfg = recipe(tmp_path, *([("train.init_from", origin)] if origin else []))
@@ -202,7 +202,7 @@ def test_bad_directories(name, tmp_path):
     folder = directory(tmp_path / "hf")
     spoil(folder)
     with pytest.raises(ValueError, match=words) as caught:
-        initial.import_directory(folder, tmp_path / "run", log=lambda line: None)
+        initial.import_model(folder, tmp_path / "run", log=lambda line: None)
     assert "\n" not in str(caught.value) and not (tmp_path / "run" / "checkpoints").exists()
 
 
