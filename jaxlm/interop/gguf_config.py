@@ -139,7 +139,7 @@ def write(cfg: TransformerConfig) -> tuple[str, dict[str, Any]]:
         try:
             found = _plain(read(metadata, shapes, lambda: rope_factors(cfg))[1])
         except ValueError as error:
-            reasons.append((1, f"{family}: {error}"))
+            reasons.append((3, f"{family}: {error}"))
             continue
         differs = [key for key, value in _plain(cfg).items() if found[key] != value]
         if not differs:

@@ -160,7 +160,7 @@ def test_added_tokens_after_special_ones_keep_their_ids():
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "bytes"])
 def test_own_tokenizers_as_hugging_face_has_them(kind, tmp_path):
-    tok = tokenizer.train([*TRAINING, *["1 < 4 > 0 x"] * 9], TokenizerConfig(kind=kind, vocab_size=316, special_tokens=("<|user|>",)))
+    tok = tokenizer.train([*TRAINING, *["1 < 4 > 0 x"] * 90], TokenizerConfig(kind=kind, vocab_size=316, special_tokens=("<|user|>",)))
     assert {path.name for path in tok.write_huggingface(tmp_path)} == {
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *(() if kind == "bytes" else ("tokenizer.model",))}
     other = tokenizer.load(tmp_path)

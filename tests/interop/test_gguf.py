@@ -165,11 +165,11 @@ def test_quantised_weights_are_those_of_the_package(tok, tmp_path, kind):
     (dict(norm="layer"), "another norm"), (dict(activation="relu"), "another activation"), (dict(norm_position="branch"), "another"),
     (dict(final_softcap=30.0), "another final_softcap"), (dict(rotary_fraction=0.5), "another rotary_fraction"),
     (dict(rope_scaling="llama3", rope_factor=8.0, rope_original_context=4096), "does not hold the rotary scaling of Llama 3"),
-    (dict(qkv_bias=True), "a qwen2 model has heads of width"), (dict(experts=4), "another"), (dict(parallel_residual=True), "another parallel_residual"), (dict(query_scale=7.0), "another query_scale"),
+    (dict(qkv_bias=True), "another qkv_bias"), (dict(experts=4), "nearest"), (dict(parallel_residual=True), "another parallel_residual"), (dict(query_scale=7.0), "another query_scale"),
 ])
 def test_a_model_that_no_family_computes_is_refused(tok, tmp_path, change, reason):
     cfg = dataclasses.replace(MODELS["llama"], **change)
-    with pytest.raises(ValueError, match=f"no family of GGUF .* computes this model; nearest: .*{reason}") as caught:
+    with pytest.raises(ValueError, match=f"no family of GGUF .* computes this model; .*{reason}") as caught:
         gguf.write(tmp_path / "m.gguf", cfg, {}, tok)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
