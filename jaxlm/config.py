@@ -38,7 +38,7 @@ def _need(ok: bool, message: str) -> None:
 class TokenizerConfig:
     kind: Literal["unigram", "bpe", "bytes"] = "unigram"  # SentencePiece unigram or BPE with byte fallback, or plain UTF-8 bytes
     vocab_size: int = 8192  # pieces to learn, special tokens included; ignored by "bytes" (259)
-    path: str = ""  # a trained SentencePiece .model file to use as it is; empty: train one on the training split
+    path: str = ""  # a tokenizer to use as it is: its file, or the folder that holds it (docs/interop.md); empty: train one on the training split
     special_tokens: tuple[str, ...] = ()  # extra symbols that are never split
     train_bytes: int = 100_000_000  # the most text, in bytes, that the tokenizer is trained on
 

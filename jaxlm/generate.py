@@ -110,7 +110,7 @@ def complete(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[
     """Continues texts: `generate` between the tokenizer's two ends.
 
     Args:
-      prompts: each follows the begin-of-sequence token; "" asks for a text from nothing.
+      prompts: each follows the begin-of-sequence token, where the tokenizer's model saw one; "" asks for a text from nothing.
       stop: texts that end a row, besides the end-of-sequence token; neither they nor what follows them is part of the result.
       on_text: called with row and text as it comes, whole characters only and nothing that may turn out to begin a stop text, and with None when
         the row has ended.
@@ -119,7 +119,8 @@ def complete(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[
       The continuations, without their prompts.
     """
     _need(all(stop), "a stop text is empty: it would end everything at once")
-    rows = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
+    begin = [tokenizer.bos] if tokenizer.adds_bos else []
+    rows = [[*begin, *tokenizer.encode(prompt)] or [tokenizer.bos] for prompt in prompts]
     decoders = [tokenizer.stream_decoder() for _ in rows]
     for decode, ids in zip(decoders, rows):
         decode(ids)  # a tokenizer that puts a space before a text must not take it from the continuation
