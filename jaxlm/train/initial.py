@@ -15,11 +15,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm import config as configs
 from jaxlm import trees
-from jaxlm.config import Config, DataConfig, MeshConfig, TransformerConfig
+from jaxlm.config import Config, DataConfig, MeshConfig, ObjectiveConfig, TransformerConfig
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.interop import hf
 from jaxlm.interop.hf_config import COMPUTED
-from jaxlm.models import decoder
+from jaxlm.models import decoder, kinds
 from jaxlm.train import checkpoint, saved
 from jaxlm.train.state import State
 
@@ -103,11 +103,12 @@ def import_directory(folder: pathlib.Path, workdir: pathlib.Path, *, dtype: str 
     source = hf.open_directory(folder)
     tokenizer = tokenizers.load(folder, vocab_size=source.cfg.vocab_size)
     cfg = dataclasses.replace(source.cfg, dtype=dtype)
-    config = Config(model=decoder.vocabulary(cfg, tokenizer.vocab_size), data=DataConfig(sequence_length=min(1024, cfg.context)))
+    config = Config(model=decoder.vocabulary(cfg, tokenizer.vocab_size), data=DataConfig(sequence_length=min(1024, cfg.context)),
+                    objective=ObjectiveConfig(name="masked_token" if cfg.kind == "encoder" else "next_token"))
     if checkpoint.steps(workdir) or (workdir / "config.json").exists():
         raise ValueError(f"{workdir} holds a run already: choose another --to")
     log(f"{source.family.architecture} in {folder}:\n{hf.mapping(source)}")
-    model = decoder.build(config.model)
+    model = kinds.build(config.model)
     mesh, places = saved.place(MeshConfig(), model, jax.eval_shape(model.init, jax.random.key(0)))
     found = hf.load(source, places)
     count = trees.count(found)

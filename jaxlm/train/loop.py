@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jaxlm import config as configs
 from jaxlm import generate, sharding, trees
 from jaxlm.config import Config
-from jaxlm.data import loader, pack, prepare, shards
+from jaxlm.data import loader, pack, prepare, shards, tasks
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.evaluate import compression, likelihood
 from jaxlm.train import checkpoint, initial, report, setup
@@ -119,7 +119,8 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, epoch: pack.EpochSize, wor
     step_fn = parts.step.lower(state, parts.batch).compile()
     rows = sharding.local_rows(parts.mesh, config.data.batch_size)
     batches = loader.batches(corpus, "train", sequence_length=config.data.sequence_length, batch_size=config.data.batch_size, seed=config.data.seed,
-                             start_step=start, stop_step=total, rows=rows, threads=config.data.threads, prefetch=config.data.prefetch)
+                             start_step=start, stop_step=total, rows=rows, threads=config.data.threads, prefetch=config.data.prefetch,
+                             masking=tasks.masking(config.objective, tokenizer))
     clock, health = _Clock(), _Health(config, workdir)
     pending: tuple[int, dict] | None = None
     saved_step, step = start, start
@@ -198,20 +199,20 @@ def _evaluate(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.T
     config = parts.config
     if not len(corpus.splits["validation"].tokens):
         return None
-    summary = _score(parts, corpus, evaluator, state, "validation", config.train.eval_documents, watchdog, stop)
+    summary = _score(parts, corpus, tokenizer, evaluator, state, "validation", config.train.eval_documents, watchdog, stop)
     if summary is None or not reporter:
         return summary and summary["loss"]
     reporter.scalars(step, {f"eval/{name}": value for name, value in summary.items()})
-    progress.note(f"step {step}  validation loss {summary['loss']:.4f}  {summary['bits_per_byte']:.4f} bits per byte "
-                  f"({summary['documents']} documents)")
-    if jax.process_count() == 1:
+    detail = f"{summary['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in summary else f"{summary['accuracy']:.4f} of the masked tokens right"
+    progress.note(f"step {step}  validation loss {summary['loss']:.4f}  {detail} ({summary['documents']} documents)")
+    if jax.process_count() == 1 and config.model.kind == "decoder":
         prompt, text = _sample(parts, corpus, tokenizer, state)
         reporter.text(step, "sample", f"[{prompt}]{text}")
     return summary["loss"]
 
 
-def _score(parts: setup.Setup, corpus: shards.Corpus, evaluator, state: State, split: str, limit: int, watchdog: Watchdog,
-           stop: StopRequest) -> dict[str, float] | None:
+def _score(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tokenizer, evaluator, state: State, split: str, limit: int,
+           watchdog: Watchdog, stop: StopRequest) -> dict[str, float] | None:
     config = parts.config
 
     def alive(*_) -> None:
@@ -223,10 +224,10 @@ def _score(parts: setup.Setup, corpus: shards.Corpus, evaluator, state: State, s
     try:
         scores = likelihood.score_documents(evaluator, params, parts.mesh, corpus, split, sequence_length=config.data.sequence_length,
                                             batch_size=config.eval.batch_size or config.data.batch_size, overlap=config.eval.overlap,
-                                            limit_documents=limit, progress=alive)
+                                            limit_documents=limit, progress=alive, masking=tasks.masking(config.objective, tokenizer))
     except _Stopped:
         return None
-    return likelihood.summary(scores, config.eval.bootstrap)
+    return likelihood.summary(scores, config.eval.bootstrap, masked=config.objective.name == "masked_token")
 
 
 class _Stopped(Exception):
@@ -254,20 +255,22 @@ def _finish(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tok
     """The last word of a complete run: the whole test split, beside what compressors reach, a sample, and what to try next."""
     config = parts.config
     split = next((s for s in ("test", "validation") if len(corpus.splits[s].tokens)), None)
-    summary = _score(parts, corpus, evaluator, state, split, 0, watchdog, stop) if split else None
+    summary = _score(parts, corpus, tokenizer, evaluator, state, split, 0, watchdog, stop) if split else None
     if reporter is None:
         return
     if summary:
         reporter.scalars(parts.total, {f"{split}/{name}": value for name, value in summary.items()})
         progress.note(f"\n{split} split, {summary['documents']} documents the model never saw:\n" + likelihood.table(summary))
-        progress.note(compression.table(corpus, tokenizer, split, summary["bits_per_byte"]))
-    if jax.process_count() == 1:
+        if "bits_per_byte" in summary:
+            progress.note(compression.table(corpus, tokenizer, split, summary["bits_per_byte"]))
+    if jax.process_count() == 1 and config.model.kind == "decoder":
         prompt, text = _sample(parts, corpus, tokenizer, state)
         reporter.text(parts.total, "sample", f"[{prompt}]{text}")
         progress.note(f"\nA sample, after the prompt in brackets:\n[{prompt}]{text}\n")
     (workdir / "FINISHED").write_text(json.dumps({"step": parts.total}) + "\n", encoding="utf-8")
+    continues = [f"  jaxlm generate --workdir={workdir} --prompt=\"Return the\""] * (config.model.kind == "decoder")
     progress.note("\n".join([
-        "Next:", f"  jaxlm generate --workdir={workdir} --prompt=\"Return the\"", f"  jaxlm eval --workdir={workdir}",
+        "Next:", *continues, f"  jaxlm eval --workdir={workdir}",
         f"  tensorboard --logdir={workdir}        (pip install tensorboard)"]))
 
 
