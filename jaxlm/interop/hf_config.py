@@ -314,6 +314,8 @@ def _bert(c: Json, output: str, offset: int = 0) -> dict[str, Any]:
 
 
 def _bert_json(cfg: TransformerConfig) -> dict[str, Any]:
+    if cfg.token_types == 0:
+        raise ValueError("BertModel has another token_types")
     return _head_json(cfg) | dict(
         vocab_size=cfg.vocab_size, max_position_embeddings=cfg.context + cfg.position_offset, num_hidden_layers=cfg.layers, hidden_size=cfg.width,
         num_attention_heads=cfg.heads, intermediate_size=cfg.feedforward, layer_norm_eps=cfg.norm_eps, type_vocab_size=cfg.token_types,
