@@ -72,6 +72,13 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TransformerConfig:
+    kind: Literal["decoder", "encoder"] = "decoder"  # an encoder (BERT) sees all of its segment and norms its embeddings; set causal=false for it
+    output: Literal["tokens", "hidden", "pooled", "sequence_labels", "token_labels"] = "tokens"  # encoder: tokens behind masks, states as they are,
+    # one vector of a sequence (from its first token), or labels of a sequence or of each token
+    labels: int = 0  # classes of sequence_labels and token_labels
+    pooler_activation: Literal["tanh", "relu"] = "tanh"  # between the pooler's and the classifier's matrix; DistilBERT: relu
+    token_types: int = 0  # encoder: kinds of tokens (BERT: first and second sentence) that have an embedding; 0: none
+    position_offset: int = 0  # learned positions: rows of the table before that of position 0 (RoBERTa: 2), besides the context's
     vocab_size: int = 0  # rows of the embedding; 0: the tokenizer's size rounded up to a multiple of 64
     context: int = 512  # longest sequence the model may see, in tokens
     layers: int = 4
@@ -124,8 +131,14 @@ class TransformerConfig:
     def __post_init__(self):
         for key in ("context", "layers", "width", "heads"):
             _need(getattr(self, key) > 0, f"model.{key}={getattr(self, key)} must be positive")
-        for key in ("vocab_size", "kv_heads", "head_size", "feedforward"):
+        for key in ("vocab_size", "kv_heads", "head_size", "feedforward", "labels", "token_types", "position_offset"):
             _need(getattr(self, key) >= 0, f"model.{key}={getattr(self, key)} must not be negative")
+        _need(self.kind == "decoder" or not self.causal, "model.kind=encoder sees the tokens on both sides: set model.causal=false")
+        _need(self.kind == "encoder" or self.output == "tokens", f"model.output={self.output} is an encoder's: set model.kind=encoder, or leave it out")
+        _need(self.kind == "encoder" or not self.token_types, f"model.token_types={self.token_types} are an encoder's: set model.kind=encoder, or leave them out")
+        _need(self.positions == "learned" or not self.position_offset, f"model.position_offset={self.position_offset} goes with model.positions=learned")
+        _need((self.labels > 0) == self.output.endswith("_labels"), f"model.labels={self.labels} does not go with model.output={self.output}: labels are the "
+              "number of classes of sequence_labels and token_labels")
         if self.head_size == 0:
             _need(self.width % self.heads == 0, f"model.heads={self.heads} must divide model.width={self.width}: "
                   f"try {_nearest_divisor(self.width, self.heads)}, or set model.head_size")
@@ -168,7 +181,11 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    name: Literal["next_token"] = "next_token"
+    name: Literal["next_token", "masked_token"] = "next_token"  # of decoders; of encoders (BERT), with another mask in each step (RoBERTa)
+    mask_rate: float = 0.15  # masked_token: share of the tokens to be told
+    mask_random: float = 0.1  # of these, share that is replaced by any token; in BERT 80 % are masked, 10 % random, 10 % kept
+    mask_keep: float = 0.1  # of these, share that is left as it is
+    mask_whole_words: bool = False  # a word's pieces are told together (Cui et al. 2019)
     z_loss: float = 0.0  # weight of log(Z)^2, which keeps the logits from drifting (PaLM uses 1e-4)
     chunk_rows: int = 0  # tokens whose logits exist at one time, the rest is recomputed in the backward pass; 0: all
     moe_balance: float = 0.01  # mixture of experts: weight of the loss that spreads tokens over the experts (Switch, Mixtral)
@@ -177,6 +194,9 @@ class ObjectiveConfig:
     def __post_init__(self):
         for key in ("z_loss", "moe_balance", "moe_z"):
             _need(getattr(self, key) >= 0, f"objective.{key}={getattr(self, key)} must not be negative")
+        _need(0 < self.mask_rate < 1, f"objective.mask_rate={self.mask_rate} must be in (0, 1)")
+        _need(self.mask_random >= 0 and self.mask_keep >= 0 and self.mask_random + self.mask_keep <= 1, f"objective.mask_random={self.mask_random} and "
+              f"objective.mask_keep={self.mask_keep} must be shares of one whole; the rest is masked")
         _need(self.chunk_rows >= 0, f"objective.chunk_rows={self.chunk_rows} must not be negative")
 
 

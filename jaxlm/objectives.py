@@ -40,6 +40,11 @@ def next_token(cfg: ObjectiveConfig, model: Model, params: Any, batch: Mapping[s
     return sums | {"loss": (loss, weight)}
 
 
+def masked_token(cfg: ObjectiveConfig, model: Model, params: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> Sums:
+    """Cross-entropy of the hidden tokens of a batch that `data/tasks.py` has masked: the targets and weights differ, the sums are the same."""
+    return next_token(cfg, model, params, batch, key)
+
+
 def expert_balance(routing: Mapping[str, jax.Array], weight: jax.Array) -> Sums:
     """How evenly the experts of a model are used, means over its sparse layers: the balance loss, the router's log(Z)^2, and the share of the most
     and the least used expert over an even share.
@@ -53,4 +58,5 @@ def expert_balance(routing: Mapping[str, jax.Array], weight: jax.Array) -> Sums:
     return {name: (value.mean() * weight, weight) for name, value in values.items()}
 
 
-OBJECTIVES: dict[str, Callable[..., Sums]] = {"next_token": next_token}
+OBJECTIVES: dict[str, Callable[..., Sums]] = {"next_token": next_token, "masked_token": masked_token}
+KINDS = {"next_token": "decoder", "masked_token": "encoder"}  # the kind of model that each is for

@@ -32,6 +32,8 @@ RULES: Mapping[str, tuple[str, ...] | None] = {
     "expert": None,
     "head_size": None,
     "positions": None,
+    "types": None,  # kinds of tokens, as of BERT
+    "labels": None,
     "sequence": None,  # tokens of an activation
     "residual": None,  # the residual axis of an activation
 }

@@ -10,7 +10,8 @@ Each document counts exactly once; one longer than data.sequence_length is read 
 
 It prints loss (nats per token), perplexity, bits per byte and token accuracy with 95 % intervals (bootstrap over documents), appends the
 same in full precision to WORKDIR/eval.jsonl, and to TensorBoard (tensorboard --logdir=WORKDIR). Bits per byte compares models with
-different tokenizers; perplexity does not.
+different tokenizers; perplexity does not. Of an encoder it prints loss and accuracy of masked tokens, the same ones each time (15 % by default):
+they are no likelihood of a text, so there is no perplexity and nothing to compare with a decoder's.
 
 --watch repeats nothing that is in eval.jsonl for the same split, --limit_documents and --data, so it may be stopped and started at will.
 Several processes work together as in jaxlm train (--coordinator, --processes, --process).
@@ -85,29 +86,33 @@ def _look(workdir, done: set[int]) -> tuple[int | None, bool]:
 def _scorer(model, mesh, chunk_rows: int):
     """Compiled once for all checkpoints of a run."""
     from jaxlm.evaluate import likelihood
-    from jaxlm.models import decoder
+    from jaxlm.models import kinds
 
-    return likelihood.scorer(decoder.build(model), mesh, chunk_rows)
+    return likelihood.scorer(kinds.build(model), mesh, chunk_rows)
 
 
 def _evaluate(values: flags.FlagValues, log, run) -> None:
     """Scores one checkpoint, prints the table, appends to eval.jsonl and TensorBoard."""
     import jax
 
+    from jaxlm.data import tasks
     from jaxlm.evaluate import follow, likelihood
     from jaxlm.train import report, saved
 
+    if run.config.model.output != "tokens":
+        raise ValueError(f"{run.workdir} holds a model with model.output={run.config.model.output}: eval scores tokens only (model.output=tokens)")
     corpus, config = saved.open_data(run, values.data), run.config
+    masking = tasks.masking(config.objective, run.tokenizer)
     scorer = _scorer(config.model, run.mesh, config.objective.chunk_rows)
     progress = report.Progress()
     show = lambda done, total: progress.show(f"step {run.step}, {values.split}: {min(1, done / max(total, 1)):.0%}")
     scores = likelihood.score_documents(
         scorer, run.params, run.mesh, corpus, values.split, sequence_length=config.data.sequence_length,
         batch_size=values.batch_size or config.eval.batch_size or config.data.batch_size,
-        overlap=config.eval.overlap, limit_documents=values.limit_documents, progress=show if jax.process_index() == 0 else None)
+        overlap=config.eval.overlap, limit_documents=values.limit_documents, progress=show if jax.process_index() == 0 else None, masking=masking)
     if jax.process_index() > 0:
         return
-    result = likelihood.summary(scores, config.eval.bootstrap)
+    result = likelihood.summary(scores, config.eval.bootstrap, masked=masking is not None)
     progress.note(f"{run.workdir}, step {run.step}, {values.split} split of {corpus.folder}\n{likelihood.table(result)}")
     row = {"step": run.step, "split": values.split, "limit_documents": values.limit_documents, "data": values.data, **result}
     follow.append(run.workdir / "eval.jsonl", row)

@@ -59,6 +59,8 @@ def main(values: flags.FlagValues) -> int:
     from jaxlm.train.saved import open_run
 
     run = open_run(values.workdir, values.step, log=functools.partial(print, file=sys.stderr))
+    if run.config.model.kind != "decoder":
+        raise ValueError(f"{values.workdir} holds an encoder, which fills in masked tokens and does not continue text: jaxlm eval scores it")
     if not ask:
         _answer(run, prompts, settings, values)
     while ask:

@@ -7,8 +7,9 @@
 
 The directory holds config.json, model.safetensors (or its shards with their index) and the tokenizer's files, as save_pretrained of
 transformers writes them and huggingface.co offers them. Known are GPT-2, GPT-NeoX (Pythia), Llama 1 to 3, Mistral, Mixtral, Qwen 2, 2.5 and
-3, Qwen 2 and 3 MoE, OLMo 2 and Gemma 1 to 3 (text). Pickled weights (.bin) are refused: reading them runs code. A .gguf file (Llama, Qwen, Gemma
-and GPT-2 families) holds everything itself; its weights are dequantised.
+3, Qwen 2 and 3 MoE, OLMo 2 and Gemma 1 to 3 (text), and the encoders BERT, RoBERTa and DistilBERT (masked tokens, the base model, labels of sequences or
+of tokens). Pickled weights (.bin) are refused: reading them runs code. A .gguf file (Llama, Qwen, Gemma and GPT-2 families) holds everything itself;
+its weights are dequantised.
 
 It prints which tensor becomes which parameter and fails if one is missing, left over or of another shape. Tensors are read one at a time onto
 the devices, written as the checkpoint of step 0 of the new folder --to, read back and compared bit by bit with the files.
@@ -28,6 +29,9 @@ def main(values: flags.FlagValues) -> int:
 
     from jaxlm.train import initial
 
-    initial.import_model(pathlib.Path(values["from"].value), pathlib.Path(values.to), dtype=values.dtype)
-    print(f'next: jaxlm generate --workdir={values.to} --prompt="..."')
+    model = initial.import_model(pathlib.Path(values["from"].value), pathlib.Path(values.to), dtype=values.dtype)
+    if model.kind == "encoder":
+        print(f"next: jaxlm train --config=my_recipe.py --workdir=runs/mine --config.objective.name=masked_token --config.train.init_from={values.to}")
+    else:
+        print(f'next: jaxlm generate --workdir={values.to} --prompt="..."')
     return 0

@@ -32,7 +32,7 @@ def epoch_size(corpus: Corpus, split: str, *, sequence_length: int, batch_size: 
 
 
 def batches(corpus: Corpus, split: str, *, sequence_length: int, batch_size: int, seed: int, start_step: int, stop_step: int,
-            rows: tuple[int, int] | None = None, threads: int = 1, prefetch: int = 4) -> Iterator[tuple[int, Batch]]:
+            rows: tuple[int, int] | None = None, threads: int = 1, prefetch: int = 4, masking: tasks.Masking | None = None) -> Iterator[tuple[int, Batch]]:
     """The training batches of steps [start_step, stop_step), epoch after epoch, nothing dropped between them.
 
     Args:
@@ -40,6 +40,7 @@ def batches(corpus: Corpus, split: str, *, sequence_length: int, batch_size: int
       rows: the rows [a, b) of each global batch that this process reads; None: all.
       threads: 0 reads in the caller's own thread, when a batch is asked for.
       prefetch: batches read ahead.
+      masking: hide tokens, others in each step.
 
     Returns:
       An iterator of (step, batch of [b - a, sequence_length]) without "documents".
@@ -60,6 +61,10 @@ def batches(corpus: Corpus, split: str, *, sequence_length: int, batch_size: int
     def batch(step: int) -> tuple[int, Batch]:
         planned = [row(step * batch_size + i) for i in range(begin, end)]
         local = tasks.next_token_batch(planned, functools.partial(corpus.read, split), sequence_length)
+        if masking is not None:
+            first = (step * batch_size + begin) * sequence_length
+            numbers = np.arange(first, first + (end - begin) * sequence_length, dtype=np.uint64).reshape(end - begin, sequence_length)
+            local = tasks.mask_batch(local, masking, numbers, "train", seed)
         del local["documents"]
         return step, local
 
@@ -67,13 +72,14 @@ def batches(corpus: Corpus, split: str, *, sequence_length: int, batch_size: int
 
 
 def evaluation_batches(corpus: Corpus, split: str, *, sequence_length: int, batch_size: int, overlap: float, limit_documents: int = 0,
-                       rows: tuple[int, int] | None = None, threads: int = 1, prefetch: int = 4) -> Iterator[Batch]:
+                       rows: tuple[int, int] | None = None, threads: int = 1, prefetch: int = 4, masking: tasks.Masking | None = None) -> Iterator[Batch]:
     """Batches in which every target of the split has weight 1 exactly once; the last is filled up with rows of padding.
 
     Args:
       overlap: see `pack.evaluation_plan`.
       rows: the rows [a, b) of each global batch that this process reads; None: all.
       limit_documents: at most so many documents, spread evenly over the split; 0: all.
+      masking: hide tokens, the same ones of a document each time; of these, not of all, each has weight 1 exactly once.
 
     Returns:
       An iterator of batches of [b - a, sequence_length], the same number for every process.
@@ -92,7 +98,11 @@ def evaluation_batches(corpus: Corpus, split: str, *, sequence_length: int, batc
     def batch(number: int) -> Batch:
         indices = range(number * batch_size + begin, number * batch_size + end)
         planned = [pack.evaluation_row(plan, i) if i < total else [] for i in indices]
-        return tasks.next_token_batch(planned, functools.partial(corpus.read, split), sequence_length)
+        local = tasks.next_token_batch(planned, functools.partial(corpus.read, split), sequence_length)
+        if masking is None:
+            return local
+        numbers = (local["documents"].astype(np.uint64) << np.uint64(32)) + local["positions"].astype(np.uint64)
+        return tasks.mask_batch(local, masking, numbers, "evaluation")
 
     return _read_ahead(batch, 0, math.ceil(total / batch_size), threads, prefetch)
 

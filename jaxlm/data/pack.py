@@ -134,8 +134,13 @@ def shuffled(count: int, *key: object) -> np.ndarray:
     The numbers are sorted by a hash of each (SplitMix64, one-to-one, so there are no ties), because numpy does not promise that its own
     permutations stay the same in its next version.
     """
+    return np.argsort(hashed(np.arange(count, dtype=np.uint64), *key))
+
+
+def hashed(numbers: np.ndarray, *key: object) -> np.ndarray:
+    """SplitMix64 of uint64 `numbers`, of the same shape; another function for each `key`."""
     salt = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
-    x = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(salt)
+    x = numbers * np.uint64(0x9E3779B97F4A7C15) + np.uint64(salt)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(x ^ (x >> np.uint64(31)))
+    return x ^ (x >> np.uint64(31))

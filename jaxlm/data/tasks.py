@@ -9,13 +9,19 @@
   documents  int32    evaluation only: the document's number in its split, -1 in padding
 
 A document is bos, its text's tokens, eos. Every token after bos is a target, exactly once in an epoch or an evaluation.
+
+With masked tokens (`mask_batch`) the target is the token itself, hidden in the inputs or not, and the weight is 1 where it was chosen to be told. The eos
+that ends a document is then never an input.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxlm.data.pack import Piece
+from jaxlm.config import ObjectiveConfig
+from jaxlm.data.pack import Piece, hashed
+from jaxlm.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
 
@@ -47,3 +53,55 @@ def next_token_batch(rows: Sequence[Sequence[Piece]], read: Callable[[int, int, 
             batch["documents"][place] = document
             column = place[1].stop
     return batch
+
+
+class Masking(NamedTuple):
+    """How tokens are chosen and hidden; see `ObjectiveConfig`."""
+    cfg: ObjectiveConfig
+    mask: int  # id that stands for a hidden token
+    plain: np.ndarray  # int32, ids that are not special, of which random ones are drawn
+    special: np.ndarray  # bool [V]: never chosen
+    begins_word: np.ndarray  # bool [V]
+
+
+def masking(cfg: ObjectiveConfig, tokenizer: Tokenizer) -> Masking | None:
+    """What `mask_batch` needs of a tokenizer; None if the objective hides nothing. Without a mask token, padding, which no text holds, stands for one.
+
+    Raises:
+      ValueError: one line: the tokenizer has neither.
+    """
+    if cfg.name != "masked_token":
+        return None
+    named = tokenizer.special_tokens
+    mask = next((named[name] for name in ("[MASK]", "<mask>") if name in named), tokenizer.pad)
+    if mask in (tokenizer.bos, tokenizer.eos):
+        raise ValueError("objective.name=masked_token needs a tokenizer with the special token [MASK] or <mask>, or with one for padding: this one has neither")
+    special = np.zeros(tokenizer.vocab_size, bool)
+    special[[i for i in (*named.values(), tokenizer.bos, tokenizer.eos, tokenizer.pad, mask) if i < tokenizer.vocab_size]] = True
+    return Masking(cfg, mask, np.flatnonzero(~special).astype(np.int32), special, tokenizer.begins_word)
+
+
+def mask_batch(batch: Batch, how: Masking, numbers: np.ndarray, *key: object) -> Batch:
+    """A batch of `next_token_batch` made into one of masked tokens.
+
+    What happens to a token follows from `key` and its number alone. Of those chosen, some become the mask, some any token, some stay (Devlin et al. 2019).
+
+    Args:
+      numbers: uint64 `[B, T]`, different for each token that is not padding.
+    """
+    original, segments = batch["tokens"], batch["segments"]
+    draw = lambda name: (hashed(numbers, name, *key) >> np.uint64(11)) * 2.0**-53  # in [0, 1)
+    chance = draw("choose")
+    if how.cfg.mask_whole_words:  # a word shares the chance of its first piece; special tokens are words of their own
+        edge = np.concatenate([np.full_like(segments[:, :1], -1), segments[:, :-1]], axis=1) != segments
+        special = how.special[original]
+        after = np.concatenate([np.zeros_like(special[:, :1]), special[:, :-1]], axis=1)
+        begins = edge | how.begins_word[original] | special | after
+        first = np.maximum.accumulate(np.where(begins, np.arange(original.shape[1]), 0), axis=1)
+        chance = np.take_along_axis(chance, first, axis=1)
+    chosen = (chance < how.cfg.mask_rate) & (segments > 0) & ~how.special[original]
+    fate = draw("fate")
+    anything = how.plain[(hashed(numbers, "token", *key) % np.uint64(len(how.plain))).astype(np.int64)]
+    hidden = np.where(fate < how.cfg.mask_keep, original, np.where(fate < how.cfg.mask_keep + how.cfg.mask_random, anything, how.mask))
+    return batch | {"tokens": np.where(chosen, hidden, original).astype(np.int32), "targets": original,
+                    "weights": np.where(chosen, batch["weights"], 0).astype(np.float32)}

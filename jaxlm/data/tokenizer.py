@@ -205,6 +205,16 @@ class Tokenizer:
         ), sp.encode("a", out_type=str)[0].startswith(SPACE)
 
     @functools.cached_property
+    def begins_word(self) -> np.ndarray:
+        """Whether each id begins a word, as its text begins with a space or another blank (or, WordPiece, has no ##): bool [vocab_size]."""
+        if self.kind == "huggingface" and self.tree()["model"].get("type") == "WordPiece":
+            prefix, texts = self.tree()["model"].get("continuing_subword_prefix", "##"), tokenizer_json.vocabulary(self.tree())
+            found = np.ones(self.vocab_size, bool)
+            found[[i for text, i in texts.items() if text.startswith(prefix)]] = False
+            return found
+        return np.array([piece[:1].isspace() for piece in self._table[0]])
+
+    @functools.cached_property
     def _space(self) -> list[int]:
         """The bytes of U+2581 as ids; empty where the tokenizer has no byte fallback."""
         ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlm import metrics, sharding
 from jaxlm.data.loader import evaluation_batches
 from jaxlm.data.shards import Corpus
+from jaxlm.data.tasks import Masking
 from jaxlm.models.decoder import Model
 from jaxlm.objectives import token_nll
 
@@ -46,7 +47,7 @@ def scorer(model: Model, mesh: Mesh, chunk_rows: int = 0) -> Scorer:
 
 
 def score_documents(score: Scorer, params: Any, mesh: Mesh, corpus: Corpus, split: str, *, sequence_length: int, batch_size: int, overlap: float,
-                    limit_documents: int = 0, progress: Callable[[int, int], None] | None = None) -> Scores:
+                    limit_documents: int = 0, progress: Callable[[int, int], None] | None = None, masking: Masking | None = None) -> Scores:
     """Evaluates each document of a split exactly once. In several processes all call this together, and all get everything.
 
     Args:
@@ -55,7 +56,8 @@ def score_documents(score: Scorer, params: Any, mesh: Mesh, corpus: Corpus, spli
       batch_size: rows of a batch, rounded up to a multiple of the devices that share them. It does not change the result.
       overlap: share of a window that a longer document sees again as context, in [0, 1).
       limit_documents: at most so many, spread evenly over the split; 0: all.
-      progress: called after each batch with targets done and targets in all (about, under a limit).
+      progress: called after each batch with targets done and targets in all (about, under a limit or with masked tokens).
+      masking: score hidden tokens only, which are the same in each evaluation; documents where none was chosen are left out.
 
     Raises:
       ValueError: one line, for a split without documents or a damaged shard.
@@ -66,9 +68,10 @@ def score_documents(score: Scorer, params: Any, mesh: Mesh, corpus: Corpus, spli
     documents = len(index.tokens)
     expected = min(limit_documents or documents, documents)
     local = evaluation_batches(corpus, split, sequence_length=sequence_length, batch_size=batch_size, overlap=overlap,
-                               rows=sharding.local_rows(mesh, batch_size), limit_documents=limit_documents)
+                               rows=sharding.local_rows(mesh, batch_size), limit_documents=limit_documents, masking=masking)
     totals = np.zeros((3, documents))  # nll, right, tokens
     total = int(index.tokens.astype(np.int64).sum() - documents) * expected // max(documents, 1)
+    total = total if masking is None else int(total * masking.cfg.mask_rate)
     for parts in _one_behind(lambda batch: score(params, sharding.to_device(mesh, batch, batch_size)), local, mesh):
         nll, right, weights, document = map(np.asarray, parts)
         counts = weights > 0
@@ -78,7 +81,9 @@ def score_documents(score: Scorer, params: Any, mesh: Mesh, corpus: Corpus, spli
             progress(int(totals[2].sum()), total)
     chosen = np.flatnonzero(totals[2])
     tokens = totals[2, chosen].astype(np.int64)
-    assert len(chosen) == expected and np.array_equal(tokens, index.tokens[chosen] - 1), "a document was left out or counted twice"
+    assert masking or (len(chosen) == expected and np.array_equal(tokens, index.tokens[chosen] - 1)), "a document was left out or counted twice"
+    if not len(chosen):
+        raise ValueError(f"no token of the {split} split was masked: raise objective.mask_rate, or give more text")
     return Scores(chosen, totals[0, chosen], totals[1, chosen], tokens, index.text_bytes[chosen].astype(np.int64))
 
 
@@ -95,18 +100,21 @@ def _one_behind(work: Callable, batches: Iterator, mesh: Mesh) -> Iterator:
         yield pending
 
 
-def summary(scores: Scores, bootstrap: int) -> dict[str, float]:
+def summary(scores: Scores, bootstrap: int, masked: bool = False) -> dict[str, float]:
     """`loss` (nats per token), `perplexity`, `bits_per_byte`, `accuracy`, each with the ends `_low` and `_high` of its 95 % interval over
     documents (left out for a single document, which has none), and `tokens`, `documents`, `bytes`.
 
     Args:
       bootstrap: resamples behind the intervals.
+      masked: the scores are of masked tokens, which have no perplexity and no bits per byte: their likelihoods are not that of a text.
     """
     columns = np.stack([scores.nll, scores.right, scores.tokens, scores.bytes], axis=1)
     result = {name: float(value) for name, value in _figures(columns.sum(axis=0)).items()}
     if len(columns) > 1:
         for name, values in _figures(metrics.resample(columns, bootstrap)).items():
             result[f"{name}_low"], result[f"{name}_high"] = metrics.interval(values)
+    if masked:
+        result = {name: value for name, value in result.items() if not name.startswith(("perplexity", "bits_per_byte"))}
     return result | {"tokens": int(scores.tokens.sum()), "documents": len(columns), "bytes": int(scores.bytes.sum())}
 
 
@@ -121,10 +129,12 @@ def _figures(sums: np.ndarray) -> dict[str, Any]:
 def table(summary: dict[str, float]) -> str:
     """A summary as lines to print."""
     lines = [f"  {'':<14} {'estimate':>10}   95 % interval" if "loss_low" in summary else f"  {'':<14} {'estimate':>10}"]
-    for name, unit in (("loss", "nats per token"), ("perplexity", "depends on the tokenizer"), ("bits_per_byte", "whatever the tokenizer"),
-                       ("accuracy", "of the next token")):
+    units = {"loss": "nats per token", "perplexity": "depends on the tokenizer", "bits_per_byte": "whatever the tokenizer", "accuracy": "of the next token"}
+    if "perplexity" not in summary:
+        units = {"loss": "nats per masked token: no likelihood of a text, so no perplexity", "accuracy": "of the masked tokens"}
+    for name, unit in units.items():
         digits = 2 if name == "perplexity" else 4
         between = f"{summary[f'{name}_low']:.{digits}f} to {summary[f'{name}_high']:.{digits}f}" if f"{name}_low" in summary else ""
         lines.append(f"  {name.replace('_', ' '):<14} {summary[name]:>10.{digits}f}   {between:<22} {unit}".rstrip())
-    of = f"  {summary['documents']:,} documents, {summary['tokens']:,} tokens, {summary['bytes']:,} bytes"
+    of = f"  {summary['documents']:,} documents, {summary['tokens']:,} {'masked ' * ('perplexity' not in summary)}tokens, {summary['bytes']:,} bytes"
     return "\n".join([*lines, of + ("" if "loss_low" in summary else "; no interval from a single document")])

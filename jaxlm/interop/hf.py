@@ -14,7 +14,7 @@ import numpy as np
 from jaxlm import trees
 from jaxlm.config import TransformerConfig
 from jaxlm.interop import hf_config, hf_files, hf_names
-from jaxlm.models import decoder
+from jaxlm.models import kinds
 
 
 class Source(NamedTuple):
@@ -43,10 +43,10 @@ def open_directory(folder: pathlib.Path | str) -> Source:
     shapes = _shapes(cfg)
     places = hf_names.places(family.table, shapes, _rows(cfg))
     # Files saved from the model without its head lack the prefix that all other names have.
-    prefix = places[0].theirs.partition(".")[0] + "."
+    prefix = family.prefix or places[0].theirs.partition(".")[0] + "."
     names, missing = {}, []
     for place in places:
-        name = next((n for n in (place.theirs, place.theirs.removeprefix(prefix)) if n in files.tensors), None)
+        name = next((n for n in hf_names.spellings(place.theirs, prefix) if n in files.tensors), None)
         if name is None:
             missing.append(place.theirs)
         else:
@@ -120,7 +120,7 @@ def save(folder: pathlib.Path | str, cfg: TransformerConfig, params: Any, *, dty
     shapes, kind = _shapes(cfg), np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
     names = {place.theirs: (_their_shape(place, shapes), kind) for place in hf_names.places(family.table, shapes, _rows(cfg))}
     hf_files.write_files(folder, names, tensors(family.table, cfg, params, kind), shard_bytes)
-    (folder / "config.json").write_text(json.dumps({**config, **extra, "torch_dtype": dtype}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({**extra, **config, "torch_dtype": dtype}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     source = open_directory(folder)
     for name, expected in tensors(family.table, cfg, params, kind):
         found = source.files.read(name)
@@ -159,7 +159,7 @@ def _their_shape(place: hf_names.Place, shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def _shapes(cfg: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    return {path: leaf.shape for path, leaf in trees.flatten(jax.eval_shape(decoder.build(cfg).init, jax.random.key(0))).items()}
+    return {path: leaf.shape for path, leaf in trees.flatten(jax.eval_shape(kinds.build(cfg).init, jax.random.key(0))).items()}
 
 
 def _rows(cfg: TransformerConfig) -> dict[str, list[int]]:

@@ -25,6 +25,7 @@ class Family(NamedTuple):
     table: str  # in hf_names.TABLES
     read: Callable[[Json], dict[str, Any]]  # config.json -> arguments of TransformerConfig
     write: Callable[[TransformerConfig], dict[str, Any]]  # the inverse; what it cannot say shows when it is read back
+    prefix: str = ""  # that names of tensors may have or lack; empty: that of the table's first name
 
 
 def read(config: Json) -> tuple[Family, TransformerConfig]:
@@ -72,7 +73,7 @@ def write(cfg: TransformerConfig, architecture: str = "") -> tuple[Family, dict[
 
 
 def _family(config: Json) -> Family:
-    named = config.get("architectures") or []
+    named = [_SAME.get(name, name) for name in config.get("architectures") or []]
     for family in FAMILIES.values():
         if family.architecture in named or (not named and family.model_type == config.get("model_type")):
             return family
@@ -285,6 +286,75 @@ def _gemma3_json(cfg: TransformerConfig) -> dict[str, Any]:
     return _gemma2_json(cfg) | {"rope_local_base_freq": cfg.rope_local_theta}
 
 
+_ENCODER = dict(kind="encoder", causal=False, norm="layer", norm_position="post", positions="learned", gated=False, tied=True, bias=True)
+
+
+def _label_count(c: Json) -> int:
+    return len(c["id2label"]) if c.get("id2label") else c.get("num_labels") or 2
+
+
+def _head(c: Json, output: str, activation: str = "tanh") -> dict[str, Any]:
+    if output == "tokens":
+        _must(c, tie_word_embeddings=True)
+    labels = _label_count(c) if output.endswith("_labels") else 0
+    return dict(output=output, labels=labels, pooler_activation=activation if output == "sequence_labels" else "tanh")
+
+
+def _head_json(cfg: TransformerConfig) -> dict[str, Any]:
+    names = {str(i): f"LABEL_{i}" for i in range(cfg.labels)}
+    return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}} if names else {}
+
+
+def _bert(c: Json, output: str, offset: int = 0) -> dict[str, Any]:
+    _must(c, is_decoder=False, add_cross_attention=False, position_embedding_type="absolute")
+    return _ENCODER | _head(c, output) | dict(
+        vocab_size=c["vocab_size"], context=c["max_position_embeddings"] - offset, layers=c["num_hidden_layers"], width=c["hidden_size"],
+        heads=c["num_attention_heads"], feedforward=c["intermediate_size"], norm_eps=c.get("layer_norm_eps", 1e-12), token_types=c.get("type_vocab_size", 2),
+        position_offset=offset, activation=_activation(c.get("hidden_act", "gelu")), init_std=c.get("initializer_range", 0.02))
+
+
+def _bert_json(cfg: TransformerConfig) -> dict[str, Any]:
+    if cfg.token_types == 0:
+        raise ValueError("BertModel has another token_types")
+    return _head_json(cfg) | dict(
+        vocab_size=cfg.vocab_size, max_position_embeddings=cfg.context + cfg.position_offset, num_hidden_layers=cfg.layers, hidden_size=cfg.width,
+        num_attention_heads=cfg.heads, intermediate_size=cfg.feedforward, layer_norm_eps=cfg.norm_eps, type_vocab_size=cfg.token_types,
+        hidden_act=_activation_json(cfg), tie_word_embeddings=cfg.tied, initializer_range=cfg.init_std, position_embedding_type="absolute")
+
+
+def _roberta(c: Json, output: str) -> dict[str, Any]:
+    """Positions are counted from the row after that of padding. The masked-token head has the exact GELU whatever the layers have."""
+    if output == "tokens":
+        _must(c, hidden_act="gelu")
+    return _bert(c, output, offset=c.get("pad_token_id", 1) + 1)
+
+
+def _roberta_json(cfg: TransformerConfig) -> dict[str, Any]:
+    if cfg.position_offset == 0:
+        raise ValueError("RobertaModel has another position_offset")
+    return _bert_json(cfg) | {"pad_token_id": cfg.position_offset - 1}
+
+
+def _distilbert(c: Json, output: str) -> dict[str, Any]:
+    _must(c, sinusoidal_pos_embds=False)
+    return _ENCODER | _head(c, output, activation="relu") | dict(
+        vocab_size=c["vocab_size"], context=c["max_position_embeddings"], layers=c["n_layers"], width=c["dim"], heads=c["n_heads"], feedforward=c["hidden_dim"],
+        norm_eps=1e-12, activation=_activation(c.get("activation", "gelu")), init_std=c.get("initializer_range", 0.02))
+
+
+def _distilbert_json(cfg: TransformerConfig) -> dict[str, Any]:
+    return _head_json(cfg) | dict(
+        vocab_size=cfg.vocab_size, max_position_embeddings=cfg.context, n_layers=cfg.layers, dim=cfg.width, n_heads=cfg.heads, hidden_dim=cfg.feedforward,
+        activation=_activation_json(cfg), tie_word_embeddings=cfg.tied, initializer_range=cfg.init_std, sinusoidal_pos_embds=False)
+
+
+def _encoder(architecture: str, table: str, read: Callable, output: str, write: Callable) -> Family:
+    model_type = {"D": "distilbert", "R": "roberta", "B": "bert"}[architecture[0]]
+    return Family(architecture, model_type, table, lambda c: read(c, output), write, f"{model_type}.")
+
+
+_SAME = {"BertForPreTraining": "BertForMaskedLM"}  # and a head that tells whether one sentence follows the other, which is left out
+
 # In the order in which `write` tries them: the plainest first.
 FAMILIES: dict[str, Family] = {family.architecture: family for family in (
     Family("LlamaForCausalLM", "llama", "llama", _llama, _base_json),
@@ -302,4 +372,16 @@ FAMILIES: dict[str, Family] = {family.architecture: family for family in (
     Family("GemmaForCausalLM", "gemma", "llama", _gemma, _gemma_json),
     Family("Gemma2ForCausalLM", "gemma2", "gemma2", _gemma2, _gemma2_json),
     Family("Gemma3ForCausalLM", "gemma3_text", "gemma2", _gemma3, _gemma3_json),
+    _encoder("BertForMaskedLM", "bert", _bert, "tokens", _bert_json),
+    _encoder("BertModel", "bert_base", _bert, "pooled", _bert_json),
+    _encoder("BertForSequenceClassification", "bert", _bert, "sequence_labels", _bert_json),
+    _encoder("BertForTokenClassification", "bert", _bert, "token_labels", _bert_json),
+    _encoder("RobertaForMaskedLM", "roberta", _roberta, "tokens", _roberta_json),
+    _encoder("RobertaModel", "bert_base", _roberta, "pooled", _roberta_json),
+    _encoder("RobertaForSequenceClassification", "roberta_sequence", _roberta, "sequence_labels", _roberta_json),
+    _encoder("RobertaForTokenClassification", "roberta_tokens", _roberta, "token_labels", _roberta_json),
+    _encoder("DistilBertForMaskedLM", "distilbert", _distilbert, "tokens", _distilbert_json),
+    _encoder("DistilBertModel", "distilbert_base", _distilbert, "hidden", _distilbert_json),
+    _encoder("DistilBertForSequenceClassification", "distilbert", _distilbert, "sequence_labels", _distilbert_json),
+    _encoder("DistilBertForTokenClassification", "distilbert", _distilbert, "token_labels", _distilbert_json),
 )}

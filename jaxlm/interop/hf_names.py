@@ -99,6 +99,38 @@ def _with_bias(rows: Sequence[tuple[str, str, str]], bias_forms: Mapping[str, st
             ((f"{theirs}.weight", ours, form), (f"{theirs}.bias", bias(ours), bias_forms.get(form, "flat")))]
 
 
+def _bert(prefix: str) -> tuple[Entry, ...]:
+    """BERT and RoBERTa below their heads; the base model has no prefix."""
+    embeddings = _with_bias([("LayerNorm", "embed_norm/scale", "same")], {})
+    tables = {"word_embeddings": "tokens", "position_embeddings": "positions", "token_type_embeddings": "types"}
+    return _table(*((f"{prefix}embeddings.{theirs}.weight", f"embed/{name}", "same") for theirs, name in tables.items()),
+                  *((f"{prefix}embeddings.{theirs}", ours, form) for theirs, ours, form in embeddings)) + _layers(f"{prefix}encoder.layer", *_with_bias([
+                      *((f"attention.self.{theirs}", f"attn/{name}", "linear") for name, theirs in (("q", "query"), ("k", "key"), ("v", "value"))),
+                      ("attention.output.dense", "attn/o", "linear_out"), ("attention.output.LayerNorm", "attn_norm/scale", "same"),
+                      ("intermediate.dense", "mlp/up", "linear"), ("output.dense", "mlp/down", "linear"),
+                      ("output.LayerNorm", "mlp_norm/scale", "same")], {}))
+
+
+def _distilbert(prefix: str) -> tuple[Entry, ...]:
+    tables = {"word_embeddings": "tokens", "position_embeddings": "positions"}
+    return _table(*((f"{prefix}embeddings.{theirs}.weight", f"embed/{name}", "same") for theirs, name in tables.items()),
+                  (f"{prefix}embeddings.LayerNorm.weight", "embed_norm/scale", "same"), (f"{prefix}embeddings.LayerNorm.bias", "embed_norm/bias", "same")
+                  ) + _layers(f"{prefix}transformer.layer", *_with_bias([
+                      *((f"attention.{name}_lin", f"attn/{name}", "linear") for name in "qkv"), ("attention.out_lin", "attn/o", "linear_out"),
+                      ("sa_layer_norm", "attn_norm/scale", "same"), ("ffn.lin1", "mlp/up", "linear"), ("ffn.lin2", "mlp/down", "linear"),
+                      ("output_layer_norm", "mlp_norm/scale", "same")], {}))
+
+
+def _masked(dense: str, norm: str, bias: str) -> tuple[Entry, ...]:
+    return _table((f"{dense}.weight", "head/dense", "linear"), (f"{dense}.bias", "head/dense_bias", "same"),
+                  (f"{norm}.weight", "head/norm/scale", "same"), (f"{norm}.bias", "head/norm/bias", "same"), (bias, "head/bias", "same"))
+
+
+def _labels(pooler: str, classifier: str) -> tuple[Entry, ...]:
+    return _table((f"{pooler}.weight", "pooler/kernel", "linear"), (f"{pooler}.bias", "pooler/bias", "same"),
+                  (f"{classifier}.weight", "classifier/kernel", "linear"), (f"{classifier}.bias", "classifier/bias", "same"))
+
+
 _QKV = "attn/q attn/k attn/v"
 TABLES: dict[str, tuple[Entry, ...]] = {
     "gpt2": _table(("transformer.wte.weight", "embed/tokens", "same"), ("transformer.wpe.weight", "embed/positions", "same"),
@@ -119,11 +151,29 @@ TABLES: dict[str, tuple[Entry, ...]] = {
     "qwen_moe": _llama(_PRE, _MLP, _QWEN_MOE),
     "olmo2": _llama(_BRANCH, _MLP),
     "gemma2": _llama(_SANDWICH, _MLP),
+    "bert": _bert("bert.") + _masked("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias")
+    + _labels("bert.pooler.dense", "classifier"),
+    "roberta": _bert("roberta.") + _masked("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+    "roberta_sequence": _bert("roberta.") + _labels("classifier.dense", "classifier.out_proj"),
+    "roberta_tokens": _bert("roberta.") + _labels("roberta.pooler.dense", "classifier"),
+    "bert_base": _bert("") + _labels("pooler.dense", "classifier"),
+    "distilbert": _distilbert("distilbert.") + _masked("vocab_transform", "vocab_layer_norm", "vocab_projector.bias") + _labels("pre_classifier", "classifier"),
+    "distilbert_base": _distilbert(""),
 }
 
-# What older files hold besides: buffers that are computed anew, and the output projection of a tied model, which is the embedding again.
-IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|attention\.bias|attention\.masked_bias)")
-TIED = ("lm_head.weight", "embed_out.weight")
+# What older files hold besides: buffers that are computed anew, encoders' parts that a model without that head does not use (the pooler, BERT's head
+# for the next sentence), and the output projection of a tied model, which is the embedding again, with its bias.
+IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|attention\.bias|attention\.masked_bias)|(\w+\.)?embeddings\.position_ids|"
+                     r"((bert|roberta)\.)?pooler\.dense\.(weight|bias)|cls\.seq_relationship\.(weight|bias)")
+TIED = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "lm_head.decoder.weight",
+        "lm_head.decoder.bias", "vocab_projector.weight")
+
+
+def spellings(theirs: str, prefix: str) -> tuple[str, ...]:
+    """How files call a tensor: as the table does, without the model's prefix (saved without a head) or with it, and with BERT's first names of norms."""
+    names = (theirs, theirs.removeprefix(prefix), prefix + theirs)
+    older = [re.sub(r"LayerNorm\.bias$", "LayerNorm.beta", re.sub(r"LayerNorm\.weight$", "LayerNorm.gamma", name)) for name in names]
+    return (*names, *older)
 
 
 class Place(NamedTuple):

@@ -5,6 +5,27 @@ from jaxlm.config import TransformerConfig
 Axes = tuple[tuple[str, tuple[str, ...]], ...]
 
 
+def encoder_axes(cfg: TransformerConfig) -> Axes:
+    """Strict rules, path regex -> logical axes, for the encoder that `cfg` describes."""
+    norm_bias, tokens = cfg.bias and cfg.norm == "layer", cfg.output == "tokens"
+    table = [
+        (cfg.token_types > 0, "embed/types", ("types", "embed")),
+        (True, "embed_norm/scale", ("embed",)),
+        (norm_bias, "embed_norm/bias", ("embed",)),
+        (tokens, "head/dense", ("embed", "feedforward")),
+        (tokens and cfg.bias, "head/dense_bias", ("feedforward",)),
+        (tokens, "head/norm/scale", ("embed",)),
+        (tokens and norm_bias, "head/norm/bias", ("embed",)),
+        (tokens and cfg.bias, "head/bias", ("vocab",)),
+        (cfg.output in ("pooled", "sequence_labels"), "pooler/kernel", ("embed", "feedforward")),
+        (cfg.output in ("pooled", "sequence_labels"), "pooler/bias", ("feedforward",)),
+        (cfg.labels > 0, "classifier/kernel", ("embed", "labels")),
+        (cfg.labels > 0, "classifier/bias", ("labels",)),
+    ]
+    body = tuple(rule for rule in decoder_axes(cfg) if tokens or rule[0] != "head/kernel")
+    return body + tuple((path, axes) for present, path, axes in table if present)
+
+
 def decoder_axes(cfg: TransformerConfig) -> Axes:
     """Strict rules, path regex -> logical axes, for the decoder that `cfg` describes."""
     learned = cfg.positions == "learned"

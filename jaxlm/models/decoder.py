@@ -52,11 +52,7 @@ def build(cfg: TransformerConfig) -> Model:
 
 def _init(cfg: TransformerConfig, key: jax.Array) -> dict:
     k_tokens, k_positions, k_layers, k_head = jax.random.split(key, 4)
-    one = jnp.zeros((1, 1), jnp.int32)
-    embed = {"tokens": initialiser(cfg, cfg.vocab_size, cfg.width)(k_tokens, (cfg.vocab_size, cfg.width), jnp.float32)}
-    if cfg.positions == "learned":
-        embed["positions"] = initialiser(cfg, cfg.context, cfg.width)(k_positions, (cfg.context, cfg.width), jnp.float32)
-    params = {"embed": embed, "layers": stack.init(cfg, k_layers, _slots(cfg, {"positions": one, "segments": one}, None))}
+    params = {"embed": init_embed(cfg, k_tokens, k_positions), "layers": init_layers(cfg, k_layers)}
     if cfg.norm_position != "post":
         params["final_norm"] = Norm(cfg).init(k_head, jnp.zeros((1, 1, cfg.width)))["params"]
     if not cfg.tied:
@@ -64,7 +60,29 @@ def _init(cfg: TransformerConfig, key: jax.Array) -> dict:
     return params
 
 
-def _slots(cfg: TransformerConfig, inputs: dict, cache: dict | None) -> Slots:
+def init_embed(cfg: TransformerConfig, k_tokens: jax.Array, k_positions: jax.Array) -> dict:
+    """Tables of tokens and, where they are learned, of positions."""
+    table = lambda key, rows: initialiser(cfg, rows, cfg.width)(key, (rows, cfg.width), jnp.float32)
+    embed = {"tokens": table(k_tokens, cfg.vocab_size)}
+    return embed | {"positions": table(k_positions, cfg.context + cfg.position_offset)} if cfg.positions == "learned" else embed
+
+
+def init_layers(cfg: TransformerConfig, key: jax.Array) -> dict:
+    one = jnp.zeros((1, 1), jnp.int32)
+    return stack.init(cfg, key, make_slots(cfg, {"positions": one, "segments": one}))
+
+
+def embed(cfg: TransformerConfig, params: dict, inputs: dict, dtype: jnp.dtype) -> jax.Array:
+    """`[B, T, D]`: tokens, and learned positions where there are."""
+    x = params["embed"]["tokens"].astype(dtype)[inputs["tokens"]]
+    if cfg.embedding_scale != 1:
+        x = x * jnp.asarray(cfg.embedding_scale, dtype)
+    if cfg.positions == "learned":
+        x = x + params["embed"]["positions"].astype(dtype)[inputs["positions"] + cfg.position_offset]
+    return x
+
+
+def make_slots(cfg: TransformerConfig, inputs: dict, cache: dict | None = None) -> Slots:
     queries = attention.Tokens(inputs["positions"], inputs["segments"])
     keys = queries
     if cache is not None:
@@ -103,13 +121,9 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: dict | 
     """
     dtype = jnp.dtype(cfg.dtype)
     view = view or (lambda layer: jax.tree.map(lambda w: w.astype(dtype), layer))
-    slots = _slots(cfg, inputs, cache)
+    slots = make_slots(cfg, inputs, cache)
     k_embed, k_layers = (None, None) if key is None or cfg.dropout == 0 else jax.random.split(key)
-    x = params["embed"]["tokens"].astype(dtype)[inputs["tokens"]]
-    if cfg.embedding_scale != 1:
-        x = x * jnp.asarray(cfg.embedding_scale, dtype)
-    if cfg.positions == "learned":
-        x = x + params["embed"]["positions"].astype(dtype)[inputs["positions"]]
+    x = embed(cfg, params, inputs, dtype)
     x = constrain(dropout(x, cfg.dropout, k_embed), "batch", "sequence", "residual")
     x, kv, routing = stack.run(cfg, params["layers"], x, slots, None if cache is None else {"k": cache["k"], "v": cache["v"]}, k_layers, view)
     if cfg.norm_position != "post":

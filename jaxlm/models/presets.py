@@ -26,6 +26,11 @@ _GEMMA3 = _GEMMA | dict(vocab_size=262144, context=32768, norm_position="sandwic
 _GEMMA3_LONG = _GEMMA3 | dict(vocab_size=262208, context=131072, windows=(1024,) * 5 + (0,), rope_scaling="linear", rope_factor=8.0)
 
 
+_BERT = dict(kind="encoder", causal=False, vocab_size=30522, context=512, norm="layer", norm_eps=1e-12, norm_position="post", positions="learned",
+             activation="gelu", gated=False, tied=True, bias=True, token_types=2)
+_ROBERTA = _BERT | dict(vocab_size=50265, norm_eps=1e-5, token_types=1, position_offset=2)
+
+
 def _sized(convention: dict, layers: int, width: int, heads: int, kv_heads: int, feedforward: int, **more) -> TransformerConfig:
     return TransformerConfig(**(convention | dict(layers=layers, width=width, heads=heads, kv_heads=kv_heads, feedforward=feedforward) | more))
 
@@ -39,6 +44,12 @@ def _gemma(convention: dict, layers: int, width: int, heads: int, kv_heads: int,
 
 
 PRESETS: dict[str, TransformerConfig] = {
+    # Devlin et al. 2019 (uncased), Liu et al. 2019, Sanh et al. 2019, with the masked-token head.
+    "bert_base": TransformerConfig(**_BERT, layers=12, width=768, heads=12),
+    "bert_large": TransformerConfig(**_BERT, layers=24, width=1024, heads=16),
+    "roberta_base": TransformerConfig(**_ROBERTA, layers=12, width=768, heads=12),
+    "roberta_large": TransformerConfig(**_ROBERTA, layers=24, width=1024, heads=16),
+    "distilbert": TransformerConfig(**(_BERT | dict(token_types=0)), layers=6, width=768, heads=12),
     # Radford et al. 2019; the released checkpoints.
     "gpt2_124m": TransformerConfig(**_GPT2, layers=12, width=768, heads=12),
     "gpt2_medium": TransformerConfig(**_GPT2, layers=24, width=1024, heads=16),

@@ -17,11 +17,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm import config as configs
 from jaxlm import trees
-from jaxlm.config import Config, DataConfig, MeshConfig, TransformerConfig
+from jaxlm.config import Config, DataConfig, MeshConfig, ObjectiveConfig, TransformerConfig
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.interop import gguf, hf
 from jaxlm.interop.hf_config import COMPUTED
-from jaxlm.models import decoder
+from jaxlm.models import decoder, kinds
 from jaxlm.train import checkpoint, saved
 from jaxlm.train.lock import Lock
 from jaxlm.train.state import State
@@ -130,7 +130,7 @@ def params(origin: str, target: Any, *, log: Callable[[str], None] = print) -> A
     return checkpoint.restore_params(origin, step, target, ema=ema)
 
 
-def import_model(path: pathlib.Path, workdir: pathlib.Path, *, dtype: str = "float32", log: Callable[[str], None] = print) -> None:
+def import_model(path: pathlib.Path, workdir: pathlib.Path, *, dtype: str = "float32", log: Callable[[str], None] = print) -> TransformerConfig:
     """Writes a Hugging Face directory or a .gguf file as the checkpoint of step 0 of a new workdir, then reads that back and compares.
 
     Args:
@@ -142,11 +142,12 @@ def import_model(path: pathlib.Path, workdir: pathlib.Path, *, dtype: str = "flo
     source = foreign(path)
     tokenizer = source.tokenizer()
     cfg = dataclasses.replace(source.cfg, dtype=dtype)
-    config = Config(model=decoder.vocabulary(cfg, tokenizer.vocab_size), data=DataConfig(sequence_length=min(1024, cfg.context)))
+    config = Config(model=decoder.vocabulary(cfg, tokenizer.vocab_size), data=DataConfig(sequence_length=min(1024, cfg.context)),
+                    objective=ObjectiveConfig(name="masked_token" if cfg.kind == "encoder" else "next_token"))
     if checkpoint.steps(workdir) or (workdir / "config.json").exists():
         raise ValueError(f"{workdir} holds a run already: choose another --to")
     log(f"{source.name}:\n{source.mapping()}")
-    model = decoder.build(config.model)
+    model = kinds.build(config.model)
     mesh, places = saved.place(MeshConfig(), model, jax.eval_shape(model.init, jax.random.key(0)))
     found = source.load(places)
     count = trees.count(found)
@@ -160,3 +161,4 @@ def import_model(path: pathlib.Path, workdir: pathlib.Path, *, dtype: str = "flo
     del state, found
     source.verify(saved.open_run(workdir, 0, log=log).params)
     log(f"{count:,} parameters and {tokenizer.vocab_size:,} tokens in {workdir}, read back and equal to the files bit by bit")
+    return config.model

@@ -13,7 +13,7 @@ import jax
 from jaxlm import config as configs
 from jaxlm import generate, sharding, trees
 from jaxlm.config import Config
-from jaxlm.data import loader, pack, prepare, shards
+from jaxlm.data import loader, pack, prepare, shards, tasks
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.evaluate import compression, likelihood
 from jaxlm.train import checkpoint, initial, report, setup
@@ -102,7 +102,8 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, epoch: pack.EpochSize, wor
     step_fn = parts.step.lower(state, parts.batch).compile()
     rows = sharding.local_rows(parts.mesh, config.data.batch_size)
     batches = loader.batches(corpus, "train", sequence_length=config.data.sequence_length, batch_size=config.data.batch_size, seed=config.data.seed,
-                             start_step=start, stop_step=total, rows=rows, threads=config.data.threads, prefetch=config.data.prefetch)
+                             start_step=start, stop_step=total, rows=rows, threads=config.data.threads, prefetch=config.data.prefetch,
+                             masking=tasks.masking(config.objective, tokenizer))
     reporter = report.Reporter(workdir, start, {"config": configs.to_json(config), "parameters": report.overview(state.params)}) if primary else None
     clock, health = _Clock(), _Health(config, workdir)
     log = _Log(parts, trees.count(state.params), peak[0], clock, health, reporter, progress, lambda step: due("log", step))
@@ -174,20 +175,21 @@ def _evaluate(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.T
     """Validation loss in nats per token; None without a validation split, or when the run was asked to stop meanwhile."""
     if not len(corpus.splits["validation"].tokens):
         return None
-    summary = _score(parts, corpus, evaluator, state, "validation", parts.config.train.eval_documents, watchdog, stop)
+    summary = _score(parts, corpus, tokenizer, evaluator, state, "validation", parts.config.train.eval_documents, watchdog, stop)
     if summary is None:
         return None
-    prompt, text = _sample(parts, corpus, tokenizer, state)
+    sample = _sample(parts, corpus, tokenizer, state)
     if reporter:
         reporter.scalars(step, {f"eval/{name}": value for name, value in summary.items()})
-        reporter.text(step, "sample", f"[{prompt}]{text}")
-        progress.note(f"step {step}  validation loss {summary['loss']:.4f}  {summary['bits_per_byte']:.4f} bits per byte "
-                      f"({summary['documents']} documents)")
+        detail = f"{summary['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in summary else f"{summary['accuracy']:.4f} of the masked tokens right"
+        progress.note(f"step {step}  validation loss {summary['loss']:.4f}  {detail} ({summary['documents']} documents)")
+        if sample:
+            reporter.text(step, "sample", sample)
     return summary["loss"]
 
 
-def _score(parts: setup.Setup, corpus: shards.Corpus, evaluator: likelihood.Scorer, state: State, split: str, limit: int, watchdog: Watchdog,
-           stop: StopRequest) -> dict[str, float] | None:
+def _score(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tokenizer, evaluator: likelihood.Scorer, state: State, split: str, limit: int,
+           watchdog: Watchdog, stop: StopRequest) -> dict[str, float] | None:
     config = parts.config
 
     def alive(*_) -> None:
@@ -199,19 +201,21 @@ def _score(parts: setup.Setup, corpus: shards.Corpus, evaluator: likelihood.Scor
     try:
         scores = likelihood.score_documents(evaluator, params, parts.mesh, corpus, split, sequence_length=config.data.sequence_length,
                                             batch_size=config.eval.batch_size or config.data.batch_size, overlap=config.eval.overlap,
-                                            limit_documents=limit, progress=alive)
+                                            limit_documents=limit, progress=alive, masking=tasks.masking(config.objective, tokenizer))
     except _Stopped:
         return None
-    return likelihood.summary(scores, config.eval.bootstrap)
+    return likelihood.summary(scores, config.eval.bootstrap, masked=config.objective.name == "masked_token")
 
 
 class _Stopped(Exception):
     pass
 
 
-def _sample(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tokenizer, state: State) -> tuple[str, str]:
-    """A prompt and the model's continuation."""
+def _sample(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tokenizer, state: State) -> str:
+    """A prompt in brackets and the model's continuation; "" for a model that continues nothing."""
     config = parts.config
+    if config.model.kind != "decoder":
+        return ""
     if config.train.sample_prompt:
         prompt = [tokenizer.bos, *tokenizer.encode(config.train.sample_prompt)][:config.model.context // 2]
     else:
@@ -222,28 +226,31 @@ def _sample(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tok
     params = state.params if state.ema is None else state.ema
     [ids] = generate.generate(parts.model, params, [prompt], max_tokens=length, context=config.model.context, settings=settings,
                               stop_ids=(tokenizer.eos,), vocab_size=tokenizer.vocab_size)
-    return tokenizer.decode(prompt), tokenizer.decode(ids)
+    return f"[{tokenizer.decode(prompt)}]{tokenizer.decode(ids)}"
 
 
 def _finish(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tokenizer, evaluator: likelihood.Scorer, state: State,
             workdir: pathlib.Path, reporter: report.Reporter | None, progress: report.Progress, watchdog: Watchdog, stop: StopRequest) -> None:
     """The last word of a complete run: the whole test split, beside what compressors reach, a sample, and what to try next."""
     split = next((s for s in ("test", "validation") if len(corpus.splits[s].tokens)), None)
-    summary = _score(parts, corpus, evaluator, state, split, 0, watchdog, stop) if split else None
+    summary = _score(parts, corpus, tokenizer, evaluator, state, split, 0, watchdog, stop) if split else None
     if split and summary is None:  # asked to stop: the same command evaluates when it is run again
         return
-    prompt, text = _sample(parts, corpus, tokenizer, state)
+    sample = _sample(parts, corpus, tokenizer, state)
     if reporter is None:
         return
     if summary:
         reporter.scalars(parts.total, {f"{split}/{name}": value for name, value in summary.items()})
         progress.note(f"\n{split} split, {summary['documents']} documents the model never saw:\n" + likelihood.table(summary))
-        progress.note(compression.table(corpus, tokenizer, split, summary["bits_per_byte"]))
-    reporter.text(parts.total, "sample", f"[{prompt}]{text}")
-    progress.note(f"\nA sample, after the prompt in brackets:\n[{prompt}]{text}\n")
+        if "bits_per_byte" in summary:
+            progress.note(compression.table(corpus, tokenizer, split, summary["bits_per_byte"]))
+    if sample:
+        reporter.text(parts.total, "sample", sample)
+        progress.note(f"\nA sample, after the prompt in brackets:\n{sample}\n")
     (workdir / "FINISHED").write_text(json.dumps({"step": parts.total}) + "\n", encoding="utf-8")
+    continues = [f"  jaxlm generate --workdir={workdir} --prompt=\"Return the\""] * (parts.config.model.kind == "decoder")
     progress.note("\n".join([
-        "Next:", f"  jaxlm generate --workdir={workdir} --prompt=\"Return the\"", f"  jaxlm eval --workdir={workdir}",
+        "Next:", *continues, f"  jaxlm eval --workdir={workdir}",
         f"  tensorboard --logdir={workdir}        (pip install tensorboard)"]))
 
 

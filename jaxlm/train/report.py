@@ -96,12 +96,13 @@ def overview(params: Any) -> str:
 
 def flops_per_token(cfg: TransformerConfig, params: int, sequence_length: int) -> float:
     """Floating-point operations of one training step per token: `6 N + 6 L T N_heads H` (Chowdhery et al. 2022, appendix B, with the causal half of
-    attention counted once). `N` are the parameters that multiply: all but the embedding tables when these are only looked up, and the experts that a token does not
+    attention counted once; encoders have both halves). `N` are the parameters that multiply: all but the embedding tables when these are only looked up, and the experts that a token does not
     pass."""
     cfg = cfg.filled()
-    looked_up = (0 if cfg.tied else cfg.vocab_size * cfg.width) + (cfg.context * cfg.width if cfg.positions == "learned" else 0)
+    looked_up = (0 if cfg.tied else cfg.vocab_size * cfg.width) + cfg.token_types * cfg.width
+    looked_up += (cfg.context + cfg.position_offset) * cfg.width if cfg.positions == "learned" else 0
     idle = len(cfg.sparse_layers) * (cfg.experts - cfg.experts_per_token) * 3 * cfg.width * cfg.expert_feedforward
-    return 6 * (params - looked_up - idle) + 6 * cfg.layers * sequence_length * cfg.heads * cfg.head_size
+    return 6 * (params - looked_up - idle) + (6 if cfg.causal else 12) * cfg.layers * sequence_length * cfg.heads * cfg.head_size
 
 
 def peak_flops() -> tuple[float, str]:

@@ -11,8 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import optim, sharding, trees
 from jaxlm.config import Config, steps_of
-from jaxlm.models import decoder
-from jaxlm.objectives import OBJECTIVES
+from jaxlm.models import decoder, kinds
+from jaxlm.objectives import KINDS, OBJECTIVES
 from jaxlm.train.state import State
 from jaxlm.train.step import init_state, train_step
 
@@ -45,6 +45,11 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
         that matches nothing.
     """
     config = dataclasses.replace(config, model=decoder.vocabulary(config.model, tokenizer_size))
+    if config.model.kind != KINDS[config.objective.name]:
+        fits = next(name for name, kind in KINDS.items() if kind == config.model.kind)
+        raise ValueError(f"objective.name={config.objective.name} does not train model.kind={config.model.kind}: set objective.name={fits}")
+    if config.model.output != "tokens":
+        raise ValueError(f"objective.name={config.objective.name} trains models with model.output=tokens, not {config.model.output}")
     rows, parts, ways = config.data.batch_size, config.train.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % (parts * ways):
         raise ValueError(f"data.batch_size={rows} must be a multiple of train.microbatches x mesh.data x mesh.fsdp = {parts} x {ways} = {parts * ways}: "
@@ -55,7 +60,7 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
         raise ValueError(f"train.steps={config.train.steps!r} is no step at all; give at least one")
     steps = lambda key, duration: steps_of(key, duration, tokens_per_step=tokens_per_step, tokens_per_epoch=tokens_per_epoch, total=total)
 
-    model = decoder.build(config.model)
+    model = kinds.build(config.model)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     places = sharding.params_shardings(mesh, model.axes, shapes)
     trainable = optim.trainable(config.optim, shapes)

@@ -288,6 +288,6 @@ def test_a_model_of_no_family_says_what_differs():
     cfg = TransformerConfig(vocab_size=64, width=16, heads=4, qk_norm="full")
     with pytest.raises(ValueError, match="nearest: LlamaForCausalLM has another qk_norm"):
         hf_config.write(cfg)
-    with pytest.raises(ValueError, match="'BertModel' is not known; known: Llama"):
-        hf_config.write(cfg, "BertModel")
+    with pytest.raises(ValueError, match="'ElectraModel' is not known; known: Llama"):
+        hf_config.write(cfg, "ElectraModel")
     assert hf_config.write(dataclasses.replace(cfg, qk_norm="none"))[0].architecture == "LlamaForCausalLM"
