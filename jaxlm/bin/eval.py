@@ -97,6 +97,8 @@ def _evaluate(values: flags.FlagValues, log, run) -> None:
     from jaxlm.evaluate import follow, likelihood
     from jaxlm.train import report, saved
 
+    if run.config.model.encoder_layers:
+        raise ValueError(f"{run.workdir} holds an encoder-decoder, which gives whole documents no likelihood: use `jaxlm generate`, or a decoder's run")
     corpus, config = saved.open_data(run, values.data), run.config
     scorer = _scorer(config.model, run.mesh, config.objective.chunk_rows)
     progress = report.Progress()

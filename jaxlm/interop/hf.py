@@ -14,7 +14,7 @@ import numpy as np
 from jaxlm import trees
 from jaxlm.config import TransformerConfig
 from jaxlm.interop import hf_config, hf_files, hf_names
-from jaxlm.models import decoder
+from jaxlm.models import kinds
 
 
 class Source(NamedTuple):
@@ -73,7 +73,7 @@ def load(source: Source, shardings: Any = None) -> dict[str, Any]:
     single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     where = trees.flatten(shardings) if shardings is not None else dict.fromkeys(source.shapes, single)
     stacks = {path: jax.jit(functools.partial(jnp.zeros, source.shapes[path], jnp.float32), out_shardings=where[path])()
-              for path in source.shapes if path.startswith("layers/")}
+              for path in source.shapes if "layers" in path.split("/")}
     whole = {}
     for place in source.places:
         parts = hf_names.FORMS[place.entry.form].read(source.files.read(source.names[place.theirs]), hf_names.own_shapes(place, source.shapes))
@@ -159,8 +159,8 @@ def _their_shape(place: hf_names.Place, shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def _shapes(cfg: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    return {path: leaf.shape for path, leaf in trees.flatten(jax.eval_shape(decoder.build(cfg).init, jax.random.key(0))).items()}
+    return {path: leaf.shape for path, leaf in trees.flatten(jax.eval_shape(kinds.build(cfg).init, jax.random.key(0))).items()}
 
 
 def _rows(cfg: TransformerConfig) -> dict[str, list[int]]:
-    return {"": list(range(cfg.layers)), "moe": list(cfg.sparse_layers), "mlp": [i for i in range(cfg.layers) if i not in cfg.sparse_layers]}
+    return {"": list(range(cfg.layers)), "encoder": list(range(cfg.encoder_layers)), "decoder": list(range(cfg.layers)), "moe": list(cfg.sparse_layers), "mlp": [i for i in range(cfg.layers) if i not in cfg.sparse_layers]}

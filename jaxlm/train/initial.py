@@ -19,7 +19,7 @@ from jaxlm.config import Config, DataConfig, MeshConfig, TransformerConfig
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.interop import hf
 from jaxlm.interop.hf_config import COMPUTED
-from jaxlm.models import decoder
+from jaxlm.models import decoder, kinds
 from jaxlm.train import checkpoint, saved
 from jaxlm.train.state import State
 
@@ -107,7 +107,7 @@ def import_directory(folder: pathlib.Path, workdir: pathlib.Path, *, dtype: str 
     if checkpoint.steps(workdir) or (workdir / "config.json").exists():
         raise ValueError(f"{workdir} holds a run already: choose another --to")
     log(f"{source.family.architecture} in {folder}:\n{hf.mapping(source)}")
-    model = decoder.build(config.model)
+    model = kinds.build(config.model)
     mesh, places = saved.place(MeshConfig(), model, jax.eval_shape(model.init, jax.random.key(0)))
     found = hf.load(source, places)
     count = trees.count(found)

@@ -17,7 +17,7 @@ from jaxlm import sharding
 from jaxlm.config import Config, MeshConfig
 from jaxlm.data import shards
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.models import decoder
+from jaxlm.models import decoder, kinds
 from jaxlm.train import checkpoint
 
 
@@ -82,7 +82,7 @@ def read_files(workdir: pathlib.Path, step: int) -> tuple[Config, tokenizers.Tok
 
 def _open(workdir: pathlib.Path, step: int) -> Run:
     config, tokenizer, data = read_files(workdir, step)
-    model = decoder.build(config.model)
+    model = kinds.build(config.model)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     mesh, places = place(config.mesh, model, shapes)
     target = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places)

@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm import trees
 from jaxlm.config import TransformerConfig
-from jaxlm.models import decoder, presets
+from jaxlm.models import decoder, kinds, presets
 from jaxlm.ops import attention
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -202,12 +202,15 @@ PUBLISHED = {
     "olmo2_13b": 13_716_198_400, "olmo2_32b": 32_234_279_936, "gemma_2b": 2_506_172_416, "gemma_7b": 8_537_680_896,
     "gemma2_2b": 2_614_341_888, "gemma2_9b": 9_241_705_984, "gemma2_27b": 27_227_128_320, "gemma3_270m": 268_098_176,
     "gemma3_1b": 999_885_952, "gemma3_4b": 3_880_263_168, "gemma3_12b": 11_766_034_176, "gemma3_27b": 27_009_346_304,
+    "t5_small": 60_506_624, "t5_base": 222_903_552, "t5_large": 737_668_096, "t5_3b": 2_851_598_336, "t5_11b": 11_307_321_344,
+    "t5_v1_1_small": 76_961_152, "t5_v1_1_base": 247_577_856, "t5_v1_1_large": 783_150_080, "t5_v1_1_xl": 2_849_757_184,
+    "t5_v1_1_xxl": 11_135_332_352,
 }
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_published_sizes(name):
-    shapes = jax.eval_shape(decoder.build(presets.PRESETS[name]).init, jax.random.key(0))
+    shapes = jax.eval_shape(kinds.build(presets.PRESETS[name]).init, jax.random.key(0))
     assert trees.count(shapes) == PUBLISHED[name]
 
 
