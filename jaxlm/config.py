@@ -93,7 +93,7 @@ class TransformerConfig:
     norm_offset: bool = False  # norms multiply by 1 + scale, as Gemma's do, and their scales start at 0
     parallel_residual: bool = False  # x + attention(norm x) + mlp(norm x), as in GPT-NeoX; else one after the other
     causal: bool = True  # a token sees no later one; encoders see all of their segment
-    positions: Literal["rotary", "learned", "none"] = "rotary"
+    positions: Literal["rotary", "learned", "none", "relative"] = "rotary"  # relative: a bias of the scores by distance (T5)
     rotary_fraction: float = 1.0  # leading share of each head that rotary positions turn (GPT-NeoX: 0.25)
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
     rope_local_theta: float = 0.0  # base in layers with a window, never scaled (Gemma 3); 0: all layers are alike
@@ -127,6 +127,11 @@ class TransformerConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are always float32
     remat: Literal["none", "full", "dots"] = "none"  # keep all activations, only the layers' inputs, or these and matrix products
     attention: Literal["auto", "reference", "blocked"] = "auto"  # kernel
+    encoder_layers: int = 0  # layers of an encoder whose output the decoder's layers attend to (T5); 0: no encoder
+    decoder_start: int = 0  # with an encoder: id with which the decoder begins (T5: padding)
+    relative_buckets: int = 32  # relative positions: distances told apart, half of them exactly, the rest in logarithmic steps
+    relative_distance: int = 128  # relative positions: distances from here on are one
+    logit_scale: float = 1.0  # factor on the hidden states before the output projection; T5 with a tied embedding: width^-0.5
 
     def __post_init__(self):
         for key in ("context", "layers", "width", "heads"):
@@ -166,6 +171,16 @@ class TransformerConfig:
               "model.experts: set that too, or leave them out")
         _need(not self.shared_gate or self.shared_feedforward > 0, "model.shared_gate weighs a shared expert: set model.shared_feedforward too")
         _need(not self.experts or (self.gated and not self.bias), "model.experts are gated and have no biases: set model.gated=true and model.bias=false")
+        _need(self.encoder_layers >= 0 and self.decoder_start >= 0, f"model.encoder_layers={self.encoder_layers} and model.decoder_start={self.decoder_start} "
+              "must not be negative")
+        _need((self.encoder_layers > 0) == (self.positions == "relative"), f"model.positions={self.positions} and model.encoder_layers={self.encoder_layers}: "
+              "an encoder-decoder needs relative positions, and they need one")
+        _need(not self.encoder_layers or (self.causal and self.norm_position == "pre" and self.qk_norm == "none" and not (
+            self.bias or self.qkv_bias or self.parallel_residual or self.experts)), "model.encoder_layers goes with causal=true, norm_position=pre and "
+              "qk_norm=none, and without biases, parallel_residual and experts")
+        _need(self.relative_buckets >= 4 and self.relative_buckets % 4 == 0 and self.relative_distance > self.relative_buckets // 2,
+              f"model.relative_buckets={self.relative_buckets} must be a multiple of 4, and model.relative_distance={self.relative_distance} above half of it")
+        _need(self.logit_scale > 0, f"model.logit_scale={self.logit_scale} must be positive")
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 Prompts of different lengths share a batch: they are padded on the right with segment 0, which no query sees, and each row goes on at its own
 position. Lengths are rounded up to powers of two, so a new prompt seldom compiles anything.
+
+A model with an encoder reads the prompts there and its decoder begins with `model.start`; the first call leaves what it needs of them in the cache.
 """
 
 import contextlib
@@ -48,13 +50,13 @@ def _need(ok: bool, message: str) -> None:
 
 def generate(model: Model, params: Any, prompts: Sequence[Sequence[int]], *, max_tokens: int, context: int, settings: Settings = Settings(),
              stop_ids: Collection[int] = (), vocab_size: int = 0, on_token: Callable[[int, int | None], bool | None] | None = None) -> list[list[int]]:
-    """Continues each prompt until a stop id, `on_token` or `max_tokens` ends it.
+    """Continues (with an encoder: answers) each prompt until a stop id, `on_token` or `max_tokens` ends it.
 
     Row i draws with the key `(settings.seed, i)`: what it draws does not depend on the other rows. In several processes all call this together.
 
     Args:
       prompts: token ids, each at least one.
-      context: longest sequence that the model may see.
+      context: longest sequence that the model may see; with an encoder, prompt and answer may each have so many tokens.
       stop_ids: end a row; they are not part of the result.
       vocab_size: ids from here on are never drawn (rows of the embedding that only round its size up); 0: all may be.
       on_token: called with row and id as tokens arrive, and with None when the row has ended; True ends the row, the token stays in the result.
@@ -68,7 +70,7 @@ def generate(model: Model, params: Any, prompts: Sequence[Sequence[int]], *, max
     on_token = on_token or (lambda row, token: None)
     _need(max_tokens >= 1, f"max_tokens={max_tokens} must be at least 1")
     for row, prompt in enumerate(prompts):
-        _check_room(row, len(prompt), max_tokens, context)
+        _check_room(row, len(prompt), max_tokens, context, model.start is not None)
     if not prompts:
         return []
     with _mesh_of(params):
@@ -82,7 +84,7 @@ def generate(model: Model, params: Any, prompts: Sequence[Sequence[int]], *, max
         draw = {"temperature": np.float32(settings.temperature), "top_k": np.int32(settings.top_k), "top_p": np.float32(settings.top_p),
                 "min_p": np.float32(settings.min_p), "penalty": np.float32(settings.repetition_penalty), "seed": np.uint32(settings.seed),
                 "vocab": np.int32(vocab_size or np.iinfo(np.int32).max)}
-        token_B, decoding = _prefill(model, params, tokens, lengths, draw, slots=bucket(width + max_tokens - 1))
+        token_B, decoding = _prefill(model, params, tokens, lengths, draw, slots=bucket((width if model.start is None else 1) + max_tokens - 1))
         results: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
         for count in range(1, max_tokens + 1):
@@ -110,7 +112,8 @@ def complete(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[
     """Continues texts: `generate` between the tokenizer's two ends.
 
     Args:
-      prompts: each follows the begin-of-sequence token, where the tokenizer's model saw one; "" asks for a text from nothing.
+      prompts: each follows the begin-of-sequence token, where the tokenizer's model saw one; "" asks for a text from nothing. For an encoder each
+        ends with the end-of-sequence token.
       stop: texts that end a row, besides the end-of-sequence token; neither they nor what follows them is part of the result.
       on_text: called with row and text as it comes, whole characters only and nothing that may turn out to begin a stop text, and with None when
         the row has ended.
@@ -119,11 +122,14 @@ def complete(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[
       The continuations, without their prompts.
     """
     _need(all(stop), "a stop text is empty: it would end everything at once")
-    begin = [tokenizer.bos] if tokenizer.adds_bos else []
-    rows = [[*begin, *tokenizer.encode(prompt)] or [tokenizer.bos] for prompt in prompts]
-    decoders = [tokenizer.stream_decoder() for _ in rows]
-    for decode, ids in zip(decoders, rows):
-        decode(ids)  # a tokenizer that puts a space before a text must not take it from the continuation
+    decoders = [tokenizer.stream_decoder() for _ in prompts]
+    if model.start is None:
+        begin = [tokenizer.bos] if tokenizer.adds_bos else []
+        rows = [[*begin, *tokenizer.encode(prompt)] or [tokenizer.bos] for prompt in prompts]
+        for decode, ids in zip(decoders, rows):
+            decode(ids)  # a tokenizer that puts a space before a text must not take it from the continuation
+    else:
+        rows = [[*tokenizer.encode(prompt), tokenizer.eos] for prompt in prompts]
     texts, held, stopped = [""] * len(rows), [""] * len(rows), set()
 
     def on_token(row: int, token: int | None) -> bool:
@@ -165,7 +171,11 @@ def bucket(length: int) -> int:
     return 1 << max(4, (length - 1).bit_length())
 
 
-def _check_room(row: int, length: int, max_tokens: int, context: int) -> None:
+def _check_room(row: int, length: int, max_tokens: int, context: int, encoder: bool) -> None:
+    if encoder:
+        _need(0 < length <= context, f"prompt {row} has {length} tokens and the model's encoder reads 1 to {context}")
+        _need(max_tokens <= context, f"max_tokens={max_tokens} is more than the model's context of {context} tokens")
+        return
     _need(length > 0, f"prompt {row} has no tokens: begin with the begin-of-sequence token at least")
     _need(length < context, f"prompt {row} has {length} tokens and the model's context holds {context}: shorten it to {context - 1} or fewer")
     _need(length + max_tokens <= context, f"prompt {row} has {length} tokens, with max_tokens={max_tokens} that makes {length + max_tokens}, and the "
@@ -192,6 +202,10 @@ def _prefill(model: Model, params, tokens_BP, lengths_B, draw: dict, *, slots: i
     rows, width = tokens_BP.shape
     inside = jnp.arange(width)[None] < lengths_B[:, None]
     inputs = {"tokens": tokens_BP, "positions": jnp.where(inside, jnp.arange(width, dtype=jnp.int32)[None], 0), "segments": inside.astype(jnp.int32)}
+    if model.start is not None:
+        one = jnp.ones((rows, 1), jnp.int32)
+        inputs = {f"encoder_{name}": leaf for name, leaf in inputs.items()} | {"tokens": one * model.start, "positions": one * 0, "segments": one}
+        tokens_BP, inside, lengths_B = inputs["tokens"], jnp.ones((rows, 1), bool), jnp.ones(rows, jnp.int32)
     hidden, cache, _ = model.apply(params, inputs, cache=model.init_cache(rows, slots))
     last_BD = jnp.take_along_axis(hidden, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     logits = model.head(params, last_BD)
@@ -218,7 +232,7 @@ def _draw(logits_BV, decoding: _Decoding, draw: dict):
     token = sampling.sample(logits, keys, temperature=draw["temperature"], top_k=draw["top_k"], top_p=draw["top_p"], min_p=draw["min_p"])
     seen = decoding.seen_BV.at[jnp.arange(rows), token].set(True)
     axes = {"k": ("layers", "batch", "sequence", "kv_heads", "head_size"), "positions": ("batch", "sequence"), "length": ()}
-    axes |= {"v": axes["k"], "segments": axes["positions"]}
+    axes |= dict.fromkeys(("v", "cross_k", "cross_v"), axes["k"]) | dict.fromkeys(("segments", "encoder_segments"), axes["positions"])
     # Fixed places, so that each step's cache lies where the next one's does and every process can read the tokens.
     cache = {name: constrain(leaf, *axes[name]) for name, leaf in decoding.cache.items()}
     return constrain(token, None), _Decoding(cache, constrain(seen, "batch", None), constrain(decoding.positions_B, "batch"), decoding.count + 1)

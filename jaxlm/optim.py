@@ -99,7 +99,7 @@ def _method(cfg: OptimConfig, rate: Callable, mask: Callable, axes: dict[str, tu
 
 def _matrix(path: str, axes: tuple[str, ...]) -> contrib.MuonDimensionNumbers | None:
     """Which axes of a stacked weight are a matrix's rows and columns; None for what Muon leaves to AdamW."""
-    if not path.startswith("layers/") or len(axes) < 3 or "embed" not in axes:
+    if "layers" not in path.split("/") or len(axes) < 3 or "embed" not in axes:
         return None
     inner = tuple(range(2 if axes[1] == "expert" else 1, len(axes)))  # axis 0 is the layer; each expert has a matrix of its own
     return contrib.MuonDimensionNumbers(inner[:1], inner[1:]) if axes[inner[0]] == "embed" else contrib.MuonDimensionNumbers(inner[:-1], inner[-1:])

@@ -9,6 +9,8 @@ Each folder holds config.json and model.safetensors as transformers saves them, 
   loss, grad_NAME      mean cross-entropy of all next tokens of all documents, and the norm of its gradient in each tensor NAME
   losses               the same loss at five steps of torch's AdamW (lr 0.01, betas 0.9 0.95, eps 1e-8, no decay), float32
   prompt, greedy       a prompt and its ten likeliest next tokens, one after the other
+Encoder-decoders lie in the folder encdec: inputs_I are what the encoder reads, tokens_I what the decoder is given, targets_I what it should say.
+  buckets              bucket of each distance -300 .. 300, without and with causality
 Weights are drawn here, norms and biases too, so that nothing is mapped right by accident.
 """
 
@@ -52,6 +54,10 @@ MADE = {
                                               rope_parameters={"full_attention": dict(rope_type="linear", rope_theta=1000.0, factor=2.0),
                                                                "sliding_attention": dict(rope_type="default", rope_theta=20.0)})),
 }
+
+T5 = dict(vocab_size=64, d_model=16, d_kv=6, d_ff=24, num_layers=2, num_decoder_layers=3, num_heads=4, relative_attention_num_buckets=8,
+          relative_attention_max_distance=20, dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, attn_implementation="eager")
+ENCDEC = {"t5": T5, "t5_v1_1": T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_decoder_layers=2)}
 
 
 def build(family: str, options: dict):
@@ -132,10 +138,61 @@ def make(name: str) -> None:
     print(f"{name}: loss {found['loss']:.4f}, own error {found['error']:.1e}, KB {json.dumps(sizes)}")
 
 
+def make_encdec(name: str) -> None:
+    from transformers.models.t5.modeling_t5 import T5Attention
+    config = transformers.T5Config(**ENCDEC[name])
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    if not config.scale_decoder_outputs:  # transformers 5 ties every T5 that it makes, also those that are not
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+        config.tie_word_embeddings = False
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if parameter.ndim == 1 else noise * (1.0 if "shared" in key or "relative" in key else 0.3))
+    folder = OUT / "encdec" / name
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    draw = lambda n: torch.randint(3, 64, (n,), generator=generator)
+    pairs = [(draw(n), draw(m)) for n, m in ((30, 9), (13, 12), (9, 6), (8, 14))]
+    start = torch.zeros(1, dtype=torch.long)
+    logits = lambda read, said: model(input_ids=read[None], decoder_input_ids=torch.cat([start, said])[None, :len(said)]).logits[0]
+    with torch.no_grad():
+        single = [logits(*pair) for pair in pairs]
+        model.double()
+        exact = [logits(*pair) for pair in pairs]
+        said = torch.zeros(0, dtype=torch.long)
+        for _ in range(10):
+            best = logits(pairs[0][0], torch.cat([said, start]))[-1].topk(2)
+            if best.values[0] - best.values[1] < 5e-3:
+                print("  a narrow choice:", float(best.values[0] - best.values[1]))
+            said = torch.cat([said, best.indices[:1]])
+    model.float()
+    total = sum(torch.nn.functional.cross_entropy(logits(*pair), pair[1], reduction="sum") for pair in pairs) / sum(len(pair[1]) for pair in pairs)
+    total.backward()
+    norms = {f"grad_{key}": np.float32(parameter.grad.norm()) for key, parameter in model.named_parameters()}
+    found = {"error": np.float32(max(float((a.double() - b).abs().max()) for a, b in zip(single, exact))), "loss": np.float32(total.item()),
+             "greedy": said.int().numpy()}
+    for i, ((read, said), rows) in enumerate(zip(pairs, exact)):
+        found |= {f"inputs_{i}": read.int().numpy(), f"targets_{i}": said.int().numpy(), f"tokens_{i}": torch.cat([start, said[:-1]]).int().numpy(),
+                  f"logits_{i}": rows.float().numpy()}
+    far = torch.arange(-300, 301)
+    found["buckets"] = torch.stack([T5Attention._relative_position_bucket(far, bidirectional=b) for b in (True, False)]).int().numpy()
+    optimiser, losses = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0), []
+    for _ in range(5):
+        optimiser.zero_grad()
+        loss = sum(torch.nn.functional.cross_entropy(logits(*pair), pair[1], reduction="sum") for pair in pairs) / sum(len(pair[1]) for pair in pairs)
+        loss.backward()
+        losses.append(loss.item())
+        optimiser.step()
+    np.savez_compressed(folder / "reference.npz", **found, **norms, losses=np.float32(losses))
+    print(f"{name}: loss {found['loss']:.4f}, own error {found['error']:.1e}, KB {json.dumps({path.name: path.stat().st_size // 1024 for path in folder.iterdir()})}")
+
+
 if __name__ == "__main__":
-    wanted = sys.argv[1:] or list(MADE)
-    if set(wanted) - set(MADE):
-        sys.exit(f"{__doc__}\nKnown: {', '.join(MADE)}")
+    wanted = sys.argv[1:] or [*MADE, *ENCDEC]
+    if set(wanted) - {*MADE, *ENCDEC}:
+        sys.exit(f"{__doc__}\nKnown: {', '.join([*MADE, *ENCDEC])}")
     torch.set_num_threads(1)
     for name in wanted:
-        make(name)
+        make_encdec(name) if name in ENCDEC else make(name)

@@ -101,6 +101,8 @@ def _evaluate(values: flags.FlagValues, log, run) -> None:
 
     if run.config.model.output != "tokens":
         raise ValueError(f"{run.workdir} holds a model with model.output={run.config.model.output}: eval scores tokens only (model.output=tokens)")
+    if run.config.model.encoder_layers:
+        raise ValueError(f"{run.workdir} holds an encoder-decoder, which gives whole documents no likelihood: use `jaxlm generate`, or a decoder's run")
     corpus, config = saved.open_data(run, values.data), run.config
     masking = tasks.masking(config.objective, run.tokenizer)
     scorer = _scorer(config.model, run.mesh, config.objective.chunk_rows)

@@ -105,3 +105,74 @@ def mask_batch(batch: Batch, how: Masking, numbers: np.ndarray, *key: object) ->
     hidden = np.where(fate < how.cfg.mask_keep, original, np.where(fate < how.cfg.mask_keep + how.cfg.mask_random, anything, how.mask))
     return batch | {"tokens": np.where(chosen, hidden, original).astype(np.int32), "targets": original,
                     "weights": np.where(chosen, batch["weights"], 0).astype(np.float32)}
+
+
+def seq2seq_batch(rows: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]], encoder_length: int, decoder_length: int, start: int) -> Batch:
+    """A batch for an encoder-decoder: each row holds pairs of what the encoder reads and what the decoder should say, one segment each.
+
+    Args:
+      rows: the pairs of each row, as token ids; both sides of a row must fit.
+      start: id with which the decoder begins, before the first target.
+
+    Returns:
+      tokens, targets, weights, positions, segments [len(rows), decoder_length] of the decoder, and encoder_tokens, encoder_positions,
+      encoder_segments int32 [len(rows), encoder_length].
+
+    Raises:
+      ValueError: one line, for a row that is too long.
+    """
+    batch = {key: np.zeros((len(rows), decoder_length), np.int32) for key in ("tokens", "targets", "positions", "segments")}
+    batch |= {f"encoder_{key}": np.zeros((len(rows), encoder_length), np.int32) for key in ("tokens", "positions", "segments")}
+    batch["weights"] = np.zeros((len(rows), decoder_length), np.float32)
+    for row, pairs in enumerate(rows):
+        read, said = (sum(len(pair[side]) for pair in pairs) for side in (0, 1))
+        if read > encoder_length or said > decoder_length:
+            raise ValueError(f"row {row} has {read} and {said} tokens, and there is room for {encoder_length} in the encoder and {decoder_length} in the "
+                             "decoder: shorten its pairs")
+        a = b = 0
+        for segment, (source, target) in enumerate(pairs, 1):
+            place, answer = (row, slice(a, a + len(source))), (row, slice(b, b + len(target)))
+            batch["encoder_tokens"][place], batch["encoder_positions"][place], batch["encoder_segments"][place] = source, np.arange(len(source)), segment
+            batch["tokens"][answer], batch["targets"][answer] = [start, *target][:len(target)], target
+            batch["positions"][answer], batch["segments"][answer], batch["weights"][answer] = np.arange(len(target)), segment, 1
+            a, b = a + len(source), b + len(target)
+    return batch
+
+
+def span_corruption(tokens: Sequence[int], sentinels: Sequence[int], eos: int, seed: int, *, noise: float = 0.15,
+                    mean_span: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
+    """T5's task (Raffel et al. 2020): spans of the text are replaced by sentinels, and said after them. A pure function of its arguments.
+
+    Args:
+      tokens: ids of a text without eos, at least two.
+      sentinels: ids of <extra_id_0>, <extra_id_1>, ...
+      seed: decides where the spans lie.
+      noise: share of the tokens that is replaced.
+      mean_span: mean length of a span, in tokens.
+
+    Returns:
+      What the encoder reads, and what the decoder should say, int32: text and sentinels in turn, beginning with text, and the same beginning with
+      the first sentinel; both end with eos.
+
+    Raises:
+      ValueError: one line: a text too short, or more spans than sentinels.
+    """
+    tokens, size = np.asarray(tokens, np.int32), len(tokens)
+    if size < 2:
+        raise ValueError(f"a text of {size} tokens has no span to leave out: give at least 2")
+    hidden = min(max(round(size * noise), 1), size - 1)
+    spans = min(max(round(hidden / mean_span), 1), hidden, size - hidden)
+    if spans > len(sentinels):
+        raise ValueError(f"a text of {size} tokens has {spans} spans, and there are {len(sentinels)} sentinels: cut it into shorter texts")
+    draw = np.random.Generator(np.random.PCG64(seed))
+    # Lengths of at least 1: cuts at different places, drawn by sorting raw 64-bit numbers, which numpy promises to keep.
+    cuts = lambda total: np.sort(np.argsort(draw.bit_generator.random_raw(total - 1), kind="stable")[:spans - 1]) + 1
+    lengths = lambda total: np.diff([0, *cuts(total), total])
+    kept, gone = lengths(size - hidden), lengths(hidden)
+    ends = np.cumsum(np.stack([kept, gone], 1).reshape(-1))
+    parts = np.split(tokens, ends[:-1])
+    mark = lambda i: np.array([sentinels[i]], np.int32)
+    read = [piece for i in range(spans) for piece in (parts[2 * i], mark(i))]
+    said = [piece for i in range(spans) for piece in (mark(i), parts[2 * i + 1])]
+    end = np.array([eos], np.int32)
+    return np.concatenate([*read, end]), np.concatenate([*said, end])

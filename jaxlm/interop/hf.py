@@ -73,7 +73,7 @@ def load(source: Source, shardings: Any = None) -> dict[str, Any]:
     single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     where = trees.flatten(shardings) if shardings is not None else dict.fromkeys(source.shapes, single)
     stacks = {path: jax.jit(functools.partial(jnp.zeros, source.shapes[path], jnp.float32), out_shardings=where[path])()
-              for path in source.shapes if path.startswith("layers/")}
+              for path in source.shapes if "layers" in path.split("/")}
     whole = {}
     for place in source.places:
         parts = hf_names.FORMS[place.entry.form].read(source.files.read(source.names[place.theirs]), hf_names.own_shapes(place, source.shapes))
@@ -163,4 +163,4 @@ def _shapes(cfg: TransformerConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _rows(cfg: TransformerConfig) -> dict[str, list[int]]:
-    return {"": list(range(cfg.layers)), "moe": list(cfg.sparse_layers), "mlp": [i for i in range(cfg.layers) if i not in cfg.sparse_layers]}
+    return {"": list(range(cfg.layers)), "encoder": list(range(cfg.encoder_layers)), "decoder": list(range(cfg.layers)), "moe": list(cfg.sparse_layers), "mlp": [i for i in range(cfg.layers) if i not in cfg.sparse_layers]}

@@ -355,6 +355,31 @@ def _encoder(architecture: str, table: str, read: Callable, output: str, write: 
 
 _SAME = {"BertForPreTraining": "BertForMaskedLM"}  # and a head that tells whether one sentence follows the other, which is left out
 
+
+
+def _t5(c: Json) -> dict[str, Any]:
+    gate, _, name = c.get("feed_forward_proj", "relu").rpartition("-")
+    if gate not in ("", "gated"):
+        raise ValueError(f"config.json has feed_forward_proj={c['feed_forward_proj']!r}, which is not known here; known: gated-NAME and NAME")
+    # The first T5 has one matrix at both ends and scales before the last; later ones say so by one key (transformers 4) or by another (5).
+    tied = c.get("tie_word_embeddings") is not False and c.get("scale_decoder_outputs") is not False
+    return dict(vocab_size=c["vocab_size"], context=c.get("n_positions") or 512, encoder_layers=c["num_layers"],
+                layers=c.get("num_decoder_layers") or c["num_layers"], width=c["d_model"], heads=c["num_heads"], head_size=c["d_kv"], feedforward=c["d_ff"],
+                norm="rms", norm_eps=c.get("layer_norm_epsilon", 1e-6), positions="relative", relative_buckets=c.get("relative_attention_num_buckets", 32),
+                relative_distance=c.get("relative_attention_max_distance", 128), query_scale=1.0, gated=gate == "gated",
+                activation="gelu_tanh" if (gate, name) == ("gated", "gelu") else _activation(name), tied=tied, bias=False,
+                logit_scale=c["d_model"] ** -0.5 if tied else 1.0, decoder_start=c.get("decoder_start_token_id") or 0)
+
+
+def _t5_json(cfg: TransformerConfig) -> dict[str, Any]:
+    name = {"gelu_tanh": "gelu" if cfg.gated else "gelu_new"}.get(cfg.activation, cfg.activation)
+    return dict(vocab_size=cfg.vocab_size, n_positions=cfg.context, num_layers=cfg.encoder_layers or cfg.layers, num_decoder_layers=cfg.layers,
+                d_model=cfg.width, num_heads=cfg.heads, d_kv=cfg.head_size, d_ff=cfg.feedforward, layer_norm_epsilon=cfg.norm_eps,
+                relative_attention_num_buckets=cfg.relative_buckets, relative_attention_max_distance=cfg.relative_distance,
+                feed_forward_proj=f"gated-{name}" if cfg.gated else name, tie_word_embeddings=cfg.tied, scale_decoder_outputs=cfg.tied,
+                decoder_start_token_id=cfg.decoder_start, is_encoder_decoder=True, pad_token_id=0)
+
+
 # In the order in which `write` tries them: the plainest first.
 FAMILIES: dict[str, Family] = {family.architecture: family for family in (
     Family("LlamaForCausalLM", "llama", "llama", _llama, _base_json),
@@ -384,4 +409,5 @@ FAMILIES: dict[str, Family] = {family.architecture: family for family in (
     _encoder("DistilBertModel", "distilbert_base", _distilbert, "hidden", _distilbert_json),
     _encoder("DistilBertForSequenceClassification", "distilbert", _distilbert, "sequence_labels", _distilbert_json),
     _encoder("DistilBertForTokenClassification", "distilbert", _distilbert, "token_labels", _distilbert_json),
+    Family("T5ForConditionalGeneration", "t5", "t5", _t5, _t5_json),
 )}

@@ -56,6 +56,7 @@ class Entry(NamedTuple):
     theirs: str  # with {layer} and {expert}
     ours: tuple[str, ...]
     form: str
+    when: tuple[str, bool] | None = None  # counts only in a model that has, or has not, this parameter too
 
 
 def _table(*rows: tuple[str, str, str]) -> tuple[Entry, ...]:
@@ -131,6 +132,21 @@ def _labels(pooler: str, classifier: str) -> tuple[Entry, ...]:
                   (f"{classifier}.weight", "classifier/kernel", "linear"), (f"{classifier}.bias", "classifier/bias", "same"))
 
 
+def _t5(side: str, last: int) -> tuple[Entry, ...]:
+    """One side of a T5, the MLP of whose layers has the number `last`; its first matrix is called `wi`, or `wi_1` where a gate `wi_0` is before it."""
+    attention = lambda number, theirs, ours: [
+        *_linears(f"{number}.{theirs}", ours, {x: x for x in "qkv"}), (f"{number}.{theirs}.o.weight", f"{ours}/o", "linear_out"),
+        (f"{number}.layer_norm.weight", f"{ours}_norm/scale", "same")]
+    layers = lambda rows: _table(*((f"{side}.block.{{layer}}.layer.{theirs}", f"{side}/layers/{ours}", form) for theirs, ours, form in rows))
+    mlp = lambda names: layers(_linears(f"{last}.DenseReluDense", "mlp", names))
+    gate = f"{side}/layers/mlp/gate"
+    ends = _table((f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", f"{side}/relative_bias", "same"),
+                  (f"{side}.final_layer_norm.weight", f"{side}/final_norm/scale", "same"))
+    return (*ends, *layers(attention(0, "SelfAttention", "attn") + attention(1, "EncDecAttention", "cross")),
+            *(entry._replace(when=(gate, False)) for entry in mlp({"up": "wi"})), *(entry._replace(when=(gate, True)) for entry in mlp({"up": "wi_1"})),
+            *mlp({"gate": "wi_0", "down": "wo"}), *layers([(f"{last}.layer_norm.weight", "mlp_norm/scale", "same")]))
+
+
 _QKV = "attn/q attn/k attn/v"
 TABLES: dict[str, tuple[Entry, ...]] = {
     "gpt2": _table(("transformer.wte.weight", "embed/tokens", "same"), ("transformer.wpe.weight", "embed/positions", "same"),
@@ -159,12 +175,14 @@ TABLES: dict[str, tuple[Entry, ...]] = {
     "bert_base": _bert("") + _labels("pooler.dense", "classifier"),
     "distilbert": _distilbert("distilbert.") + _masked("vocab_transform", "vocab_layer_norm", "vocab_projector.bias") + _labels("pre_classifier", "classifier"),
     "distilbert_base": _distilbert(""),
+    "t5": _table(("shared.weight", "embed/tokens", "same"), ("lm_head.weight", "head/kernel", "linear")) + _t5("encoder", 1) + _t5("decoder", 2),
 }
 
 # What older files hold besides: buffers that are computed anew, encoders' parts that a model without that head does not use (the pooler, BERT's head
-# for the next sentence), and the output projection of a tied model, which is the embedding again, with its bias.
+# for the next sentence), copies of T5's embedding and a table that T5 never used, and the output projection of a tied model, which is the embedding again, with its bias.
 IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|attention\.bias|attention\.masked_bias)|(\w+\.)?embeddings\.position_ids|"
-                     r"((bert|roberta)\.)?pooler\.dense\.(weight|bias)|cls\.seq_relationship\.(weight|bias)")
+                     r"((bert|roberta)\.)?pooler\.dense\.(weight|bias)|cls\.seq_relationship\.(weight|bias)|"
+                     r"(encoder|decoder)\.embed_tokens\.weight|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight")
 TIED = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "lm_head.decoder.weight",
         "lm_head.decoder.bias", "vocab_projector.weight")
 
@@ -189,18 +207,19 @@ def places(table: str, shapes: Mapping[str, Shape], layers: Mapping[str, Sequenc
     Args:
       table: a name in `TABLES`.
       shapes: path -> shape of our parameters.
-      layers: "mlp", "moe" and "" (all other parts) -> number of the layer of each row in that part's stacks.
+      layers: "mlp", "moe", "encoder", "decoder" and "" (all other parts) -> number of the layer of each row in that part's stacks.
     """
     covered, found = [], []
     for entry in TABLES[table]:
-        if not set(entry.ours) <= set(shapes):
+        if not set(entry.ours) <= set(shapes) or (entry.when and (entry.when[0] in shapes) != entry.when[1]):
             continue
         covered += entry.ours
-        first = entry.ours[0].split("/")
-        if first[0] != "layers":
+        parts = entry.ours[0].split("/")
+        if "layers" not in parts:
             found.append((-1, Place(entry.theirs, entry, ())))
             continue
-        for row, layer in enumerate(layers.get(first[1], layers[""])):
+        stack = parts[1] if parts[0] == "layers" else parts[0]
+        for row, layer in enumerate(layers.get(stack, layers[""])):
             if "{expert}" in entry.theirs:
                 experts = shapes[entry.ours[0]][1]
                 found += [(layer, Place(entry.theirs.format(layer=layer, expert=e), entry, (row, e))) for e in range(experts)]

@@ -64,3 +64,11 @@ def decoder_axes(cfg: TransformerConfig) -> Axes:
         (not cfg.tied, "head/kernel", ("embed", "vocab")),
     ]
     return tuple((path, axes) for present, path, axes in table if present)
+
+
+def encdec_axes(cfg: TransformerConfig) -> Axes:
+    """The same for an encoder-decoder: what a decoder has in its layers and after them, on both sides, and what joins them."""
+    both = [(path if path.startswith(("embed/", "head/")) else f"(encoder|decoder)/{path}", axes) for path, axes in decoder_axes(cfg)]
+    return (*both, ("(encoder|decoder)/relative_bias", ("positions", "heads")), ("decoder/layers/cross_norm/scale", ("layers", "embed")),
+            ("decoder/layers/cross/q", ("layers", "embed", "heads", "head_size")), ("decoder/layers/cross/[kv]", ("layers", "embed", "kv_heads", "head_size")),
+            ("decoder/layers/cross/o", ("layers", "heads", "head_size", "embed")))

@@ -27,6 +27,7 @@ class Model(NamedTuple):
     head: Callable  # params, hidden [..., D] -> logits [..., V] float32
     init_cache: Callable  # batch, length -> cache
     axes: tuple[tuple[str, tuple[str, ...]], ...]  # path regex -> logical axes, strict
+    start: int | None = None  # models with an encoder (encdec.py): id with which the decoder begins; None: the decoder continues what it is given
 
 
 def vocabulary(cfg: TransformerConfig, tokenizer_size: int) -> TransformerConfig:
@@ -136,6 +137,7 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: dict | 
 def _head(cfg: TransformerConfig, params: dict, hidden: jax.Array) -> jax.Array:
     """Logits `[..., V]` float32 of hidden states `[..., D]`."""
     kernel = params["embed"]["tokens"].T if cfg.tied else params["head"]["kernel"]
+    hidden = hidden if cfg.logit_scale == 1 else hidden * jnp.asarray(cfg.logit_scale, hidden.dtype)
     logits = project(hidden, kernel.astype(hidden.dtype)).astype(jnp.float32)
     return cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap) if cfg.final_softcap else logits
 

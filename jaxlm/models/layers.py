@@ -20,6 +20,12 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 
 
+class Memory(NamedTuple):
+    """What an encoder made, for the decoder's layers to attend to."""
+    hidden: jax.Array | None  # [B, S, D]; None: each layer's cache holds the keys and values
+    segments: jax.Array  # int32 [B, S]
+
+
 class Slots(NamedTuple):
     """What attention needs besides the activations, the same for all layers."""
     queries: attention.Tokens  # [B, T]
@@ -27,6 +33,8 @@ class Slots(NamedTuple):
     angles: tuple[jax.Array, jax.Array] | None  # rotary, of the queries
     local_angles: tuple[jax.Array, jax.Array] | None  # the same for layers with a window, where these differ
     start: jax.Array | None  # first cache slot to write, int32 scalar; None without a cache
+    bias: jax.Array | None = None  # of the scores of self-attention, [B, N, T, S]
+    memory: Memory | None = None  # of the encoder, where there is one
 
 
 def project(x: jax.Array, w: jax.Array, inputs: int = 1) -> jax.Array:
@@ -123,13 +131,38 @@ class Attention(nn.Module):
             cache = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), slots.start, axis=1)
                      for name, new in (("k", key), ("v", value))}
             key, value = cache["k"].astype(q.dtype), cache["v"].astype(q.dtype)
-        kernel = attention.choose(cfg.attention, cached=cache is not None, causal=cfg.causal)
+        kernel = attention.choose(cfg.attention, cached=cache is not None, causal=cfg.causal, biased=slots.bias is not None)
         out_BTNH = kernel(q, key, value, slots.queries, slots.keys, window=window, causal=cfg.causal, softcap=cfg.attention_softcap,
-                          scale=(cfg.query_scale or h) ** -0.5)
+                          scale=(cfg.query_scale or h) ** -0.5, **({} if slots.bias is None else {"bias_BNTS": slots.bias}))
         out = project(out_BTNH, self.param("o", initialiser(cfg, n * h, d, into_residual=True), (n, h, d), jnp.float32), inputs=2)
         if cfg.bias:
             out = out + self.param("o_bias", nn.initializers.zeros, (d,), jnp.float32)
         return out, cache
+
+
+class CrossAttention(nn.Module):
+    """Attention of the decoder's tokens to the encoder's tokens of the same segment, wherever those stand."""
+    cfg: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, slots: Slots, cache: dict | None):
+        """The branch, and the keys and values where a cache wants them: `{"cross_k", "cross_v"}`, else empty."""
+        cfg, memory = self.cfg, slots.memory
+        d, n, k, h = x_BTD.shape[-1], cfg.heads, cfg.kv_heads, cfg.head_size
+        q = project(x_BTD, self.param("q", initialiser(cfg, d, n * h), (d, n, h), jnp.float32))
+        made = {}
+        if memory.hidden is None:
+            key, value = cache["cross_k"].astype(q.dtype), cache["cross_v"].astype(q.dtype)
+        else:
+            key = project(memory.hidden, self.param("k", initialiser(cfg, d, k * h), (d, k, h), jnp.float32))
+            value = project(memory.hidden, self.param("v", initialiser(cfg, d, k * h), (d, k, h), jnp.float32))
+            key, value = (constrain(a, "batch", "sequence", "kv_heads", "head_size") for a in (key, value))
+            made = {} if cache is None else {"cross_k": key, "cross_v": value}
+        q = constrain(q, "batch", "sequence", "heads", "head_size")
+        # Not causal and without a window, only segments count; positions of the two sides are not comparable.
+        places = attention.Tokens(jnp.zeros_like(memory.segments), memory.segments)
+        out_BTNH = attention.reference(q, key, value, slots.queries, places, causal=False, softcap=cfg.attention_softcap, scale=(cfg.query_scale or h) ** -0.5)
+        return project(out_BTNH, self.param("o", initialiser(cfg, n * h, d, into_residual=True), (n, h, d), jnp.float32), inputs=2), made
 
 
 class Mlp(nn.Module):
@@ -183,7 +216,7 @@ class Moe(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer layer: attention, then MLP or experts, each a branch of the residual stream with its norm where `norm_position` puts it."""
+    """One transformer layer: attention, attention to an encoder where there is one, then MLP or experts, each a branch of the residual stream with its norm where `norm_position` puts it."""
     cfg: TransformerConfig
     sparse: bool = False  # a mixture of experts in place of the MLP
 
@@ -191,8 +224,10 @@ class Block(nn.Module):
     def __call__(self, x_BTD, slots: Slots, window=None, cache: dict | None = None, key: jax.Array | None = None):
         """The new residual stream, the layer's cache, and the router's statistics (empty without experts)."""
         cfg = self.cfg
-        keys = (None, None) if key is None else jax.random.split(key)
-        attn = lambda x: Attention(cfg, name="attn")(x, slots, window, cache)
+        crossed = slots.memory is not None
+        keys = (None,) * 3 if key is None else jax.random.split(key, 3 if crossed else 2)
+        given = cache
+        attn = lambda x: Attention(cfg, name="attn")(x, slots, window, given)
         if self.sparse:
             mlp = lambda x: Moe(cfg, name="moe")(x, slots.queries.segments > 0)
         else:
@@ -202,6 +237,9 @@ class Block(nn.Module):
             hidden, statistics = self._branch("mlp", mlp, x_BTD, keys[1])
             return constrain(x_BTD + mixed + hidden, "batch", "sequence", "residual"), cache, statistics
         x_BTD = self._join("attn", x_BTD, mixed)
+        if crossed:
+            mixed, made = self._branch("cross", lambda x: CrossAttention(cfg, name="cross")(x, slots, given), x_BTD, keys[2])
+            x_BTD, cache = self._join("cross", x_BTD, mixed), None if cache is None else cache | made
         hidden, statistics = self._branch("mlp", mlp, x_BTD, keys[1])
         return self._join("mlp", x_BTD, hidden), cache, statistics
 

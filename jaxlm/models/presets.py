@@ -25,6 +25,8 @@ _GEMMA3 = _GEMMA | dict(vocab_size=262144, context=32768, norm_position="sandwic
                         rope_local_theta=10_000.0)
 _GEMMA3_LONG = _GEMMA3 | dict(vocab_size=262208, context=131072, windows=(1024,) * 5 + (0,), rope_scaling="linear", rope_factor=8.0)
 
+_T5 = dict(vocab_size=32128, context=512, norm="rms", norm_eps=1e-6, positions="relative", query_scale=1.0, bias=False)
+
 
 _BERT = dict(kind="encoder", causal=False, vocab_size=30522, context=512, norm="layer", norm_eps=1e-12, norm_position="post", positions="learned",
              activation="gelu", gated=False, tied=True, bias=True, token_types=2)
@@ -41,6 +43,16 @@ def _neox(layers: int, width: int, heads: int, **more) -> TransformerConfig:
 
 def _gemma(convention: dict, layers: int, width: int, heads: int, kv_heads: int, feedforward: int, **more) -> TransformerConfig:
     return _sized(convention, layers, width, heads, kv_heads, feedforward, embedding_scale=math.sqrt(width), **more)
+
+
+def _t5(layers: int, width: int, heads: int, head_size: int, feedforward: int) -> TransformerConfig:
+    return TransformerConfig(**_T5, encoder_layers=layers, layers=layers, width=width, heads=heads, head_size=head_size, feedforward=feedforward,
+                             tied=True, logit_scale=width ** -0.5, activation="relu", gated=False)
+
+
+def _t5_v1_1(layers: int, width: int, heads: int, feedforward: int) -> TransformerConfig:
+    return TransformerConfig(**_T5, encoder_layers=layers, layers=layers, width=width, heads=heads, head_size=64, feedforward=feedforward,
+                             tied=False, activation="gelu_tanh", gated=True)
 
 
 PRESETS: dict[str, TransformerConfig] = {
@@ -122,4 +134,15 @@ PRESETS: dict[str, TransformerConfig] = {
     "gemma3_4b": _gemma(_GEMMA3_LONG, 34, 2560, 8, 4, 10240),
     "gemma3_12b": _gemma(_GEMMA3_LONG, 48, 3840, 16, 8, 15360),
     "gemma3_27b": _gemma(_GEMMA3_LONG, 62, 5376, 32, 16, 21504, head_size=128, query_scale=168.0),
+    # Raffel et al. 2020 (T5, and the released T5 1.1); as many encoder as decoder layers.
+    "t5_small": _t5(6, 512, 8, 64, 2048),
+    "t5_base": _t5(12, 768, 12, 64, 3072),
+    "t5_large": _t5(24, 1024, 16, 64, 4096),
+    "t5_3b": _t5(24, 1024, 32, 128, 16384),
+    "t5_11b": _t5(24, 1024, 128, 128, 65536),
+    "t5_v1_1_small": _t5_v1_1(8, 512, 6, 1024),
+    "t5_v1_1_base": _t5_v1_1(12, 768, 12, 2048),
+    "t5_v1_1_large": _t5_v1_1(24, 1024, 16, 2816),
+    "t5_v1_1_xl": _t5_v1_1(24, 2048, 32, 5120),
+    "t5_v1_1_xxl": _t5_v1_1(24, 4096, 64, 10240),
 }

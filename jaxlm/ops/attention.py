@@ -33,14 +33,17 @@ def mask(queries: Tokens, keys: Tokens, window: jax.Array | None, causal: bool =
 
 
 def reference(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=None, causal: bool = True, softcap: float = 0.0,
-              scale: float) -> jax.Array:
-    """Plain attention, softmax in float32. Query heads `N` share `K` key heads, `N / K` neighbours each (Ainslie et al. 2023)."""
+              scale: float, bias_BNTS=None) -> jax.Array:
+    """Plain attention, softmax in float32. Query heads `N` share `K` key heads, `N / K` neighbours each (Ainslie et al. 2023). A bias is added
+    to the scores."""
     b, t, n, h = q_BTNH.shape
     k = k_BSKH.shape[2]
     q_BTKGH = (q_BTNH * scale).reshape(b, t, k, n // k, h)
     scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
+    if bias_BNTS is not None:
+        scores = scores + bias_BNTS.reshape(-1, k, n // k, *scores.shape[-2:]).astype(jnp.float32)
     # A finite floor: a query that sees nothing (padding against an empty cache) gets the mean, not NaN; nothing reads it.
     scores = jnp.where(mask(queries, keys, window, causal)[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
@@ -63,9 +66,9 @@ def blocked(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, block: int
 KERNELS: dict[str, Callable[..., jax.Array]] = {"reference": reference, "blocked": blocked}
 
 
-def choose(kernel: str, *, cached: bool, causal: bool = True) -> Callable[..., jax.Array]:
+def choose(kernel: str, *, cached: bool, causal: bool = True, biased: bool = False) -> Callable[..., jax.Array]:
     """The kernel of that name; "auto" takes what was fastest on this backend (see tools/bench.py)."""
-    if cached or not causal:
+    if cached or not causal or biased:
         return reference
     if kernel == "auto":
         kernel = "blocked" if jax.default_backend() == "cpu" else "reference"

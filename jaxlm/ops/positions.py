@@ -1,4 +1,5 @@
-"""Rotary position embedding (Su et al. 2021, RoFormer), in the half-split layout of GPT-NeoX and Llama, and its scalings for longer contexts."""
+"""Rotary position embedding (Su et al. 2021, RoFormer), in the half-split layout of GPT-NeoX and Llama, and its scalings for longer contexts; relative
+positions in buckets (Raffel et al. 2020, T5)."""
 
 import math
 
@@ -32,3 +33,21 @@ def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     half = cos.shape[-1]
     a, b, rest = jnp.split(x_BTNH.astype(jnp.float32), (half, 2 * half), axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x_BTNH.dtype)
+
+
+def relative_buckets(queries_BT: jax.Array, keys_BS: jax.Array, *, buckets: int, distance: int, causal: bool) -> jax.Array:
+    """The bucket of each distance between a query and a key, int32 `[B, T, S]` in `[0, buckets)`.
+
+    Half of the buckets of a direction hold one distance each, the others grow by equal factors up to `distance`, from where on the last holds
+    all. Causal: keys that come later are in the bucket of distance 0; else the second half of the buckets is theirs.
+    """
+    ahead_BTS = keys_BS[:, None, :] - queries_BT[:, :, None]
+    count = buckets if causal else buckets // 2
+    exact = count // 2
+    # A table made on the host: logarithms at the borders of buckets must not depend on the device. The tiny excess keeps borders that are whole
+    # numbers (16, 32, 64 of 128) on the upper side.
+    steps = [exact + int(math.log(d / exact) / math.log(distance / exact) * (count - exact) + 1e-6) for d in range(exact, distance + 1)]
+    table = jnp.array([*range(exact), *(min(step, count - 1) for step in steps)], jnp.int32)
+    far = jnp.maximum(-ahead_BTS, 0) if causal else jnp.abs(ahead_BTS)
+    found = table[jnp.minimum(far, distance)]
+    return found if causal else found + jnp.where(ahead_BTS > 0, count, 0).astype(jnp.int32)

@@ -50,6 +50,9 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
         raise ValueError(f"objective.name={config.objective.name} does not train model.kind={config.model.kind}: set objective.name={fits}")
     if config.model.output != "tokens":
         raise ValueError(f"objective.name={config.objective.name} trains models with model.output=tokens, not {config.model.output}")
+    if config.model.encoder_layers:
+        raise ValueError(f"model.encoder_layers={config.model.encoder_layers}: `jaxlm train` trains decoders only; set it to 0, or write the step with "
+                         "models/encdec.py")
     rows, parts, ways = config.data.batch_size, config.train.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % (parts * ways):
         raise ValueError(f"data.batch_size={rows} must be a multiple of train.microbatches x mesh.data x mesh.fsdp = {parts} x {ways} = {parts * ways}: "
