@@ -62,14 +62,14 @@ def write(cfg: TransformerConfig, architecture: str = "") -> tuple[Family, dict[
             config = family.write(cfg.filled()) | {"architectures": [family.architecture], "model_type": family.model_type}
             found = plain(read(config)[1])
         except ValueError as error:
-            reasons.append(str(error))
+            reasons.append((math.inf, str(error)))  # a family that cannot even be asked is not near
             continue
         if found == plain(cfg):
             return family, config
         differs = [f.name for f in dataclasses.fields(cfg) if getattr(found, f.name) != getattr(plain(cfg), f.name)]
-        reasons.append(f"{family.architecture} has another {', '.join(differs)}")
-    # The nearest family is the one with the fewest differences.
-    raise ValueError(f"no architecture of Hugging Face that is known here computes this model; nearest: {min(reasons, key=len)}")
+        reasons.append((len(differs), f"{family.architecture} has another {', '.join(differs)}"))
+    nearest = min(reasons, key=lambda reason: reason[0])[1]  # the fewest differences
+    raise ValueError(f"no architecture of Hugging Face that is known here computes this model; nearest: {nearest}")
 
 
 def _family(config: Json) -> Family:

@@ -43,6 +43,8 @@ MANIFEST = "MANIFEST.json"
 
 # Orbax reports its own progress and each error it also raises; the user gets our one line instead.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+# On a full disk its other writers' errors, which nobody awaits any more, end there.
+logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
 
 def _show_unraisable(unraisable: Any, show: Callable[[Any], None] = sys.unraisablehook) -> None:
