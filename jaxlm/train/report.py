@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from clu import parameter_overview
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2, summary_pb2
 
 from jaxlm.config import TransformerConfig
 
@@ -35,7 +37,9 @@ class Reporter:
         self._path = workdir / "metrics.jsonl"
         _drop_rows_after(self._path, resume_step)
         self._file = open(self._path, "a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir), purge_step=resume_step + 1 if resume_step else None, flush_secs=10)
+        self._board = _Board(workdir)
+        if resume_step:  # TensorBoard forgets what an interrupted process showed from here on
+            self._board.write(resume_step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
         for name, text in facts.items():
             self.text(resume_step, name, "    " + text.replace("\n", "\n    "))  # Markdown shows it as code
 
@@ -43,22 +47,39 @@ class Reporter:
         """One row of the log and one point of each curve."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._board.scalars(step, values)
 
     def text(self, step: int, name: str, text: str) -> None:
-        self._board.add_text(name, text, step)
+        self._board.write(step, summary=summary.text(name, text))
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
 
 
+class _Board:
+    """A TensorBoard event file, written in the caller's thread: tensorboardX's own thread dies on a full disk, and its queue then blocks for ever."""
+
+    def __init__(self, folder: pathlib.Path, suffix: str = ""):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"), suffix)
+
+    def write(self, step: int, **content: Any) -> None:
+        self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
+        self._writer.flush()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.write(step, summary=summary_pb2.Summary(value=[v for name, value in values.items() for v in summary.scalar(name, value).value]))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
 def write_scalars(folder: pathlib.Path, step: int, values: Mapping[str, float]) -> None:
     """Adds points to the TensorBoard curves in `folder`, from a process that is not the trainer."""
-    with SummaryWriter(str(folder), filename_suffix=f".{os.getpid()}") as board:
-        for name, value in values.items():
-            board.add_scalar(name, value, step)
+    board = _Board(pathlib.Path(folder), f".{os.getpid()}")
+    board.scalars(step, values)
+    board.close()
 
 
 def _drop_rows_after(path: pathlib.Path, step: int) -> None:
