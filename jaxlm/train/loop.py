@@ -12,6 +12,7 @@ import jax
 
 from jaxlm import config as configs
 from jaxlm import generate, sharding, trees
+from jaxlm import metrics as figures
 from jaxlm.config import Config
 from jaxlm.data import loader, pack, prepare, shards, tasks
 from jaxlm.data import tokenizer as tokenizers
@@ -271,7 +272,7 @@ class _Log:
         if self._reporter is None:
             return
         seconds = self._clock.step_seconds
-        means = {name: float(total) / max(float(weight), 1.0) for name, (total, weight) in values.pop("sums").items()}
+        means = figures.means(values.pop("sums"))
         if self._due(step):
             self._reporter.scalars(step, {
                 **{f"train/{name}": value for name, value in means.items()}, **{f"train/{name}": float(value) for name, value in values.items()},

@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl, TensorBoard event files, the progress line, and how fast the machine could be."""
 
+import contextlib
 import json
 import math
 import os
@@ -85,28 +86,18 @@ def write_scalars(folder: pathlib.Path, step: int, values: Mapping[str, float]) 
 def _drop_rows_after(path: pathlib.Path, step: int) -> None:
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            continue  # a line torn by a kill
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in read_metrics(path.parent) if row["step"] <= step), encoding="utf-8")
     temporary.replace(path)
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of `metrics.jsonl`, in order; a torn last line is left out."""
+    """The rows of `metrics.jsonl`, in order; a line torn by a kill is left out."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = []
-    for line in lines:
-        try:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return rows
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxlm.data import prepare
-from jaxlm.train import checkpoint, loop, saved
+from jaxlm.train import checkpoint, loop, report, saved
 from jaxlm.train.lock import Lock
 from jaxlm.train.stop import StopRequest
 from tests.train import runs
@@ -66,6 +66,13 @@ def test_tensorboard_shows_it(whole):
     assert {"train/lr", "perf/mfu", "perf/data_wait", "eval/bits_per_byte", "memory/peak_gib"} <= set(board.Tags()["scalars"])
     texts = {name: board.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0].decode() for name in ("config", "parameters", "sample")}
     assert '"lr": 0.001' in texts["config"] and "layers/attn/q" in texts["parameters"] and texts["sample"].startswith("[")
+
+
+def test_what_was_logged_past_the_checkpoint_is_taken_back(tmp_path):
+    rows = [{"step": step, "train/loss": 1 / step} for step in (1, 2, 3, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "tra')
+    report.Reporter(tmp_path, 2, {}).close()
+    assert runs.read_metrics(tmp_path) == rows[:2]
 
 
 @pytest.mark.parametrize("last", [1, 3, 4, 6, 11])
