@@ -12,7 +12,7 @@ import re
 import sysconfig
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -29,21 +29,25 @@ class Document(NamedTuple):
     id: str  # "path:line", "path:row" or "path:piece", counted from 1; unique in its corpus
     source: str  # the file, or "python_docs"
     text: str
+    input: str | None = None  # what an encoder reads, of a pair
 
 
-def documents(source: tuple[str, ...], text_key: str) -> Iterator[Document]:
+def documents(source: tuple[str, ...], text_key: str, input_key: str = "") -> Iterator[Document]:
     """Reads all sources in the order given; files of a folder or glob in sorted order, a file that is named twice once.
 
     Args:
       source: files, folders (searched with their subfolders, hidden names left out) or globs (`**` too) of `SUFFIXES`, or "python_docs".
         A .txt file is one document; one above 64 KiB is divided at blank lines into documents of 4 to 16 Ki characters, none lost.
       text_key: the JSON field or Parquet column that holds the text.
+      input_key: that of what an encoder reads; "": there are no pairs.
 
     Raises:
       ValueError: one line that names the file, and the line or row, that cannot be read.
     """
     for name in _expand(source):
-        yield from python_docs() if name == PYTHON_DOCS else _read(name, text_key)
+        if input_key and (name == PYTHON_DOCS or name.lower().endswith(".txt")):
+            raise ValueError(f"{name} has no fields: data.input_key={input_key!r} needs .jsonl or .parquet")
+        yield from python_docs() if name == PYTHON_DOCS else _read(name, text_key, input_key)
 
 
 def size_on_disk(source: tuple[str, ...]) -> dict[str, int]:
@@ -96,13 +100,17 @@ def _readable(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def _read(path: str, text_key: str) -> Iterator[Document]:
+def _read(path: str, text_key: str, input_key: str) -> Iterator[Document]:
+    keys = ("data.text_key", text_key), *([("data.input_key", input_key)] if input_key else [])
     if path.lower().endswith(".txt"):
-        texts = enumerate(_pieces(_characters(path)) if os.path.getsize(path) > _WHOLE else ["".join(_characters(path))], 1)
+        found = ((number, [text]) for number, text in enumerate(
+            _pieces(_characters(path)) if os.path.getsize(path) > _WHOLE else ["".join(_characters(path))], 1))
     else:
-        texts = (_parquet if path.lower().endswith(".parquet") else _jsonl)(path, text_key)
-    for number, text in texts:
-        yield Document(f"{path}:{number}", path, text)
+        found = (_parquet if path.lower().endswith(".parquet") else _jsonl)(path, keys)
+    for number, texts in found:
+        if input_key and not texts[0].strip():
+            raise ValueError(f"{path}:{number}: {text_key!r} is empty: each pair needs a target")
+        yield Document(f"{path}:{number}", path, *texts)
 
 
 def _characters(path: str) -> Iterator[str]:
@@ -143,7 +151,7 @@ def _cut(text: str, low: int, high: int) -> int:
     return text.rfind("\n", low, high) + 1 or text.rfind(" ", low, high) + 1 or high
 
 
-def _jsonl(path: str, text_key: str) -> Iterator[tuple[int, str]]:
+def _jsonl(path: str, keys: Sequence[tuple[str, str]]) -> Iterator[tuple[int, list[str]]]:
     for number, line in _lines(path):
         line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if not line.strip():
@@ -157,16 +165,17 @@ def _jsonl(path: str, text_key: str) -> Iterator[tuple[int, str]]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error}); .jsonl holds one JSON object a line") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: a JSON {type(record).__name__}, but an object with the key {text_key!r} is needed")
-        if text_key not in record:
-            keys = ", ".join(map(repr, list(record)[:10])) or "none"
-            raise ValueError(f"{path}, line {number}: no key {text_key!r}; its keys: {keys}; set data.text_key")
-        text = record[text_key]
-        if not isinstance(text, str):
-            raise ValueError(f"{path}, line {number}: {text_key!r} is {json.dumps(text)[:40]}, not text")
-        if b"\\u" in line and not _encodable(text):
-            raise ValueError(f"{path}, line {number}: {text_key!r} has half of a surrogate pair (\\ud800 to \\udfff), not a character")
-        yield number, text
+            raise ValueError(f"{path}, line {number}: a JSON {type(record).__name__}, but an object with the key {keys[0][1]!r} is needed")
+        for setting, key in keys:
+            if key not in record:
+                known = ", ".join(map(repr, list(record)[:10])) or "none"
+                raise ValueError(f"{path}, line {number}: no key {key!r}; its keys: {known}; set {setting}")
+            text = record[key]
+            if not isinstance(text, str):
+                raise ValueError(f"{path}, line {number}: {key!r} is {json.dumps(text)[:40]}, not text")
+            if b"\\u" in line and not _encodable(text):
+                raise ValueError(f"{path}, line {number}: {key!r} has half of a surrogate pair (\\ud800 to \\udfff), not a character")
+        yield number, [record[key] for _, key in keys]
 
 
 def _encodable(text: str) -> bool:
@@ -238,7 +247,7 @@ class _ZstdFile(io.RawIOBase):
         super().close()
 
 
-def _parquet(path: str, text_key: str) -> Iterator[tuple[int, str]]:
+def _parquet(path: str, keys: Sequence[tuple[str, str]]) -> Iterator[tuple[int, list[str]]]:
     try:
         import pyarrow
         from pyarrow import parquet, types
@@ -248,19 +257,21 @@ def _parquet(path: str, text_key: str) -> Iterator[tuple[int, str]]:
     try:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            if text_key not in schema.names:
-                columns = ", ".join(map(repr, schema.names[:20])) or "none"
-                raise ValueError(f"{path}: no column {text_key!r}; its columns: {columns}; set data.text_key")
-            kind = schema.field(text_key).type
-            if not (types.is_string(kind) or types.is_large_string(kind)):
-                raise ValueError(f"{path}: column {text_key!r} holds {kind}, not text")
-            for batch in file.iter_batches(batch_size=256, columns=[text_key]):
-                for value in batch.column(0):
+            for setting, key in keys:
+                if key not in schema.names:
+                    columns = ", ".join(map(repr, schema.names[:20])) or "none"
+                    raise ValueError(f"{path}: no column {key!r}; its columns: {columns}; set {setting}")
+                kind = schema.field(key).type
+                if not (types.is_string(kind) or types.is_large_string(kind)):
+                    raise ValueError(f"{path}: column {key!r} holds {kind}, not text")
+            for batch in file.iter_batches(batch_size=256, columns=[key for _, key in keys]):
+                for values in zip(*(batch.column(key) for _, key in keys)):
                     row += 1
-                    text = value.as_py()
-                    if text is None:
-                        raise ValueError(f"{path}, row {row}: {text_key!r} is null, not text")
-                    yield row, text
+                    texts = [value.as_py() for value in values]
+                    for text, (_, key) in zip(texts, keys):
+                        if text is None:
+                            raise ValueError(f"{path}, row {row}: {key!r} is null, not text")
+                    yield row, texts
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}, row {row}: not UTF-8 ({error.reason})") from None
     except (pyarrow.ArrowException, OSError) as error:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import jaxlm
-from jaxlm.config import DataConfig, TokenizerConfig
+from jaxlm.config import DataConfig, TokenizerConfig, keys
 from jaxlm.data import corpora, shards, tokenizer
 
 SPLITS = ("train", "validation", "test")
@@ -45,11 +45,14 @@ def prepare(data: DataConfig, tokenizer_cfg: TokenizerConfig, folder: str | Path
         writers = {split: shards.ShardWriter(temporary, split, tok.vocab_size, data.shard_bytes) for split in SPLITS}
         progress = _Progress("tokenised", log)
         dropped = 0
-        for batch in _batches(corpora.documents(data.source, data.text_key)):
-            kept = [(document, split, size) for document, split, size in map(lambda d: (d, *_place(d.text, data)), batch) if size]
+        for batch in _batches(corpora.documents(data.source, data.text_key, data.input_key)):
+            kept = [(document, split, size) for document, split, size in map(lambda d: (d, *_place(d.text, data, d.input)), batch) if size]
             dropped += len(batch) - len(kept)
-            for (document, split, size), ids in zip(kept, tok.encode_batch([document.text for document, _, _ in kept])):
-                writers[split].add(document.id, np.concatenate([[tok.bos], ids, [tok.eos]]), size)
+            # A document is bos, text, eos; a pair is input, eos, target, eos.
+            before = tok.encode_batch([document.input for document, _, _ in kept]) if data.input_key else [()] * len(kept)
+            for (document, split, size), input_ids, ids in zip(kept, before, tok.encode_batch([document.text for document, _, _ in kept])):
+                begin = [*input_ids, tok.eos] if data.input_key else [tok.bos]
+                writers[split].add(document.id, np.concatenate([begin, ids, [tok.eos]]), size, len(begin) if data.input_key else 0)
             progress.add(len(kept), sum(size for _, _, size in kept))
         manifest = {
             "jaxlm": jaxlm.__version__,
@@ -79,13 +82,14 @@ def make_tokenizer(data: DataConfig, cfg: TokenizerConfig, *, log: Callable[[str
     counts = dict.fromkeys(SPLITS, 0)
     progress = _Progress("read", log)
     sample, sample_bytes = [], 0  # a heap: the largest hash on top
-    for order, document in enumerate(corpora.documents(data.source, data.text_key)):
-        split, size = _place(document.text, data)
+    for order, document in enumerate(corpora.documents(data.source, data.text_key, data.input_key)):
+        split, size = _place(document.text, data, document.input)
         progress.add(1, size)
         counts[split] += size > 0
         if split != "train" or not size:
             continue
-        heapq.heappush(sample, (-_fraction(document.text, 8), order, size, document.text))
+        text = document.text if document.input is None else f"{document.input}\n{document.text}"
+        heapq.heappush(sample, (-_fraction(text, 8), order, size, text))
         sample_bytes += size
         while sample_bytes > cfg.train_bytes and len(sample) > 1:
             sample_bytes -= heapq.heappop(sample)[2]
@@ -108,8 +112,8 @@ def summary(manifest: Mapping[str, Any]) -> str:
 
 
 def _made_from(data: DataConfig, cfg: TokenizerConfig) -> dict[str, Any]:
-    keys = ("source", "text_key", "validation", "test", "shard_bytes")
-    made_from = {f"data.{key}": getattr(data, key) for key in keys}
+    names = ("source", "text_key", "input_key", "validation", "test", "shard_bytes")
+    made_from = {f"data.{key}": getattr(data, key) for key in names}
     made_from |= {f"tokenizer.{key}": value for key, value in dataclasses.asdict(cfg).items()}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in made_from.items()}
 
@@ -117,7 +121,8 @@ def _made_from(data: DataConfig, cfg: TokenizerConfig) -> dict[str, Any]:
 def _reuse(folder: Path, made_from: Mapping[str, Any], log: Callable[[str], None]) -> shards.Corpus:
     corpus = shards.open_corpus(folder)
     old = corpus.manifest["made_from"]
-    changes = [f"{key}: {old.get(key)!r} -> {value!r}" for key, value in made_from.items() if old.get(key) != value]
+    default = keys()  # of keys that came after the folder was prepared
+    changes = [f"{key}: {old.get(key, default[key])!r} -> {value!r}" for key, value in made_from.items() if old.get(key, default[key]) != value]
     file = Path(made_from["tokenizer.path"]).expanduser()
     if not changes and file.is_file() and tokenizer.load(file).fingerprint != corpus.manifest["tokenizer"]["sha256"]:
         changes = [f"tokenizer.path: {file} has changed"]
@@ -144,12 +149,14 @@ def _need_training_text(splits: Mapping[str, Mapping[str, int]], data: DataConfi
                          f"({counts['test']}); give more documents, or lower data.validation and data.test")
 
 
-def _place(text: str, data: DataConfig) -> tuple[str, int]:
-    """The split of a document, by its text alone so that equal texts are never apart, and its size as UTF-8; size 0 if it is blank."""
+def _place(text: str, data: DataConfig, read: str | None = None) -> tuple[str, int]:
+    """The split of a document, by its text alone so that equal texts are never apart (of a pair: by what the encoder reads), and its size as UTF-8; size 0 if
+    it is blank."""
     if not text or text.isspace():
         return "train", 0
-    share = _fraction(text, 0)
-    return "test" if share < data.test else "validation" if share < data.test + data.validation else "train", len(text.encode())
+    share = _fraction(text if read is None else read, 0)
+    size = len(text.encode()) + len((read or "").encode())
+    return "test" if share < data.test else "validation" if share < data.test + data.validation else "train", size
 
 
 def _fraction(text: str, offset: int) -> float:

@@ -42,9 +42,11 @@ class ShardWriter:
         self._dtype = token_dtype(vocab_size)
         self._writer, self._shards = None, []
         self._tokens, self._text_bytes, self._ids, self._id_ends = array("i"), array("q"), bytearray(), array("q")
+        self._inputs = array("i")
 
-    def add(self, document_id: str, tokens: np.ndarray, text_bytes: int) -> None:
-        """Appends a document of `tokens` (whole numbers in [0, vocab_size)) whose text has `text_bytes` bytes as UTF-8."""
+    def add(self, document_id: str, tokens: np.ndarray, text_bytes: int, inputs: int = 0) -> None:
+        """Appends a document of `tokens` (whole numbers in [0, vocab_size)) whose text has `text_bytes` bytes as UTF-8. Of a pair the first `inputs` tokens,
+        eos included, are what an encoder reads."""
         assert len(tokens) and 0 <= tokens.min() and tokens.max() < self._vocab_size, "token id out of range"
         if self._writer is None:
             self._shard = dict.fromkeys(("documents", "records", "tokens", "text_bytes"), 0)
@@ -60,6 +62,7 @@ class ShardWriter:
             self._shard[key] += value
         self._tokens.append(len(tokens))
         self._text_bytes.append(text_bytes)
+        self._inputs.append(inputs)
         self._ids += document_id.encode("utf-8", "surrogateescape")
         self._id_ends.append(len(self._ids))
         if self._shard["tokens"] * self._dtype.itemsize >= self._shard_bytes:
@@ -70,7 +73,8 @@ class ShardWriter:
         if self._writer is not None:
             self._close_shard()
         lengths, ids = f"lengths-{self._split}.npz", f"ids-{self._split}.npz"
-        np.savez(self._folder / lengths, tokens=np.array(self._tokens, np.int32), text_bytes=np.array(self._text_bytes, np.int64))
+        pairs = {"inputs": np.array(self._inputs, np.int32)} if any(self._inputs) else {}
+        np.savez(self._folder / lengths, tokens=np.array(self._tokens, np.int32), text_bytes=np.array(self._text_bytes, np.int64), **pairs)
         np.savez(self._folder / ids, text=np.frombuffer(bytes(self._ids), np.uint8), ends=np.array(self._id_ends, np.int64))
         totals = {key: sum(shard[key] for shard in self._shards) for key in ("documents", "tokens", "text_bytes")}
         return totals | {"lengths": file_entry(self._folder / lengths), "ids": file_entry(self._folder / ids), "shards": self._shards}
@@ -163,6 +167,7 @@ class Split:
     text_bytes: np.ndarray  # int64 [documents], of the text as UTF-8
     first_record: np.ndarray  # int64 [documents + 1], counted over all shards
     shard_ends: np.ndarray  # int64 [shards], one past the last record of each, counted likewise
+    inputs: np.ndarray | None = None  # int32 [documents] of a corpus of pairs: tokens of the input, eos included; None: no pairs
 
 
 class Corpus:
@@ -258,7 +263,7 @@ def open_corpus(folder: str | Path) -> Corpus:
         tokens = lengths["tokens"]
         records = -(-tokens.astype(np.int64) // RECORD_TOKENS)
         splits[name] = Split(tokens, lengths["text_bytes"], np.concatenate([[0], np.cumsum(records)]).astype(np.int64),
-                             np.cumsum([shard["records"] for shard in split["shards"]], dtype=np.int64))
+                             np.cumsum([shard["records"] for shard in split["shards"]], dtype=np.int64), lengths.get("inputs"))
         assert splits[name].first_record[-1] == sum(shard["records"] for shard in split["shards"]), name
     return Corpus(folder, manifest, splits)
 
