@@ -59,7 +59,8 @@ def initialiser(cfg: TransformerConfig, inputs: int, outputs: int, into_residual
 
     normal, truncated_normal: std `init_std`. xavier (Glorot & Bengio 2010): std sqrt(2 / (in + out)). kaiming (He et al. 2015): sqrt(2 / in).
     lecun: sqrt(1 / in); the last three are normal. Projections into the residual stream are divided by sqrt(2 L) where `init_depth_scaled` says so (GPT-2).
-    t5 (Raffel et al. 2020, in Mesh TensorFlow): sqrt(1 / in), normal, but for the weights that give their std as `t5`; never divided.
+    t5 (Raffel et al. 2020, as Mesh TensorFlow and transformers draw it): sqrt(1 / in), normal, but for the weights that give their std as `t5`; never
+    divided. An untied output projection is sqrt(1 / in) too, as in t5x; transformers draws it with 1, which begins with a loss in the hundreds.
     """
     std = {"normal": cfg.init_std, "truncated_normal": cfg.init_std, "xavier": math.sqrt(2 / (inputs + outputs)),
            "kaiming": math.sqrt(2 / inputs), "lecun": math.sqrt(1 / inputs), "t5": math.sqrt(1 / inputs) if t5 is None else t5}[cfg.init]
