@@ -307,3 +307,12 @@ def test_pairs_in_other_files(tmp_path):
         prepare.prepare(dataclasses.replace(data, source=(str(tmp_path / "a.txt"),)), TokenizerConfig(kind="bytes"), tmp_path / "other", log=lambda line: None)
     with pytest.raises(ValueError, match="no column 'answr'; .* set data.text_key"):
         prepare.prepare(dataclasses.replace(data, text_key="answr"), TokenizerConfig(kind="bytes"), tmp_path / "other", log=lambda line: None)
+
+
+def test_pairs_with_one_input_fall_to_one_split(tmp_path):
+    import json
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"question": f"q{i % 20}", "answer": f"a{i}"}) + "\n" for i in range(400)))
+    data = DataConfig(source=(str(tmp_path / "a.jsonl"),), text_key="answer", input_key="question", validation=0.3, test=0.3)
+    corpus = prepare.prepare(data, TokenizerConfig(kind="bytes"), tmp_path / "data", log=lambda line: None)
+    found = [{bytes(corpus.read(name, i)[:split.inputs[i]].tolist()[:-1]) for i in range(len(split.tokens))} for name, split in corpus.splits.items()]
+    assert sum(map(len, found)) == 20 and all(found)
