@@ -1,7 +1,9 @@
 """T5 1.1 small (Raffel et al. 2020; 77 M parameters) from nothing: hidden spans of documents first, pairs of texts afterwards.
 
     jaxlm train --config=t5_small --workdir=runs/t5 --config.data.source='text/*.jsonl.zst'
-    jaxlm train --config=t5_small:pairs --workdir=runs/pairs --config.train.init_from=runs/t5 --config.data.source=pairs.jsonl --config.data.input_key=question --config.data.text_key=answer
+    jaxlm train --config=t5_small:pairs --workdir=runs/pairs --config.train.init_from=runs/t5 --config.data.source=pairs.jsonl
+
+where pairs.jsonl has the fields input and target (config.data.input_key and config.data.text_key say other names).
 
 The schedule is the paper's (Adafactor, inverse square root after 10,000 steps of warm-up), with 65,536 steps of 128 rows of 512 + 114 tokens. Predicted, not
 run here: 5.3 B tokens are 8.9e17 FLOP, some 40 minutes on one H100 at 40 % of its peak. Instead of the first command a released checkpoint will do:
@@ -28,7 +30,7 @@ def get_config(stage=None):
     c.checkpoint = ConfigDict(dict(every="2%"))
     if stage == "pairs":
         c.tokenizer = ConfigDict()
-        c.data.update(validation=0.05, test=0.05, target_length=128)
+        c.data.update(validation=0.05, test=0.05, target_length=128, input_key="input", text_key="target")
         c.objective.name = "seq2seq"
         c.model.dropout = 0.1
         c.optim.update(lr=1e-3, schedule="constant", warmup="0")

@@ -47,7 +47,8 @@ class TokenizerConfig:
         _need(self.kind == "bytes" or self.path or self.vocab_size >= 300,
               f"tokenizer.vocab_size={self.vocab_size} is too small: 256 byte pieces and the special tokens need at least 300")
         _need(self.sentinels >= 0, f"tokenizer.sentinels={self.sentinels} must not be negative")
-        _need(not self.sentinels or self.kind != "bytes" or self.path, "tokenizer.kind=bytes has no room for tokenizer.sentinels: set tokenizer.kind=unigram or bpe")
+        _need(not self.sentinels or self.kind != "bytes" or self.path, "tokenizer.kind=bytes has no room for tokenizer.sentinels: set "
+              "tokenizer.kind=unigram or bpe")
         _need(self.train_bytes > 0, f"tokenizer.train_bytes={self.train_bytes} must be positive")
 
 
@@ -335,8 +336,8 @@ class Config:
         _need(self.train.init_from or self.data.sequence_length <= self.model.context, f"data.sequence_length={self.data.sequence_length} is longer than "
               f"model.context={self.model.context}: make the first smaller or the second larger")
         pairs, source = self.objective.name == "seq2seq", bool(self.data.source)
-        _need(pairs or not self.data.input_key, f"data.input_key={self.data.input_key!r} goes with objective.name=seq2seq, not {self.objective.name}: set that, "
-              "or leave the key out")
+        _need(pairs or not self.data.input_key, f"data.input_key={self.data.input_key!r} goes with objective.name=seq2seq, not {self.objective.name}: "
+              "set that, or leave the key out")
         _need(not pairs or not source or bool(self.data.input_key), "objective.name=seq2seq needs data.input_key: the field (JSONL) or column (Parquet) that "
               "the encoder reads; data.text_key is what the decoder says")
 

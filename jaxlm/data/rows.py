@@ -65,8 +65,8 @@ def _with_sentinels(task: Task, tokenizer: Tokenizer, corpus: Corpus, context: i
     while (found := named.get(f"<extra_id_{len(sentinels)}>")) is not None and found < tokenizer.vocab_size:
         sentinels.append(found)
     if not sentinels:
-        raise ValueError("objective.name=span_corruption needs a tokenizer with the special tokens <extra_id_0>, <extra_id_1>, ...: set tokenizer.sentinels=100 "
-                         "to train one, or tokenizer.path to that of a T5")
+        raise ValueError("objective.name=span_corruption needs a tokenizer with the special tokens <extra_id_0>, <extra_id_1>, ...: set "
+                         "tokenizer.sentinels=100 to train one, or tokenizer.path to that of a T5")
     task = task._replace(sentinels=np.array(sentinels, np.int32))
     most = longest_window(task)
     if not most:
@@ -211,8 +211,8 @@ def _spans(task: Task, rows: Sequence[Sequence[Piece]], pieces: Sequence[Piece],
     else:
         numbers = [(first + i << 16) + k for i, row in enumerate(rows) for k in range(len(row))]
     texts = [corpus.read(split, piece.document, piece.start + 1, piece.stop + 1) for piece in pieces]
-    return tasks.span_corruption(_joined(texts), np.array([len(text) for text in texts], np.int64), np.array(numbers, np.uint64), task.sentinels, task.eos, *key,
-                                 rate=task.objective.span_rate, length=task.objective.span_length)
+    return tasks.span_corruption(_joined(texts), np.array([len(text) for text in texts], np.int64), np.array(numbers, np.uint64), task.sentinels, task.eos,
+                                 *key, rate=task.objective.span_rate, length=task.objective.span_length)
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:

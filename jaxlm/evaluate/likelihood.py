@@ -24,7 +24,8 @@ Scorer = Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, ...]]
 # The figures that mean something for each objective, and their units in the table. Hidden tokens are no likelihood of a text, so they have no perplexity and
 # no bits per byte; of a pair only the target is scored, which has no bytes of its own in the corpus's index.
 _UNITS = {
-    "next_token": {"loss": "nats per token", "perplexity": "depends on the tokenizer", "bits_per_byte": "whatever the tokenizer", "accuracy": "of the next token"},
+    "next_token": {"loss": "nats per token", "perplexity": "depends on the tokenizer", "bits_per_byte": "whatever the tokenizer",
+                   "accuracy": "of the next token"},
     "masked_token": {"loss": "nats per masked token: no likelihood of a text, so no perplexity", "accuracy": "of the masked tokens"},
     "span_corruption": {"loss": "nats per token of the hidden spans: no likelihood of a text, so no perplexity", "accuracy": "of the tokens of hidden spans"},
     "seq2seq": {"loss": "nats per target token, given the input", "perplexity": "depends on the tokenizer", "accuracy": "of the next target token",

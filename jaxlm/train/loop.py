@@ -171,8 +171,8 @@ def _introduction(parts: setup.Setup, epoch: pack.EpochSize, state: State, start
         f"model    {report.count(trees.count(state.params))} parameters: {encoder}{config.model.layers} layers, width {config.model.width}, "
         f"{config.model.heads} heads, vocabulary {config.model.vocab_size}",
         f"devices  {jax.device_count()} x {device.device_kind} ({axes}, {jax.process_count()} process{'es' * (jax.process_count() > 1)}), peak {peak_source}",
-        f"plan     {parts.total} steps of {tokens} tokens = {report.count(parts.total * tokens)} tokens, {epochs:.2f} epochs (padding {epoch.padding} tokens each, "
-        f"{epoch.padding / epoch.positions:.2%})" + (f"; resumed after step {start}" if start else ""),
+        f"plan     {parts.total} steps of {tokens} tokens = {report.count(parts.total * tokens)} tokens, {epochs:.2f} epochs "
+        f"(padding {epoch.padding} tokens each, {epoch.padding / epoch.positions:.2%})" + (f"; resumed after step {start}" if start else ""),
         *([f"rows     {config.data.sequence_length} tokens for the encoder, {config.data.target_length} for the decoder"] if encoder else []),
         *(f"note     {line}" for line in notes)])
 
@@ -244,8 +244,8 @@ def _finish(total: int, subject: evaluation.Subject, state: State, workdir: path
 class _Log:
     """Reads a finished step's metrics, looks at their health, shows and writes them."""
 
-    def __init__(self, parts: setup.Setup, epoch: pack.EpochSize, params: int, peak: float, clock: "_Clock", health: "_Health", reporter: report.Reporter | None,
-                 progress: report.Progress, due: Callable[[int], bool]):
+    def __init__(self, parts: setup.Setup, epoch: pack.EpochSize, params: int, peak: float, clock: "_Clock", health: "_Health",
+                 reporter: report.Reporter | None, progress: report.Progress, due: Callable[[int], bool]):
         self._total, self._clock, self._health, self._reporter, self._progress, self._due = parts.total, clock, health, reporter, progress, due
         config = parts.config
         self._tokens, self._padding = config.data.batch_size * setup.row_tokens(config), epoch.padding / epoch.positions
@@ -264,7 +264,8 @@ class _Log:
             self._reporter.scalars(step, {
                 **{f"train/{name}": value for name, value in means.items()}, **{f"train/{name}": float(value) for name, value in values.items()},
                 "train/skipped": self._health.skipped, "train/tokens": step * self._tokens, "perf/tokens_per_second": self._tokens / seconds,
-                "perf/mfu": self._load / seconds, "perf/step_seconds": seconds, "perf/data_wait": self._clock.wait_share(), "perf/padding": self._padding, **report.memory_gib()})
+                "perf/mfu": self._load / seconds, "perf/step_seconds": seconds, "perf/data_wait": self._clock.wait_share(), "perf/padding": self._padding,
+                **report.memory_gib()})
         self._progress.show(f"step {step}/{self._total}  loss {means['loss']:.3f}  {report.count(self._tokens / seconds)} tokens/s  "
                             f"MFU {self._load / seconds:.0%}  left {report.duration((self._total - step) * seconds)}", final=step == self._total)
 

@@ -274,8 +274,8 @@ def test_what_is_too_long_is_cut_and_counted(pairs):
     targets = split.tokens - split.inputs
     long = int((split.inputs > 30).sum()), int((targets > 20).sum())
     assert min(long) > 0
-    assert rows.notes(task, split) == [f"cut: {long[0]} inputs are longer than data.sequence_length=30 and {long[1]} targets than data.target_length=20 tokens; "
-                                       "what is beyond is left out"]
+    assert rows.notes(task, split) == [f"cut: {long[0]} inputs are longer than data.sequence_length=30 and {long[1]} targets than data.target_length=20 "
+                                       "tokens; what is beyond is left out"]
     plan = rows.plan(task, split, 0, 0)
     batch = rows.fill(task, [pack.row(plan, i) for i in range(len(plan.rows))], corpus, "train", 0)
     assert batch["weights"].sum() == np.minimum(targets, 20).sum() and (batch["encoder_tokens"] == 258).sum() == len(split.tokens)
