@@ -38,7 +38,8 @@ def open_directory(folder: pathlib.Path | str) -> Source:
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a directory: give one with config.json and model.safetensors")
-    family, cfg = hf_config.read(hf_files.read_json(folder / "config.json"))
+    config = hf_files.read_json(folder / "config.json")
+    family, cfg = hf_config.read(config)
     files = hf_files.open_files(folder)
     shapes = _shapes(cfg)
     places = hf_names.places(family.table, shapes, _rows(cfg))
@@ -51,7 +52,9 @@ def open_directory(folder: pathlib.Path | str) -> Source:
             missing.append(place.theirs)
         else:
             names[place.theirs] = name
-    ignored = {name for name in set(files.tensors) - set(names.values()) if hf_names.IGNORED.fullmatch(name) or (cfg.tied and name in hf_names.TIED)}
+    unused = lambda name: (hf_names.IGNORED.fullmatch(name) or (cfg.tied and name in hf_names.TIED)
+                           or ("vision_config" in config and hf_names.PICTURES.fullmatch(name)))
+    ignored = {name for name in set(files.tensors) - set(names.values()) if unused(name)}
     left = sorted(set(files.tensors) - set(names.values()) - ignored)
     if missing or left:
         say = lambda what, list_: f"{what} {list_[0]}{f' and {len(list_) - 1} more' * (len(list_) > 1)}" if list_ else ""
@@ -151,7 +154,10 @@ def mapping(source: Source) -> str:
              for (theirs, ours), found in rows.items()]
     widths = [max(len(line[i]) for line in lines) for i in range(2)]
     text = "\n".join(f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in lines)
-    return text + (f"\n  not needed: {', '.join(source.ignored[:3])}{' ...' * (len(source.ignored) > 3)}" if source.ignored else "")
+    pictures = [match[2] for name in source.ignored if (match := hf_names.PICTURES.fullmatch(name))]
+    text += "".join(f"\n  left out: {part}, {pictures.count(part)} tensors" for part in sorted(set(pictures)))
+    other = [name for name in source.ignored if not hf_names.PICTURES.fullmatch(name)]
+    return text + (f"\n  not needed: {', '.join(other[:3])}{' ...' * (len(other) > 3)}" if other else "")
 
 
 def _their_shape(place: hf_names.Place, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
