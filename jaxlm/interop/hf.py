@@ -79,7 +79,9 @@ def load(source: Source, shardings: Any = None) -> dict[str, Any]:
               for path in source.shapes if "layers" in path.split("/")}
     whole = {}
     for place in source.places:
-        parts = hf_names.FORMS[place.entry.form].read(source.files.read(source.names[place.theirs]), hf_names.own_shapes(place, source.shapes))
+        name = source.names[place.theirs]
+        found = hf_files.finite(source.files.read(name), f"{source.files.tensors[name].path}: {name}")
+        parts = hf_names.FORMS[place.entry.form].read(found, hf_names.own_shapes(place, source.shapes))
         for path, part in zip(place.entry.ours, parts):
             part = part.astype(np.float32)
             if not place.index:
@@ -115,14 +117,15 @@ def save(folder: pathlib.Path | str, cfg: TransformerConfig, params: Any, *, dty
       extra: more of config.json, such as ids of special tokens.
 
     Raises:
-      ValueError: one line: no architecture of theirs computes this model.
+      ValueError: one line: no architecture of theirs computes this model, or a weight is not finite.
       OSError: what was read back is not what was written.
     """
     folder = pathlib.Path(folder)
     family, config = hf_config.write(cfg, architecture)
     shapes, kind = _shapes(cfg), np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
     names = {place.theirs: (_their_shape(place, shapes), kind) for place in hf_names.places(family.table, shapes, _rows(cfg))}
-    hf_files.write_files(folder, names, tensors(family.table, cfg, params, kind), shard_bytes)
+    checked = ((name, hf_files.finite(array, f"{name} as {dtype}")) for name, array in tensors(family.table, cfg, params, kind))
+    hf_files.write_files(folder, names, checked, shard_bytes)
     (folder / "config.json").write_text(json.dumps({**extra, **config, "torch_dtype": dtype}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     source = open_directory(folder)
     for name, expected in tensors(family.table, cfg, params, kind):

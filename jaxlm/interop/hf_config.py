@@ -19,6 +19,10 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gel
 COMPUTED = ("dtype", "remat", "attention", "dropout", "attention_dropout", "init", "init_std", "init_depth_scaled")
 
 
+_MOST, _MOST_LAYERS = 1 << 24, 1 << 12  # of any size, and of layers or experts; the largest published are some 10^7 (a context) and 126
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
+
+
 class Family(NamedTuple):
     architecture: str  # the class in transformers
     model_type: str
@@ -34,18 +38,41 @@ def read(config: Json) -> tuple[Family, TransformerConfig]:
     Raises:
       ValueError: one line: an unknown architecture (with the known ones), a missing key, or something that this code does not compute.
     """
-    if "Gemma3ForConditionalGeneration" in (config.get("architectures") or []):
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"config.json has architectures={str(names)[:60]}, which must be a list of names: download it again")
+    if "Gemma3ForConditionalGeneration" in names:
         if not isinstance(config.get("text_config"), Mapping):
             raise ValueError("config.json of Gemma3ForConditionalGeneration lacks text_config: download it again")
         config = _GEMMA3_TEXT | config["text_config"] | {"architectures": ["Gemma3ForCausalLM"]}
     family = _family(config)
+    believable({key: config[key] for key in _LAYERS if key in config}, most=_MOST_LAYERS)  # what follows makes lists as long
     try:
-        cfg = TransformerConfig(**family.read(config))
+        values = family.read(config)
+        believable(values)
+        cfg = TransformerConfig(**values).filled()
     except KeyError as error:
         raise ValueError(f"config.json of {family.architecture} lacks {error.args[0]}: download it again") from None
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"config.json of {family.architecture} holds a value of the wrong type ({error}): download it again") from None
-    return family, cfg.filled()
+    return family, cfg
+
+
+def believable(values: Json, most: int = _MOST) -> None:
+    """Refuses sizes of a model that cannot be meant, before anything is made as large.
+
+    Raises:
+      ValueError: one line: a number that is not finite, a size above `most`, or a matrix of more than 2^36 numbers.
+    """
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"the model's {key} is {value}, not a finite number: download it again")
+        if type(value) is int and abs(value) > most:
+            raise ValueError(f"the model's {key} is {value:,}, more than the {most:,} that are believable: download it again")
+    size = lambda key: max(1, values.get(key) or 0)
+    widest = max(size("heads") * size("head_size"), *map(size, ("feedforward", "expert_feedforward", "vocab_size", "context")))
+    if size("width") * widest > 1 << 36 or size("experts") > _MOST_LAYERS:
+        raise ValueError(f"the model has a matrix of {size('width'):,} x {widest:,} and {size('experts'):,} experts, more than is believable: download it again")
 
 
 def write(cfg: TransformerConfig, architecture: str = "") -> tuple[Family, dict[str, Any]]:

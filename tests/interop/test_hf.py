@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxlm import cli, config
+from jaxlm import cli, config, sharding
+from jaxlm.config import MeshConfig
 from jaxlm.interop import hf, hf_files
-from jaxlm.models import decoder
+from jaxlm.models import kinds
 from jaxlm.train import initial, saved
 from tests.train import runs
 
@@ -146,6 +147,10 @@ def configure(folder, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def nested(path, text):
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+
+
 def cut(folder, size):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
@@ -176,6 +181,18 @@ BAD = {
     "absurd header": (lambda f: (f / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}"), "truncated or damaged"),
     "offsets outside": (lambda f: header(f, lambda c: first(c).update(data_offsets=[10**9, 10**9 + 64])), "truncated or damaged"),
     "offsets backwards": (lambda f: header(f, lambda c: first(c).update(data_offsets=first(c)["data_offsets"][::-1])), "truncated or damaged"),
+    "offsets overlapping": (lambda f: header(f, lambda c: first(c).update(data_offsets=c["model.layers.0.input_layernorm.weight"]["data_offsets"])),
+                            "truncated or damaged"),
+    "header of nested lists": (lambda f: nested(f / "model.safetensors", b"[" * 100_000), "truncated or damaged"),
+    "config of nested lists": (lambda f: (f / "config.json").write_text('{"a":' + "[" * 100_000), "config.json is not JSON"),
+    "config too large": (lambda f: (f / "config.json").write_bytes(b" " * (64 * 2**20 + 1)), "more than the 67,108,864 that are believable"),
+    "a billion layers": (lambda f: configure(f, num_hidden_layers=10**9), "num_hidden_layers is 1,000,000,000, more than the 4,096 that are believable"),
+    "absurd width": (lambda f: configure(f, hidden_size=10**8), "width is 100,000,000, more than"),
+    "absurd vocabulary": (lambda f: configure(f, vocab_size=10**10), "vocab_size is 10,000,000,000, more than"),
+    "absurd heads": (lambda f: configure(f, num_attention_heads=10**7, head_dim=10**7), "a matrix of 16 x 100,000,000,000,000"),
+    "infinite base": (lambda f: configure(f, rope_theta=float("inf"), rope_parameters=None), "rope_theta is inf, not a finite number"),
+    "architecture not a name": (lambda f: configure(f, architectures=[["LlamaForCausalLM"]]), "must be a list of names"),
+    "weight not a number": (lambda f: rewrite(f, lambda t: t["model.norm.weight"].fill(np.nan)), "model.norm.weight holds nan: weights must be finite"),
     "size against shape": (lambda f: header(f, lambda c: first(c).update(shape=[17])), "truncated or damaged"),
     "unknown type": (lambda f: header(f, lambda c: [e.update(dtype="F8_E4M3", shape=[*e["shape"][:-1], 4 * e["shape"][-1]]) for k, e in c.items()
                                                     if k != "__metadata__"]), "is of type F8_E4M3"),
@@ -219,16 +236,17 @@ def test_shards_are_written_and_read(tmp_path):
         hf.open_directory(tmp_path)
 
 
-def test_load_lands_on_its_sharding():
-    from jaxlm import sharding
-    from jaxlm.config import MeshConfig
-
-    source = hf.open_directory(FIXTURES / "llama")
-    model = decoder.build(source.cfg)
-    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+@pytest.mark.parametrize("name", ["llama", "mixtral", "encoders/bert_masked", "encdec/t5_v1_1"])
+@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=4, tensor=2)])
+def test_load_lands_on_its_sharding(name, sizes):
+    """Split over eight devices it is what one device holds."""
+    source = hf.open_directory(FIXTURES / name)
+    model = kinds.build(source.cfg)
+    mesh = sharding.make_mesh(MeshConfig(**sizes))
     places = sharding.params_shardings(mesh, model.axes, jax.eval_shape(model.init, jax.random.key(0)))
     found = hf.load(source, places)
     jax.tree.map(lambda a, place: np.testing.assert_equal(a.sharding.is_equivalent_to(place, a.ndim), True), found, places)
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(found))
     equal(found, hf.load(source))
 
 
