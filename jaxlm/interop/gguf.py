@@ -232,7 +232,8 @@ def _fitting(values: np.ndarray, name: str, kind: str) -> np.ndarray:
     """`values` as they are, which must be finite and small enough: float16 ends at 65504, q8_0 where the scale of a block, its largest / 127, does."""
     largest, most = float(np.abs(hf_files.finite(values, name)).max()), {"F16": 65504.0, "Q8_0": 127 * 65504.0}.get(kind, math.inf)
     if largest > most:
-        raise ValueError(f"{name} holds {largest:g}, more than {kind} can, {most:g}: take --dtype=float32{' or q8_0' * (kind == 'F16' and largest <= 127 * 65504)}")
+        other = " or q8_0" if kind == "F16" and largest <= 127 * 65504 else ""
+        raise ValueError(f"{name} holds {largest:g}, more than {kind} can, {most:g}: take --dtype=float32{other}")
     return values
 
 

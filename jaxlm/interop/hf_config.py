@@ -72,7 +72,8 @@ def believable(values: Json, most: int = _MOST) -> None:
     size = lambda key: max(1, values.get(key) or 0)
     widest = max(size("heads") * size("head_size"), *map(size, ("feedforward", "expert_feedforward", "vocab_size", "context")))
     if size("width") * widest > 1 << 36 or size("experts") > _MOST_LAYERS:
-        raise ValueError(f"the model has a matrix of {size('width'):,} x {widest:,} and {size('experts'):,} experts, more than is believable: download it again")
+        raise ValueError(f"the model has a matrix of {size('width'):,} x {widest:,} and {size('experts'):,} experts, more than is believable: "
+                         "download it again")
 
 
 def write(cfg: TransformerConfig, architecture: str = "") -> tuple[Family, dict[str, Any]]:
