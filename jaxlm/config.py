@@ -60,6 +60,7 @@ class DataConfig:
     batch_size: int = 8  # rows of one optimiser step, over all devices, hosts and microbatches
     seed: int = 0  # order of documents and rows
     threads: int = 1  # reader threads of one process
+    workers: int = 0  # processes that prepare the corpus; 0: one for each core
     prefetch: int = 4  # batches read ahead
 
     def __post_init__(self):
@@ -67,7 +68,23 @@ class DataConfig:
               f"data.validation={self.validation} and data.test={self.test} must be shares that leave something to train on")
         for key in ("shard_bytes", "sequence_length", "batch_size", "prefetch"):
             _need(getattr(self, key) > 0, f"data.{key}={getattr(self, key)} must be positive")
-        _need(self.threads >= 0, f"data.threads={self.threads} must not be negative")
+        for key in ("threads", "workers"):
+            _need(getattr(self, key) >= 0, f"data.{key}={getattr(self, key)} must not be negative")
+
+
+@dataclass(frozen=True)
+class DedupConfig:
+    exact: bool = True  # documents whose text, as cleaned, occurred before are dropped
+    line_length: int = 0  # lines of at least so many characters that occurred before, in any document, are dropped; 0: off
+    near: float = 0.0  # near-duplicates are dropped: documents whose word shingles overlap (Jaccard) by at least this share; the longest stays; 0: off
+    shingle: int = 5  # words in a row that count as one shingle
+    permutations: int = 128  # MinHash values of a document: the similarity is known to sqrt(s (1 - s) / this)
+
+    def __post_init__(self):
+        _need(0 <= self.near <= 1, f"dedup.near={self.near} is a share: give a number from 0 (off) to 1, for example 0.8")
+        _need(self.line_length >= 0, f"dedup.line_length={self.line_length} must not be negative")
+        _need(1 <= self.shingle <= 100, f"dedup.shingle={self.shingle} must be in [1, 100]")
+        _need(8 <= self.permutations <= 1024, f"dedup.permutations={self.permutations} must be in [8, 1024]")
 
 
 @dataclass(frozen=True)
@@ -305,6 +322,7 @@ class EvalConfig:
 class Config:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    dedup: DedupConfig = field(default_factory=DedupConfig)
     model: TransformerConfig = field(default_factory=TransformerConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -27,29 +27,44 @@ _BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
 
 class Document(NamedTuple):
     id: str  # "path:line", "path:row" or "path:piece", counted from 1; unique in its corpus
-    source: str  # the file, or "python_docs"
-    text: str
+    source: str  # the entry of data.source
+    text: str | bytes
+    licence: str = ""
+    html: bool = False
 
 
-def documents(source: tuple[str, ...], text_key: str) -> Iterator[Document]:
-    """Reads all sources in the order given; files of a folder or glob in sorted order, a file that is named twice once.
-
-    Args:
-      source: files, folders (searched with their subfolders, hidden names left out) or globs (`**` too) of `SUFFIXES`, or "python_docs".
-        A .txt file is one document; one above 64 KiB is divided at blank lines into documents of 4 to 16 Ki characters, none lost.
-      text_key: the JSON field or Parquet column that holds the text.
-
-    Raises:
-      ValueError: one line that names the file, and the line or row, that cannot be read.
-    """
-    for name in _expand(source):
-        yield from python_docs() if name == PYTHON_DOCS else _read(name, text_key)
+class Skipped(NamedTuple):
+    id: str
+    source: str
+    reason: str
 
 
-def size_on_disk(source: tuple[str, ...]) -> dict[str, int]:
+class SourceFile(NamedTuple):
+    source: str
+    path: str
+    size: int
+
+
+def files(data) -> list[SourceFile]:
+    found = {}
+    for entry in data.source:
+        for path in _expand((entry,)):
+            found.setdefault(os.path.realpath(path), SourceFile(entry, path, 0 if path == PYTHON_DOCS else os.path.getsize(path)))
+    return list(found.values()) or _expand(())
+
+
+def read(file: SourceFile, data) -> Iterator[Document | Skipped]:
+    return (document._replace(source=file.source) for document in (python_docs() if file.path == PYTHON_DOCS else _read(file.path, data.text_key)))
+
+
+def documents(data) -> Iterator[Document]:
+    return (document for file in files(data) for document in read(file, data))
+
+
+def size_on_disk(data) -> dict[str, int]:
     """Number of files and their bytes; "python_docs" counts as none."""
-    paths = [name for name in _expand(source) if name != PYTHON_DOCS]
-    return {"files": len(paths), "bytes": sum(os.path.getsize(path) for path in paths)}
+    sizes = [file.size for file in files(data) if os.path.exists(file.path)]
+    return {"files": len(sizes), "bytes": sum(sizes)}
 
 
 def _expand(source: tuple[str, ...]) -> list[str]:

@@ -17,10 +17,10 @@ import shutil
 import struct
 import zlib
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from array_record.python import array_record_module
@@ -111,42 +111,75 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name when the block ends well, after everything is on the disk.
+def replacing(folder: Path, made_from: Mapping[str, Any], log: Callable[[str], None] = print) -> Iterator[tuple[Path, Path]]:
+    """Two temporary folders beside `folder`: the second takes its name when the block ends well, after everything is on the disk.
 
-    What an earlier, killed writer left is removed.
+    The first holds work that a later call goes on with if this one is killed or interrupted; only what was made from the same things, a JSON
+    value, is kept. Where the block ends with an error that the user must mend, nothing is left.
 
     Raises:
       ValueError: `folder` is there and not empty, or another process is writing it now.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already and holds no prepared corpus: choose another folder, or remove it")
-    parent, prefix = folder.absolute().parent, f".{folder.name}.preparing-"
+    parent = folder.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
-    for leftover in parent.glob(f"{prefix}*"):
-        _remove_unless_locked(leftover, folder)
-    temporary = parent / f"{prefix}{os.getpid()}"
-    corpus = temporary / "corpus"
-    corpus.mkdir(parents=True)
-    try:
-        with open(temporary / "lock", "w") as lock:  # the kernel lets go of it however this process ends
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield corpus
+    work = parent / f".{folder.name}.preparing"
+    with _lock(work, folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            shutil.rmtree(work)
+            raise ValueError(f"{folder} is there already and holds no prepared corpus: choose another folder, or remove it")
+        corpus = work / "corpus"
+        _begin(work, json.dumps(made_from, sort_keys=True), log)
+        corpus.mkdir()
+        try:
+            yield work, corpus
             for path in [*corpus.iterdir(), corpus]:
                 _fsync(path)
             os.rename(corpus, folder)
             _fsync(parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        except (ValueError, OSError):
+            shutil.rmtree(work)
+            raise
+        shutil.rmtree(work)
 
 
-def _remove_unless_locked(leftover: Path, folder: Path) -> None:
-    with contextlib.suppress(FileNotFoundError), open(leftover / "lock", "r+") as lock:
+def remove_leftover(folder: Path) -> None:
+    """Removes the work that a writer left which was killed after `folder` had its name."""
+    work = folder.absolute().parent / f".{folder.name}.preparing"
+    if work.exists():
+        with _lock(work, folder):
+            shutil.rmtree(work)
+
+
+def _begin(work: Path, made_from: str, log: Callable[[str], None]) -> None:
+    """Removes what cannot be gone on with."""
+    note = work / "made_from.json"
+    old = note.read_text(encoding="utf-8") if note.exists() else ""
+    for path in work.iterdir():
+        if path.name == "corpus" or path.name != "lock" and old != made_from:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if old == made_from:
+        log(f"going on with the work that was interrupted in {work}")
+    else:
+        if old:
+            log(f"the files or the config have changed since the work that was interrupted in {work}: it starts anew")
+        note.write_text(made_from, encoding="utf-8")
+
+
+def _lock(work: Path, folder: Path) -> TextIO:
+    """Takes `work/lock`, which the kernel lets go of however this process ends."""
+    while True:
+        work.mkdir(exist_ok=True)
+        lock = open(work / "lock", "w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(work / "lock")):
+                return lock
         except BlockingIOError:
-            raise ValueError(f"another process is preparing {folder} now ({leftover}): wait for it, or choose another folder") from None
-    shutil.rmtree(leftover)
+            lock.close()
+            raise ValueError(f"another process is preparing {folder} now ({work}): wait for it, or choose another folder") from None
+        except FileNotFoundError:  # its last owner has just removed it
+            pass
+        lock.close()
 
 
 def _fsync(path: Path) -> None:
