@@ -21,7 +21,7 @@ HOMES = {
     "optax": {"optim.py", "train/step.py"}, "flax": {"models/layers.py"}, "ml_collections": {"config.py"}, "safetensors": {"interop/hf_files.py"},
     "absl": {"cli.py", "bin/prepare.py", "bin/tokenizer.py", "bin/train.py", "bin/eval.py", "bin/generate.py",
              "bin/import.py", "bin/export.py"},
-    "tensorflow": set(), "torch": set(),
+    "apache_beam": {"data/beam.py"}, "tensorflow": set(), "torch": set(),
 }
 
 

@@ -89,7 +89,7 @@ class _Stages:
     def survivors(self) -> Survey:
         """Reads and cleans everything, then decides what lives."""
         cfg = self.config.dedup
-        self._run("clean", run.Work("cleaned", self.units, functools.partial(stages.read, self.config.data, self.work),
+        self._run("clean", run.Work("cleaned", self.work, self.units, functools.partial(stages.read, self.config.data, self.work),
                                     functools.partial(stages.clean_batch, self.config, self.work), lambda unit: unit.size,
                                     lambda unit: [file.path for file in unit.files]))
         with self._timed("de-duplicate"):
@@ -145,7 +145,7 @@ class _Stages:
 
     def _over(self, verb: str, name: str, tasks: list[stages.Living], function: Callable[[stages.Living], tuple[int, int]]) -> None:
         expand = functools.partial(_unless_done, self.work, name if name == "tokens" else "signed")
-        self._run(name, run.Work(verb, tasks, expand, function, functools.partial(_clean_size, self.work)))
+        self._run(name, run.Work(verb, self.work, tasks, expand, function, functools.partial(_clean_size, self.work)))
 
     def _run(self, name: str, work: run.Work) -> None:
         with self._timed(name):

@@ -23,6 +23,7 @@ class Work(NamedTuple):
     """One stage: `function` on every task that `expand` makes of every unit. All are pickled; results are files that `function` writes."""
 
     verb: str  # "cleaned": what progress says
+    folder: Path  # where the files go, which all workers see
     units: list[Any]
     expand: Callable[[Any], Iterable[Any]]
     function: Callable[[Any], tuple[int, int]]  # task -> documents and bytes of text that were dealt with
@@ -84,12 +85,12 @@ def _guarded(function: Callable[[Any], tuple[int, int]], task: Any) -> tuple[int
     try:
         return *function(task), None
     except (ValueError, OSError) as error:
-        if not mistake(error):
+        if not is_mistake(error):
             raise
-        return 0, 0, type(error)(*error.args)
+        return 0, 0, (OSError if isinstance(error, OSError) else ValueError)(str(error))
 
 
-def mistake(error: BaseException) -> bool:
+def is_mistake(error: BaseException) -> bool:
     """Whether an error tells the user what to change: the system's, or a ValueError that jaxlm itself raised; any other is our fault."""
     frames = list(traceback.walk_tb(error.__traceback__))
     ours = bool(frames) and Path(frames[-1][0].f_code.co_filename).is_relative_to(Path(__file__).parents[1])
