@@ -28,7 +28,9 @@ _BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
 class Document(NamedTuple):
     id: str  # "path:line", "path:row" or "path:piece", counted from 1; unique in its corpus
     source: str  # the file, or "python_docs"
-    text: str
+    text: str | bytes  # bytes: an HTML page, or a text file that is not UTF-8
+    licence: str = ""
+    html: bool = False
 
 
 def documents(source: tuple[str, ...], text_key: str) -> Iterator[Document]:
