@@ -43,6 +43,11 @@ class SourceFile(NamedTuple):
     size: int  # bytes on the disk; 0 where that is not known
 
 
+def sources(data: DataConfig) -> tuple[str, ...]:
+    """The names of all sources, in the order of `data.source`."""
+    return tuple(dict.fromkeys(_name(entry)[0] for entry in data.source))
+
+
 def files(data: DataConfig) -> list[SourceFile]:
     """All files of `data.source` in the order given, those of a folder or glob sorted; one that is named twice counts where it is named first.
 
@@ -56,7 +61,7 @@ def files(data: DataConfig) -> list[SourceFile]:
         name, given = _name(entry)
         for path, size in _expand(given, data):
             found.setdefault(path if size is None else os.path.realpath(path), SourceFile(name, path, size or 0))
-    names = list(dict.fromkeys(_name(entry)[0] for entry in data.source))
+    names = sources(data)
     for name, _ in data.licences:
         if name not in names:
             raise ValueError(f"data.licences names the source {name!r}, which data.source does not have: {', '.join(map(repr, names[:10]))}")

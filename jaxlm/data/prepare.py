@@ -43,14 +43,14 @@ def prepare(data: DataConfig, tokenizer_cfg: TokenizerConfig, folder: str | Path
     with shards.replacing(folder) as temporary:
         started = time.monotonic()
         tok = make_tokenizer(data, tokenizer_cfg, log=log)
-        writers = {split: shards.ShardWriter(temporary, split, tok.vocab_size, data.shard_bytes) for split in SPLITS}
+        writers = {split: shards.ShardWriter(temporary, split, tok.vocab_size, data.shard_bytes, corpora.sources(data)) for split in SPLITS}
         progress = _Progress("tokenised", log)
         dropped = 0
         for batch in _batches(_documents(data)):
             kept = [(document, split, size) for document, split, size in map(lambda d: (d, *_place(d.text, data)), batch) if size]
             dropped += len(batch) - len(kept)
             for (document, split, size), ids in zip(kept, tok.encode_batch([document.text for document, _, _ in kept])):
-                writers[split].add(document.id, np.concatenate([[tok.bos], ids, [tok.eos]]), size)
+                writers[split].add(document.id, np.concatenate([[tok.bos], ids, [tok.eos]]), size, document.source, document.licence)
             progress.add(len(kept), sum(size for _, _, size in kept))
         manifest = {
             "jaxlm": jaxlm.__version__,
