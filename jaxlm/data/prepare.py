@@ -18,22 +18,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import jaxlm
-from jaxlm.config import Config, DataConfig, DedupConfig, TokenizerConfig
+from jaxlm.config import CleanConfig, Config, DataConfig, DedupConfig, FilterConfig, TokenizerConfig
 from jaxlm.data import corpora, page, run, shards, stages, summary, tokenizer
 from jaxlm.data.survivors import SPLITS, Survey
 
 TIMINGS = "timings.json"
-_KEYS = ("source", "text_key", "validation", "test", "shard_bytes")  # of data: those that the bytes depend on
+_KEYS = ("source", "text_key", "id_key", "licence_key", "licences", "on_error", "validation", "test", "shard_bytes")  # of data: those that the bytes depend on
 
 
-def prepare(data: DataConfig, tokenizer_cfg: TokenizerConfig, folder: str | Path, *, dedup: DedupConfig = DedupConfig(),
-            log: Callable[[str], None] = print, runner: run.Runner | None = None) -> shards.Corpus:
+def prepare(data: DataConfig, tokenizer_cfg: TokenizerConfig, folder: str | Path, *, clean: CleanConfig = CleanConfig(), filter: FilterConfig = FilterConfig(),
+            dedup: DedupConfig = DedupConfig(), log: Callable[[str], None] = print, runner: run.Runner | None = None) -> shards.Corpus:
     """Prepares `data.source` in `folder`, or opens what was prepared there from the same config.
 
     Args:
       data: what to read and how to split it.
       tokenizer_cfg: the tokenizer to train or to load.
       folder: made whole or not at all; not there yet, empty, or prepared from the same config.
+      clean: what is done to each document, and which are kept.
+      filter: rules of quality.
       dedup: which documents are dropped for another one.
       log: receives progress, a line at a time.
       runner: who does the work; None: this machine, with `data.workers` processes. These import `__main__`, so a script that calls this
@@ -45,7 +47,7 @@ def prepare(data: DataConfig, tokenizer_cfg: TokenizerConfig, folder: str | Path
       KeyboardInterrupt: as it came; the work so far is kept for the next call, as it is after a kill.
     """
     folder = Path(folder)
-    config = _config(data, tokenizer_cfg, dedup)
+    config = _config(data, tokenizer_cfg, clean, filter, dedup)
     made_from = _made_from(config)
     if (folder / shards.MANIFEST).exists():
         shards.remove_leftover(folder)
@@ -66,10 +68,10 @@ def prepare(data: DataConfig, tokenizer_cfg: TokenizerConfig, folder: str | Path
     return shards.open_corpus(folder)
 
 
-def make_tokenizer(data: DataConfig, tokenizer_cfg: TokenizerConfig, work: str | Path, *, dedup: DedupConfig = DedupConfig(),
-                   log: Callable[[str], None] = print) -> tokenizer.Tokenizer:
+def make_tokenizer(data: DataConfig, tokenizer_cfg: TokenizerConfig, work: str | Path, *, clean: CleanConfig = CleanConfig(), filter: FilterConfig = FilterConfig(),
+                   dedup: DedupConfig = DedupConfig(), log: Callable[[str], None] = print) -> tokenizer.Tokenizer:
     """The tokenizer that `prepare` would make. `work`: an empty folder for what lies between, the text as cleaned among it."""
-    config = _config(data, tokenizer_cfg, dedup)
+    config = _config(data, tokenizer_cfg, clean, filter, dedup)
     stage = _Stages(config, Path(work), [] if _is_given(tokenizer_cfg) else corpora.files(config.data), log, None)
     return stage.train_tokenizer(None if _is_given(tokenizer_cfg) else stage.survivors())
 
@@ -180,7 +182,7 @@ def _write(stage: _Stages, survey: Survey, tok: tokenizer.Tokenizer, out: Path, 
     stage.tokenise(survey, tok)
     data = stage.config.data
     with stage._timed("shards"):
-        splits, writers = survey.splits(data), {split: shards.ShardWriter(out, split, tok.vocab_size, data.shard_bytes) for split in SPLITS}
+        splits, writers = survey.splits(data), {split: shards.ShardWriter(out, split, tok.vocab_size, data.shard_bytes, corpora.sources(data)) for split in SPLITS}
         tokens = summary.Tokens(tok)
         for batch in survey.batches:
             rows = np.flatnonzero(survey.live[batch.documents])
@@ -195,7 +197,7 @@ def _write(stage: _Stages, survey: Survey, tok: tokenizer.Tokenizer, out: Path, 
                 document = row + batch.documents.start
                 source, licence = survey.origins[survey.origin[document]]
                 split = SPLITS[splits[document]]
-                writers[split].add(ids[row].decode("utf-8", "surrogateescape"), sequence, int(size))
+                writers[split].add(ids[row].decode("utf-8", "surrogateescape"), sequence, int(size), source, licence)
                 tokens.document(source, licence, split, len(sequence), int(size))
         entries = {split: writer.close() for split, writer in writers.items()}
         report = summary.report(made_from, survey, tokens, entries)
@@ -213,10 +215,10 @@ def _write(stage: _Stages, survey: Survey, tok: tokenizer.Tokenizer, out: Path, 
     return manifest, report
 
 
-def _config(data: DataConfig, tokenizer_cfg: TokenizerConfig, dedup: DedupConfig) -> Config:
+def _config(data: DataConfig, tokenizer_cfg: TokenizerConfig, clean: CleanConfig, filter: FilterConfig, dedup: DedupConfig) -> Config:
     """The parts that the bytes depend on; what concerns the model alone stays at its defaults."""
     free = {key: DataConfig.__dataclass_fields__[key].default for key in ("sequence_length", "batch_size")}
-    return Config(data=dataclasses.replace(data, **free), tokenizer=tokenizer_cfg, dedup=dedup)
+    return Config(data=dataclasses.replace(data, **free), tokenizer=tokenizer_cfg, clean=clean, filter=filter, dedup=dedup)
 
 
 def _is_given(cfg: TokenizerConfig) -> bool:
@@ -225,17 +227,26 @@ def _is_given(cfg: TokenizerConfig) -> bool:
 
 def _made_from(config: Config) -> dict[str, Any]:
     made_from = {f"data.{key}": getattr(config.data, key) for key in _KEYS}
-    for part in ("tokenizer", "dedup"):
+    for part in ("tokenizer", "clean", "filter", "dedup"):
         made_from |= {f"{part}.{key}": value for key, value in dataclasses.asdict(getattr(config, part)).items()}
     return json.loads(json.dumps(made_from))
 
 
 def _fingerprints(files: list[corpora.SourceFile], made_from: Mapping[str, Any]) -> list[Any]:
     """Sizes and times of change of all files that are read or that the config names: where one differs, work is not gone on with."""
-    named = [text for value in made_from.values() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
-    paths = [file.path for file in files] + [os.path.expanduser(text) for text in named if text and os.path.exists(os.path.expanduser(text))]
-    found = [path if not os.path.exists(path) else (path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+    named = [os.path.expanduser(text) for value in made_from.values() for text in _texts(value)]
+    named = [path if os.path.exists(path) else path.rpartition(":")[0] for path in named]  # "path.jsonl:field"
+    paths = [file.path for file in files] + [path for path in named if os.path.exists(path)]
+    found = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) if os.path.exists(path) else path for path in paths]
     return [sys.version, stages.UNIT_BYTES, stages.BATCH_BYTES, found]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
 
 
 def _reuse(folder: Path, made_from: Mapping[str, Any], data: DataConfig, log: Callable[[str], None]) -> shards.Corpus:

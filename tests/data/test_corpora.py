@@ -4,15 +4,17 @@ import re
 
 import pytest
 
-from jaxlm.data import corpora
+from jaxlm.config import DataConfig
+from jaxlm.data import corpora, python_docs, readers
 
 
-def read(*source, key="text"):
-    return list(corpora.documents(tuple(map(str, source)), key))
+def read(*source, key="text", **options):
+    data = DataConfig(source=tuple(map(str, source)), text_key=key, **options)
+    return [document for file in corpora.files(data) for document in corpora.read(file, data)]
 
 
-def texts(*source, key="text"):
-    return [document.text for document in read(*source, key=key)]
+def texts(*source, key="text", **options):
+    return [document.text for document in read(*source, key=key, **options)]
 
 
 LINES = ["one", "two\nlines \r\n", "", "é 😀 \u2581", "nul \0"]
@@ -63,8 +65,8 @@ def test_large_text_is_divided_and_nothing_is_lost(tmp_path):
 
 def test_pieces_do_not_depend_on_the_blocks_they_are_read_in():
     text = "".join("line of text\n" * (i % 700) + "\n \n\n" for i in range(60))
-    whole = list(corpora._pieces(iter([text])))
-    assert list(corpora._pieces(text[i:i + 997] for i in range(0, len(text), 997))) == whole
+    whole = list(readers.pieces(iter([text])))
+    assert list(readers.pieces(text[i:i + 997] for i in range(0, len(text), 997))) == whole
 
 
 def test_folders_globs_and_files_named_twice(tmp_path, monkeypatch):
@@ -78,7 +80,7 @@ def test_folders_globs_and_files_named_twice(tmp_path, monkeypatch):
     assert texts(tmp_path / "b/x.txt", tmp_path) == ["b/x.txt", "a.txt", "b/c/y.jsonl", ""]
     monkeypatch.chdir(tmp_path)
     assert [document.id for document in read("a.txt", "./a.txt", "b")] == ["a.txt:1", "b/c/y.jsonl:1", "b/x.txt:1"]
-    assert corpora.size_on_disk((str(tmp_path), "python_docs")) == {"files": 4, "bytes": 5 + 7 + 23}
+    assert corpora.size_on_disk(DataConfig(source=(str(tmp_path), "python_docs"))) == {"files": 4, "bytes": 5 + 7 + 23}
 
 
 HALF = '{"text": "\\ud800"}'
@@ -91,9 +93,7 @@ HALF = '{"text": "\\ud800"}'
     ("a.txt", b"", "{path} is empty"),
     ("a.txt", b"one\ntwo\0\n", "{path}, line 2: a NUL byte"),
     ("a.txt", b"a\n" * 50_000 + b"\0", "{path}, line 50001: a NUL byte"),
-    ("a.txt", b"one\n\ncaf\xe9\n", "{path}, line 3: not UTF-8 (byte 0xe9"),
-    ("a.txt", b"line\n" * 700_000 + b"\xc3", "{path}, line 700001: not UTF-8 (byte 0xc3"),
-    ("a.txt", "text".encode("utf-16"), "{path}, line 1: a NUL byte: the file is binary or UTF-16"),
+    ("a.txt", "text".encode("utf-16-le"), "{path}, line 1: a NUL byte: the file is binary or UTF-16"),
     ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "{path}, line 2: not UTF-8"),
     ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "{path}, line 3: not JSON"),
     ("a.jsonl", b"[" * 100_000, "{path}, line 1: not JSON"),
@@ -160,12 +160,12 @@ def test_a_missing_extra_is_one_line(tmp_path, monkeypatch):
 
 
 def test_python_docs():
-    found = corpora.python_docs()
-    assert 1.5e6 < sum(len(document.text.encode()) for document in found) < 4e6
-    assert len({document.text for document in found}) == len({document.id for document in found}) == len(found)
-    assert [document.id for document in found] == sorted(document.id for document in found)
-    by_id = {document.id: document.text for document in found}
-    assert by_id["python_docs:json/decoder.py"].startswith(
+    found = python_docs.texts()
+    assert 1.5e6 < sum(len(text.encode()) for _, text in found) < 4e6
+    by_id = dict(found)
+    assert len(set(by_id.values())) == len(by_id) == len(found) and list(by_id) == sorted(by_id)
+    assert [document.id for document in read("python_docs")] == [f"python_docs:{name}" for name in by_id]
+    assert by_id["json/decoder.py"].startswith(
         "json.decoder\n\nImplementation of JSONDecoder\n\nJSONDecodeError\n\nSubclass of ValueError")
     assert not any("/test/" in name or "/tests/" in name or "site-packages" in name for name in by_id)
 
@@ -177,9 +177,9 @@ def test_python_docs_without_topics_and_with_files_that_do_not_parse(tmp_path, m
     (tmp_path / "bad.py").write_text("def (")
     (tmp_path / "binary.py").write_bytes(b"\0\xff")
     monkeypatch.setitem(__import__("sys").modules, "pydoc_data", None)
-    monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name: str(tmp_path))
-    found = corpora.python_docs.__wrapped__()
-    assert [document.text for document in found] == ["copy\n\nSame.", "good\n\nFirst.\n\nf\n\nSecond.\n\ng\n\nThird ?.\n\nC\n\nFourth."]
-    monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name: str(tmp_path / "none"))
+    monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda name: str(tmp_path))
+    found = python_docs.texts.__wrapped__()
+    assert [text for _, text in found] == ["copy\n\nSame.", "good\n\nFirst.\n\nf\n\nSecond.\n\ng\n\nThird ?.\n\nC\n\nFourth."]
+    monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda name: str(tmp_path / "none"))
     with pytest.raises(ValueError, match="has neither pydoc_data nor the standard library's source"):
-        corpora.python_docs.__wrapped__()
+        python_docs.texts.__wrapped__()

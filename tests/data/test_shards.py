@@ -65,7 +65,7 @@ def test_a_flipped_bit_elsewhere_is_noticed_on_opening(corpus, tmp_path, tokens)
             shards.verify(folder)
         shutil.rmtree(folder)
     indexes = {f"{kind}-{split}.npz" for kind in ("ids", "lengths") for split in prepare.SPLITS}
-    assert set(names) == {"manifest.json", "tokenizer.json"} | indexes
+    assert set(names) == {"manifest.json", "tokenizer.json", "features.json", "dataset_info.json"} | indexes
 
 
 def test_a_cut_or_missing_shard_is_named(copy):
@@ -139,7 +139,7 @@ def test_no_manifest_an_old_one_or_no_json(copy, tmp_path):
     manifest = copy / "manifest.json"
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps(content | {"format": 0}))
-    with pytest.raises(ValueError, match="manifest.json has format 0, this jaxlm reads format 1"):
+    with pytest.raises(ValueError, match="manifest.json has format 0, this jaxlm reads format 2"):
         shards.open_corpus(copy)
     for broken in ("", "[]", "{}", json.dumps(content)[:-20], json.dumps(content | {"jaxlm": "9.9"})):
         manifest.write_text(broken)
