@@ -4,6 +4,7 @@ The order of the stages; what each does to a batch stands in stages.py, what de-
 give the same bytes, wherever and whenever, for any number of workers and any runner, and after any number of interruptions.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -52,17 +53,19 @@ def prepare(data: DataConfig, tokenizer_cfg: TokenizerConfig, folder: str | Path
     if (folder / shards.MANIFEST).exists():
         shards.remove_leftover(folder)
         return _reuse(folder, made_from, config.data, log)
-    files = corpora.files(config.data)
+    files = _files(config.data, folder)
     with shards.replacing(folder, [jaxlm.__version__, made_from, *_fingerprints(files, made_from)], log) as (work, out):
-        stage = _Stages(config, work, files, log, runner)
+        workers = _workers(config.data, files)
         try:
-            survey = stage.survivors()
-            tok = stage.train_tokenizer(survey)
-            manifest, report = _write(stage, survey, tok, out, made_from)
+            with contextlib.nullcontext(runner) if runner else run.local(workers) as runner:
+                stage = _Stages(config, work, files, log, runner)
+                survey = stage.survivors()
+                tok = stage.train_tokenizer(survey)
+                manifest, report = _write(stage, survey, tok, out, made_from, files)
         except KeyboardInterrupt:
             log(f"interrupted: the same command goes on from here ({work}); to start anew, delete that folder")
             raise
-        (out / TIMINGS).write_text(json.dumps(stage.timings(), indent=1) + "\n")
+        (out / TIMINGS).write_text(json.dumps({"workers": workers, "stages": stage.timings()}, indent=1) + "\n")
     log(summary.table(manifest, report))
     log(f"prepared {folder} in {sum(stage.seconds.values()):.1f} s; see {folder / page.NAME}")
     return shards.open_corpus(folder)
@@ -72,19 +75,22 @@ def make_tokenizer(data: DataConfig, tokenizer_cfg: TokenizerConfig, work: str |
                    dedup: DedupConfig = DedupConfig(), log: Callable[[str], None] = print) -> tokenizer.Tokenizer:
     """The tokenizer that `prepare` would make. `work`: an empty folder for what lies between, the text as cleaned among it."""
     config = _config(data, tokenizer_cfg, clean, filter, dedup)
-    stage = _Stages(config, Path(work), [] if _is_given(tokenizer_cfg) else corpora.files(config.data), log, None)
-    return stage.train_tokenizer(None if _is_given(tokenizer_cfg) else stage.survivors())
+    files = [] if _is_given(tokenizer_cfg) else corpora.files(config.data)
+    with run.local(_workers(config.data, files)) as runner:
+        stage = _Stages(config, Path(work), files, log, runner)
+        return stage.train_tokenizer(stage.survivors() if files else None)
+
+
+def _workers(data: DataConfig, files: list[corpora.SourceFile]) -> int:
+    """A pool takes a second to start: no more workers than there are batches, if it is left to us."""
+    return data.workers or max(1, min(os.cpu_count() or 1, sum(file.size for file in files) // stages.BATCH_BYTES))
 
 
 class _Stages:
     """The stages of one preparation, each over all batches before the next one begins."""
 
-    def __init__(self, config: Config, work: Path, files: list[corpora.SourceFile], log: Callable[[str], None], runner: run.Runner | None):
-        self.config, self.work, self.log, self.units = config, work, log, stages.units(files)
-        # A pool costs half a second: no more workers than there are batches, if it is left to us.
-        size = sum(file.size for file in files)
-        self.workers = config.data.workers or max(1, min(os.cpu_count() or 1, size // stages.BATCH_BYTES))
-        self._runner = runner or run.local(self.workers)
+    def __init__(self, config: Config, work: Path, files: list[corpora.SourceFile], log: Callable[[str], None], runner: run.Runner):
+        self.config, self.work, self.log, self.units, self._runner = config, work, log, stages.units(files), runner
         self.seconds: dict[str, float] = {}
         self.bytes: dict[str, int] = {}
 
@@ -141,9 +147,8 @@ class _Stages:
 
     def timings(self) -> dict[str, Any]:
         """Seconds of each stage in this run, and text that went through it, MB/s."""
-        stage = {name: {"seconds": round(seconds, 3)} | ({"bytes": self.bytes[name], "MB/s": round(self.bytes[name] / seconds / 1e6, 2)}
-                                                          if self.bytes.get(name) else {}) for name, seconds in self.seconds.items()}
-        return {"workers": self.workers, "stages": stage}
+        rates = {name: {"bytes": size, "MB/s": round(size / self.seconds[name] / 1e6, 2)} for name, size in self.bytes.items()}
+        return {name: {"seconds": round(seconds, 3)} | rates.get(name, {}) for name, seconds in self.seconds.items()}
 
     def _over(self, verb: str, name: str, tasks: list[stages.Living], function: Callable[[stages.Living], tuple[int, int]]) -> None:
         expand = functools.partial(_unless_done, self.work, name if name == "tokens" else "signed")
@@ -177,7 +182,8 @@ def _clean_size(work: Path, living: stages.Living) -> int:
     return stages.name(work, "clean", living.unit, living.batch).stat().st_size
 
 
-def _write(stage: _Stages, survey: Survey, tok: tokenizer.Tokenizer, out: Path, made_from: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _write(stage: _Stages, survey: Survey, tok: tokenizer.Tokenizer, out: Path, made_from: Mapping[str, Any],
+           files: list[corpora.SourceFile]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tokens, shards, report and manifest."""
     stage.tokenise(survey, tok)
     data = stage.config.data
@@ -206,7 +212,7 @@ def _write(stage: _Stages, survey: Survey, tok: tokenizer.Tokenizer, out: Path, 
         manifest = {
             "jaxlm": jaxlm.__version__,
             "made_from": made_from,
-            "source": corpora.size_on_disk(data),
+            "source": _size(files),
             "empty_documents_dropped": report["removed"].get("clean.empty", {}).get("documents", 0),
             "tokenizer": shards.file_entry(tok.save(out)) | {k: getattr(tok, k) for k in ("kind", "vocab_size", "bos", "eos", "pad")},
             "splits": entries,
@@ -230,6 +236,18 @@ def _made_from(config: Config) -> dict[str, Any]:
     for part in ("tokenizer", "clean", "filter", "dedup"):
         made_from |= {f"{part}.{key}": value for key, value in dataclasses.asdict(getattr(config, part)).items()}
     return json.loads(json.dumps(made_from))
+
+
+def _files(data: DataConfig, folder: Path) -> list[corpora.SourceFile]:
+    """The files of the sources but what lies in `folder`: a report may lie where pages are read from."""
+    inside = os.path.join(os.path.realpath(folder), "")
+    return [file for file in corpora.files(data) if not os.path.realpath(file.path).startswith(inside)]
+
+
+def _size(files: list[corpora.SourceFile]) -> dict[str, int]:
+    """Number of files and their bytes; what Python or TFDS hold counts as none."""
+    sizes = [file.size for file in files if os.path.exists(file.path)]
+    return {"files": len(sizes), "bytes": sum(sizes)}
 
 
 def _fingerprints(files: list[corpora.SourceFile], made_from: Mapping[str, Any]) -> list[Any]:
@@ -260,7 +278,7 @@ def _reuse(folder: Path, made_from: Mapping[str, Any], data: DataConfig, log: Ca
         raise ValueError(f"{folder} was prepared from another config ({'; '.join(changes)}): choose another data.dir, or delete it")
     log(f"using the corpus prepared in {folder}")
     try:
-        now = corpora.size_on_disk(data)
+        now = _size(_files(data, folder))
     except ValueError:  # shards may be used where the raw text is not
         return corpus
     if now != corpus.manifest["source"]:

@@ -1,7 +1,7 @@
 """Work over many processes of one machine: tasks in, one finished file each out; progress; what a user did wrong, through the pool unharmed."""
 
 import contextlib
-import itertools
+import functools
 import multiprocessing
 import os
 import signal
@@ -34,51 +34,51 @@ class Work(NamedTuple):
 Runner = Callable[[Work, Callable[[str], None]], None]
 
 
-def local(workers: int) -> Runner:
+@contextlib.contextmanager
+def local(workers: int) -> Iterator[Runner]:
     """A runner: tasks are made in this process and done by `workers` others, or by this one if that is 1.
 
     Memory is bounded: at most 2 tasks for each worker exist at a time. Workers end with this process, however it ends.
     """
-    def run(work: Work, log: Callable[[str], None]) -> None:
-        progress = _Progress(work, log)
-        if workers == 1:
-            for task in progress.tasks():
-                progress.add(*work.function(task))
-        else:
-            _in_pool(work, workers, progress)
-
-    return run
-
-
-def _in_pool(work: Work, workers: int, progress: "_Progress") -> None:
-    tasks = progress.tasks()
-    first = list(itertools.islice(tasks, 1))
-    if not first:  # all was done before
+    if workers == 1:
+        yield _here
         return
+    # Spawned, not forked: the parent may have threads (jax). The workers are started with the first tasks and serve all stages.
     pool = futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_live_with_parent)
-    waiting: set[futures.Future] = set()
-
-    def take(done: Iterable[futures.Future]) -> None:
-        for future in done:
-            documents, size, mistake = future.result()
-            if mistake is not None:
-                raise mistake
-            progress.add(documents, size)
-
     try:
-        for task in itertools.chain(first, tasks):
-            if len(waiting) >= _WAITING * workers:
-                done, waiting = futures.wait(waiting, return_when=futures.FIRST_COMPLETED)
-                take(done)
-            waiting.add(pool.submit(_guarded, work.function, task))
-        while waiting:
-            done, waiting = futures.wait(waiting, return_when=futures.FIRST_COMPLETED)
-            take(done)
+        yield functools.partial(_in_pool, pool, workers)
     except BrokenProcessPool:
         raise RuntimeError(f"a worker process ended without a word, most likely for lack of memory ({workers} workers): run the same command again, it goes "
                            "on from here; fewer workers (config.data.workers) need less") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _here(work: Work, log: Callable[[str], None]) -> None:
+    progress = _Progress(work, log)
+    for task in progress.tasks():
+        progress.add(*work.function(task))
+
+
+def _in_pool(pool: futures.Executor, workers: int, work: Work, log: Callable[[str], None]) -> None:
+    progress = _Progress(work, log)
+    waiting: set[futures.Future] = set()
+
+    def take(most: int) -> None:
+        """Waits until at most so many tasks are in flight."""
+        nonlocal waiting
+        while len(waiting) > most:
+            done, waiting = futures.wait(waiting, return_when=futures.FIRST_COMPLETED)
+            for future in done:
+                documents, size, mistake = future.result()
+                if mistake is not None:
+                    raise mistake
+                progress.add(documents, size)
+
+    for task in progress.tasks():
+        take(_WAITING * workers - 1)
+        waiting.add(pool.submit(_guarded, work.function, task))
+    take(0)
 
 
 def _guarded(function: Callable[[Any], tuple[int, int]], task: Any) -> tuple[int, int, Exception | None]:
