@@ -208,7 +208,7 @@ def _write(stage: _Stages, survey: Survey, tok: tokenizer.Tokenizer, out: Path, 
         entries = {split: writer.close() for split, writer in writers.items()}
         report = summary.report(made_from, survey, tokens, entries)
         (out / summary.NAME).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (out / page.NAME).write_text(page.html(report), encoding="utf-8")
+        (out / page.NAME).write_text(page.render(report), encoding="utf-8")
         manifest = {
             "jaxlm": jaxlm.__version__,
             "made_from": made_from,
