@@ -402,7 +402,6 @@ class EvalConfig:
 class Config:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    dedup: DedupConfig = field(default_factory=DedupConfig)
     model: TransformerConfig = field(default_factory=TransformerConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -412,6 +411,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     clean: CleanConfig = field(default_factory=CleanConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
+    dedup: DedupConfig = field(default_factory=DedupConfig)
 
     def __post_init__(self):
         rows, parts = self.data.batch_size, self.train.microbatches

@@ -21,16 +21,18 @@ nav a { margin-right: 1rem; color: var(--bar); text-decoration: none; }
 .tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem 1rem; min-width: 9rem; }
 .tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; } .tile span { color: var(--soft); font-size: .85rem; }
-table { border-collapse: collapse; width: 100%; margin: .4rem 0 1rem; } th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; }
+table { border-collapse: collapse; width: 100%; margin: .4rem 0 1rem; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; } th { color: var(--soft); font-weight: 600; font-size: .85rem; }
-td.bar { width: 34%; } td.bar div { background: var(--bar); height: .8rem; border-radius: 2px; min-width: 1px; } td.bar.bad div { background: var(--bad); }
+td small { display: block; color: var(--soft); } td.bar { width: 30%; min-width: 8rem; } td.bar div { background: var(--bar); height: .8rem; border-radius: 2px; min-width: 1px; } td.bar.bad div { background: var(--bad); }
 .scroll { overflow-x: auto; }
 details { margin: .3rem 0; border: 1px solid var(--line); border-radius: .4rem; padding: .3rem .8rem; } summary { cursor: pointer; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); border-radius: .3rem; padding: .5rem .7rem; margin: .3rem 0; font-size: 12.5px; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem; } .id { color: var(--soft); font-size: .8rem; overflow-wrap: anywhere; }
 .piece { display: inline-block; background: var(--card); border: 1px solid var(--line); border-radius: .3rem; padding: 0 .4rem; margin: .12rem;
   font: 12.5px monospace; white-space: pre; } .piece i { color: var(--soft); font-style: normal; }
-svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 11px; } svg rect { fill: var(--bar); } svg rect.behind { fill: var(--bar2); }
+svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 11px; }
+svg rect { fill: var(--bar); } svg rect.behind { fill: var(--bar2); }
 """
 
 _EXPLAIN = {
@@ -73,10 +75,10 @@ def _tiles(report: Mapping[str, Any]) -> str:
 
 def _remains(report: Mapping[str, Any]) -> str:
     most = max(1, report["funnel"][0]["documents"])
-    rows = [[_text(step["step"]), _text(_EXPLAIN.get(step["step"], "")), _number(step["documents"]), f"{step['documents'] / most:.1%}",
+    rows = [[f'{_text(step["step"])}<small>{_text(_EXPLAIN.get(step["step"], ""))}</small>', _number(step["documents"]), f"{step['documents'] / most:.1%}",
              _number(-step["removed"]) if "removed" in step else "", _size(step["bytes"]) if "bytes" in step else "", _bar(step["documents"] / most)]
             for step in report["funnel"]]
-    return "<p>Documents that are left after each step.</p>" + _table(["after", "", ">documents", ">share", ">removed", ">text", "="], rows)
+    return "<p>Documents that are left after each step.</p>" + _table(["after", ">documents", ">share", ">removed", ">text", "="], rows)
 
 
 def _removed(report: Mapping[str, Any]) -> str:
@@ -89,7 +91,8 @@ def _removed(report: Mapping[str, Any]) -> str:
         parts.append("<p>A document counts for the first rule that it breaks. Values are those that broke the rule.</p>"
                      + _table(["rule", ">documents", ">share", ">text", ">values", "=bad"], rows))
     if report["skipped"]:
-        parts.append("<h3>Records that cannot be read</h3>" + _table(["reason", ">records"], [[_text(reason), _number(n)] for reason, n in report["skipped"].items()]))
+        rows = [[_text(reason), _number(number)] for reason, number in report["skipped"].items()]
+        parts.append("<h3>Records that cannot be read</h3>" + _table(["reason", ">records"], rows))
     for rule, examples in report["examples"].items():
         if rule == "dedup.near":
             continue
@@ -118,7 +121,8 @@ def _duplicates(report: Mapping[str, Any]) -> str:
         for example in report["examples"].get("dedup.near", ()):
             sides = "".join(f'<div><div class="id">{what} {_text(side["id"])}</div><pre>{_text(side["text"])}</pre></div>'
                             for what, side in (("dropped:", example), ("kept:", example["kept"])))
-            parts.append(f"<details><summary>similarity {example['value']:.2f}: {_text(example['text'][:80])}</summary><div class=\"pair\">{sides}</div></details>")
+            title = f"similarity {example['value']:.2f}: {_text(example['text'][:80])}"
+            parts.append(f'<details><summary>{title}</summary><div class="pair">{sides}</div></details>')
     return "".join(parts)
 
 
@@ -130,17 +134,17 @@ def _lengths(report: Mapping[str, Any]) -> str:
 def _languages(report: Mapping[str, Any]) -> str:
     rows = list(report["languages"].items())
     most = max((entry["documents"] for _, entry in rows), default=1)
-    more = f"<p>and {len(rows) - _SHOWN} more</p>" if len(rows) > _SHOWN else ""
-    return _table(["language", ">documents", ">text", "="], [
-        [_text(code), _number(entry["documents"]), _size(entry["bytes"]), _bar(entry["documents"] / most)] for code, entry in rows[:_SHOWN]]) + more if rows else ""
+    more = f"<p>and {len(rows) - _SHOWN} more in report.json</p>" if len(rows) > _SHOWN else ""
+    cells = [[_text(code), _number(entry["documents"]), _size(entry["bytes"]), _bar(entry["documents"] / most)] for code, entry in rows[:_SHOWN]]
+    return _table(["language", ">documents", ">text", "="], cells) + more if rows else ""
 
 
 def _tokens(report: Mapping[str, Any]) -> str:
     tokens = report["tokens"]
     pieces = "".join(f'<span class="piece">{_text(item["piece"])} <i>{item["times"]:,}</i></span>' for item in tokens["most_frequent"])
     unused = "".join(f'<span class="piece">{_text(piece)}</span>' for piece in tokens["unused_examples"])
-    return (f"<p>{tokens['total']:,} tokens, {tokens['bytes_per_token']:.2f} bytes of text per token; {tokens['unused']:,} of {tokens['vocab_size']:,} entries of the "
-            "vocabulary do not occur.</p><h3>Tokens of a document</h3>" + _histogram(tokens["document_lengths"], {}, "tokens")
+    return (f"<p>{tokens['total']:,} tokens, {tokens['bytes_per_token']:.2f} bytes of text per token; {tokens['unused']:,} of {tokens['vocab_size']:,} "
+            "entries of the vocabulary do not occur.</p><h3>Tokens of a document</h3>" + _histogram(tokens["document_lengths"], {}, "tokens")
             + f"<h3>Most frequent</h3><div>{pieces}</div>" + (f"<h3>Not used</h3><div>{unused}</div>" if unused else ""))
 
 

@@ -71,9 +71,9 @@ def prepare(data: DataConfig, tokenizer_cfg: TokenizerConfig, folder: str | Path
     return shards.open_corpus(folder)
 
 
-def make_tokenizer(data: DataConfig, tokenizer_cfg: TokenizerConfig, work: str | Path, *, clean: CleanConfig = CleanConfig(), filter: FilterConfig = FilterConfig(),
-                   dedup: DedupConfig = DedupConfig(), log: Callable[[str], None] = print) -> tokenizer.Tokenizer:
-    """The tokenizer that `prepare` would make. `work`: an empty folder for what lies between, the text as cleaned among it."""
+def make_tokenizer(data: DataConfig, tokenizer_cfg: TokenizerConfig, work: str | Path, *, clean: CleanConfig = CleanConfig(),
+                   filter: FilterConfig = FilterConfig(), dedup: DedupConfig = DedupConfig(), log: Callable[[str], None] = print) -> tokenizer.Tokenizer:
+    """The tokenizer that `prepare` would make. `work`: an empty or new folder for what lies between, the text as cleaned among it."""
     config = _config(data, tokenizer_cfg, clean, filter, dedup)
     files = [] if _is_given(tokenizer_cfg) else corpora.files(config.data)
     with run.local(_workers(config.data, files)) as runner:
@@ -91,6 +91,7 @@ class _Stages:
 
     def __init__(self, config: Config, work: Path, files: list[corpora.SourceFile], log: Callable[[str], None], runner: run.Runner):
         self.config, self.work, self.log, self.units, self._runner = config, work, log, stages.units(files), runner
+        work.mkdir(parents=True, exist_ok=True)
         self.seconds: dict[str, float] = {}
         self.bytes: dict[str, int] = {}
 
@@ -188,7 +189,8 @@ def _write(stage: _Stages, survey: Survey, tok: tokenizer.Tokenizer, out: Path, 
     stage.tokenise(survey, tok)
     data = stage.config.data
     with stage._timed("shards"):
-        splits, writers = survey.splits(data), {split: shards.ShardWriter(out, split, tok.vocab_size, data.shard_bytes, corpora.sources(data)) for split in SPLITS}
+        splits, names = survey.splits(data), corpora.sources(data)
+        writers = {split: shards.ShardWriter(out, split, tok.vocab_size, data.shard_bytes, names) for split in SPLITS}
         tokens = summary.Tokens(tok)
         for batch in survey.batches:
             rows = np.flatnonzero(survey.live[batch.documents])

@@ -201,8 +201,10 @@ def _replace(path: Path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(f"writing {path} failed: {error.strerror or error}") from None
         raise
 
 

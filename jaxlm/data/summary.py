@@ -92,10 +92,10 @@ def table(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     rules = {rule: entry for rule, entry in report["removed"].items() if rule != "clean.empty"}
     if rules:
         read = report["read"]["documents"]
-        lines.append(f"{'removed by':<32} {'documents':>12} {'share':>7} {'text bytes':>16}")
-        lines += [f"{rule:<32} {entry['documents']:>12,} {entry['documents'] / read:>7.1%} {entry['bytes']:>16,}" for rule, entry in rules.items()]
+        lines.append(f"{'removed by':<40} {'documents':>12} {'share':>7} {'text bytes':>16}")
+        lines += [f"{rule:<40} {entry['documents']:>12,} {entry['documents'] / read:>7.1%} {entry['bytes']:>16,}" for rule, entry in rules.items()]
     for what, entry in report["changed"].items():
-        lines.append(f"{'changed by ' + what:<32} {entry.get('documents', 0):>12,} documents, {entry.get('times', 0):,} times")
+        lines.append(f"{'changed by ' + what:<40} {entry.get('documents', 0):>12,} documents, {entry.get('times', 0):,} times")
     lines.append(f"{'split':<10} {'documents':>12} {'text bytes':>16} {'tokens':>16} {'bytes/token':>12} {'shards':>7}")
     for name, split in manifest["splits"].items():
         ratio = split["text_bytes"] / max(split["tokens"] - 2 * split["documents"], 1)

@@ -43,7 +43,8 @@ class Survey:
                 with stages.load(folder, "clean", unit.number, number) as batch:
                     report = json.loads(batch["report"].tobytes())
                     here = np.array([numbers.setdefault(tuple(origin), len(numbers)) for origin in report["origins"]], np.int32)
-                    values = batch["digests"], np.diff(batch["text_ends"], prepend=0), here[batch["origin"]] if len(here) else batch["origin"], batch["line_counts"]
+                    origin = here[batch["origin"]] if len(here) else batch["origin"]
+                    values = batch["digests"], np.diff(batch["text_ends"], prepend=0), origin, batch["line_counts"]
                 self.counts.merge(report["counts"])
                 for array, value in zip(arrays, values):
                     array.append(value)

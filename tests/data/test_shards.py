@@ -53,7 +53,8 @@ def test_one_flipped_bit_is_never_other_tokens(corpus, tmp_path, tokens):
 
 def test_a_flipped_bit_elsewhere_is_noticed_on_opening(corpus, tmp_path, tokens):
     rng = random.Random(1)
-    names = [path.name for path in corpus.folder.iterdir() if not path.name.endswith(".array_record")]
+    for_people = {"report.json", "report.html", "timings.json"}
+    names = [path.name for path in corpus.folder.iterdir() if not path.name.endswith(".array_record") and path.name not in for_people]
     for name in names * 3:
         folder = shutil.copytree(corpus.folder, tmp_path / "flipped")
         flip(folder / name, rng.randrange((folder / name).stat().st_size), rng.randrange(8))
