@@ -83,12 +83,12 @@ class MinHash:
         self._weights = _mixed(np.arange(1001, 1001 + shingle, dtype=np.uint64)) | np.uint64(1)
 
     def shingles(self, text: str) -> np.ndarray:
-        """Hashes of the different shingles: uint64 [n], sorted; a text of fewer words is one shingle. Case and punctuation do not count."""
-        words = _WORD.findall(text.lower()) or [text]
-        hashes = _mixed(np.array([zlib.crc32(word.encode()) for word in words], np.uint64))
+        """Hashes of the shingles: uint64 [n], in order; a text of fewer words is one shingle. Case and punctuation do not count."""
+        words = " ".join(_WORD.findall(text.lower())).encode().split() or [text.encode()]
+        hashes = _mixed(np.array(list(map(zlib.crc32, words)), np.uint64))
         size = min(self.shingle, len(words))
         windows = np.lib.stride_tricks.sliding_window_view(hashes, size)
-        return np.unique(_mixed((windows * self._weights[:size]).sum(axis=1, dtype=np.uint64)))
+        return _mixed(windows @ self._weights[:size])
 
     def signature(self, text: str) -> np.ndarray:
         """uint32 [permutations]."""
