@@ -8,6 +8,7 @@ import hashlib
 import heapq
 import json
 import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,16 @@ def prepare(data: DataConfig, tokenizer_cfg: TokenizerConfig, folder: str | Path
         tok = make_tokenizer(data, tokenizer_cfg, log=log)
         writers = {split: shards.ShardWriter(temporary, split, tok.vocab_size, data.shard_bytes, corpora.sources(data)) for split in SPLITS}
         progress = _Progress("tokenised", log)
-        dropped = 0
+        dropped, id_hashes = 0, array("Q")
         for batch in _batches(_documents(data)):
             kept = [(document, split, size) for document, split, size in map(lambda d: (d, *_place(d.text, data)), batch) if size]
             dropped += len(batch) - len(kept)
+            if data.id_key:
+                id_hashes.extend(corpora.id_hash(document.id) for document in batch)
             for (document, split, size), ids in zip(kept, tok.encode_batch([document.text for document, _, _ in kept])):
                 writers[split].add(document.id, np.concatenate([[tok.bos], ids, [tok.eos]]), size, document.source, document.licence)
             progress.add(len(kept), sum(size for _, _, size in kept))
+        corpora.check_ids(np.array(id_hashes, np.uint64), data)
         manifest = {
             "jaxlm": jaxlm.__version__,
             "made_from": made_from,

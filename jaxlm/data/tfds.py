@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from jaxlm.data import readers
 from jaxlm.data.readers import Fault, Keys, Record
 
-_BATCH = 256  # examples read at a time
 PREFIX = "tfds:"
 _SOURCE = re.compile(r"tfds:(?P<name>[\w/.+-]+)(?::(?P<split>\w+(?:\[[^\]]*\])?(?:\+\w+(?:\[[^\]]*\])?)*))?")
 
@@ -46,22 +45,20 @@ def records(source: str, keys: Keys, folder: str) -> Iterator[Record | Fault]:
         if key and key not in features:
             raise Fault(f"{source}: no feature {key!r}; its features: {', '.join(map(repr, features))}; set data.{option}")
     examples = _examples(builder, name, split, folder)
-    for first in range(0, len(examples), _BATCH):
-        numbers = range(first, min(first + _BATCH, len(examples)))
+    for row in range(1, len(examples) + 1):
         try:
-            batch = examples.__getitems__(numbers)
+            example = examples[row - 1]
         except Exception as error:  # whatever array_record and the decoders raise
-            raise Fault(f"{source} cannot be read after row {first}: {' '.join(str(error).split())[:200]}") from None
-        for row, example in enumerate(batch, first + 1):
-            try:
-                text, own, licence = (_text(f"{source}, row {row}", row, example, key) if key else "" for key in keys)
-            except Fault as fault:
-                yield fault
-                continue
-            if len(examples) > 1:
-                yield Record(row, text, own, licence)
-            else:
-                yield from (Record(number, piece, f"{own}:{number}" if own else "", licence) for number, piece in enumerate(readers.pieces(iter([text])), 1))
+            raise Fault(f"{source}, row {row} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        try:
+            text, own, licence = (_text(f"{source}, row {row}", row, example, key) if key else "" for key in keys)
+        except Fault as fault:
+            yield fault
+            continue
+        if len(examples) > 1:
+            yield Record(row, text, own, licence)
+        else:
+            yield from (Record(number, piece, f"{own}:{number}" if own else "", licence) for number, piece in enumerate(readers.pieces(iter([text])), 1))
 
 
 def _text(where: str, row: int, example, key: str) -> str:
