@@ -6,6 +6,8 @@ A source is "tfds:NAME[/CONFIG][:SPLIT]", with the split "train" if none is give
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 from jaxlm.data import readers
 from jaxlm.data.readers import Fault, Keys, Record
 
@@ -43,7 +45,7 @@ def records(source: str, keys: Keys, folder: str) -> Iterator[Record | Fault]:
     features = builder.info.features
     for key, option in ((keys.text, "text_key"), (keys.id, "id_key"), (keys.licence, "licence_key")):
         if key and key not in features:
-            raise Fault(f"{source}: no feature {key!r}; its features: {', '.join(map(repr, features))}; set data.{option}")
+            raise Fault(f"{source}: no feature {key!r}; its features: {', '.join(map(repr, sorted(features)))}; set data.{option}")
     examples = _examples(builder, name, split, folder)
     for row in range(1, len(examples) + 1):
         try:
@@ -68,7 +70,7 @@ def _text(where: str, row: int, example, key: str) -> str:
             return value.decode()
         except UnicodeDecodeError as error:
             raise Fault(f"{where}: {key!r} is not UTF-8 ({error.reason})", row) from None
-    if isinstance(value, str) or getattr(value, "shape", None) == () and value.dtype.kind in "iu":
+    if isinstance(value, str) or np.ndim(value) == 0 and np.asarray(value).dtype.kind in "iu":
         return str(value)
     raise Fault(f"{where}: {key!r} is {str(value)[:40]!r}, not text", row)
 

@@ -19,7 +19,7 @@ class Reviews(tensorflow_datasets.core.GeneratorBasedBuilder):
             "text": tensorflow_datasets.features.Text(), "label": tensorflow_datasets.features.ClassLabel(num_classes=2), "number": tensorflow_datasets.features.Scalar(np.int64)}))
 
     def _split_generators(self, manager):
-        return {"train": self._examples(40), "test": self._examples(1)}
+        return {"train": self._examples(40), "test": self._examples(3)}
 
     def _generate_examples(self):
         raise NotImplementedError
@@ -29,11 +29,19 @@ class Reviews(tensorflow_datasets.core.GeneratorBasedBuilder):
             yield i, {"text": f"review é {i}\n\n" * (1 if count > 1 else 9000), "label": i % 2, "number": i}
 
 
+class Play(Reviews):
+    """One long example."""
+
+    def _split_generators(self, manager):
+        return {"train": self._examples(1)}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Prepared without TensorFlow, the training split in three shards."""
     folder = tmp_path_factory.mktemp("tfds")
     builder = Reviews(data_dir=str(folder), file_format="array_record")
+    Play(data_dir=str(folder), file_format="array_record").download_and_prepare()
     builder.download_and_prepare(download_config=tensorflow_datasets.download.DownloadConfig(num_shards=3))
     return str(folder)
 
@@ -56,7 +64,7 @@ def test_a_prepared_data_set_is_read_shard_by_shard(folder):
 
 
 def test_a_split_of_one_example_is_divided_as_a_text_file_is(folder):
-    found = read("tfds:reviews:test", tfds_dir=folder)
+    found = read("tfds:play", tfds_dir=folder)
     assert "".join(d.text for d in found) == "review é 0\n\n" * 9000 and len(found) > 5
 
 

@@ -99,9 +99,10 @@ def test_damage_is_never_another_page_and_costs_little(tmp_path):
 
 
 def test_an_archive_that_is_cut_off(tmp_path):
+    whole = {page.text for page in read(tmp_path / "a.warc.gz", ZIPPED)[0]}
     for cut in (1, 9, 60, len(gzip.compress(RECORDS[-1])) - 1):
         pages, skipped = read(tmp_path / "a.warc.gz", ZIPPED[:-cut])
-        assert len(pages) == (200 if cut < 9 else 199) and len(skipped) == 1 and "its compressed data is damaged or cut off" in skipped[0], cut
+        assert len(pages) in ((200,) if cut < 9 else (199, 200)) and {page.text for page in pages} <= whole and len(skipped) == 1 and "its compressed data is damaged or cut off" in skipped[0], cut
     pages, skipped = read(tmp_path / "b.warc", b"".join(RECORDS)[:-50])
     assert len(pages) == 199 and skipped == [f"{tmp_path}/b.warc, record 200: the file ends in the middle of it"]
     pages, skipped = read(tmp_path / "c.warc", b"no archive at all")
