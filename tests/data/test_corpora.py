@@ -355,7 +355,7 @@ def test_after_a_line_that_is_too_long_it_goes_on(tmp_path, monkeypatch):
 
 
 def save_to_disk(folder, *parts, splits=None):
-    """As `datasets` does: an Arrow stream for each part, and state.json (checked once against datasets 4 itself)."""
+    """As `datasets` does: an Arrow stream for each part, and state.json (folders of datasets 5.2 itself were read with the same code)."""
     pyarrow = pytest.importorskip("pyarrow")
     folder.mkdir(parents=True)
     names = [f"data-{i:05d}-of-{len(parts):05d}.arrow" for i in range(len(parts))]
