@@ -1,11 +1,14 @@
 """Raw text: every readable source as one stream of documents, in an order that depends on nothing but the config and the files' names."""
 
 import glob
+import hashlib
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+import numpy as np
 
 from jaxlm.config import DataConfig
 from jaxlm.data import hub, python_docs, readers, tfds, web
@@ -119,6 +122,32 @@ def placed(file: SourceFile, data: DataConfig) -> Iterator[tuple[str, Document |
         if data.on_error != "skip":
             raise
         yield file.path, Skipped(file.path, file.source, str(fault))
+
+
+def id_hash(document_id: str) -> int:
+    """64 bits for `check_ids`."""
+    return int.from_bytes(hashlib.blake2b(document_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def check_ids(hashes: np.ndarray, data: DataConfig) -> None:
+    """Looks for an id that two documents share; only if there seems to be one, the sources are read again to find both.
+
+    Args:
+      hashes: uint64 [documents], `id_hash` of each, in any order.
+
+    Raises:
+      ValueError: one line with the id and both places.
+    """
+    ordered = np.sort(hashes)
+    suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    first = {}
+    for file in files(data) if suspects else ():
+        for place, document in placed(file, data):
+            if isinstance(document, Document) and id_hash(document.id) in suspects:
+                if document.id in first:
+                    raise ValueError(f"two documents have the id {document.id!r}: {first[document.id]} and {place}; the values of data.id_key={data.id_key!r} "
+                                     "must differ: choose another field, or ''")
+                first[document.id] = place
 
 
 def _records(file: SourceFile, data: DataConfig) -> Iterator[Record | Fault]:

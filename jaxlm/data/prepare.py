@@ -106,6 +106,8 @@ class _Stages:
             self.bytes["clean"] = sum(source["read"]["bytes"] for source in survey.counts.sources.values())
             if cfg.exact:
                 survey.drop_equal()
+            if self.config.data.id_key:
+                survey.check_ids(self.config.data)
             if cfg.line_length:
                 survey.drop_lines()
         if cfg.line_length or cfg.near:

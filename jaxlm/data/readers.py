@@ -331,7 +331,7 @@ def _rows(path: str, keys: Keys, batches, pyarrow, kind: str) -> Iterator[Record
                     yield Record(row, value, _id(where, row, values, keys), "" if licence is None else str(licence))
                 except Fault as fault:
                     yield fault
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise Fault(f"{path} cannot be read as {kind} after row {row}: {' '.join(str(error).split())}") from None
 
 

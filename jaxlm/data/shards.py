@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import shutil
+import zlib
 from array import array
 from bisect import bisect_right
 from collections import Counter
@@ -47,6 +48,7 @@ class ShardWriter:
         self._tokens, self._text_bytes, self._ids, self._id_ends = array("i"), array("q"), bytearray(), array("q")
         self._numbers = {name: number for number, name in enumerate(sources)}
         self._sources, self._licences, self._licence_numbers = array("i"), array("i"), {}
+        self._begins, self._sizes, self._checksums = array("q"), array("i"), []
 
     def add(self, document_id: str, tokens: np.ndarray, text_bytes: int, source: str = "", licence: str = "") -> None:
         """Appends a document of `tokens` (whole numbers in [0, vocab_size)) whose text has `text_bytes` bytes as UTF-8."""
@@ -57,8 +59,10 @@ class ShardWriter:
             self._writer = array_record_module.ArrayRecordWriter(str(self._path), _WRITER)
         for start in range(0, len(tokens), RECORD_TOKENS):
             part = tokens[start:start + RECORD_TOKENS].astype(self._dtype)
+            record = records.encode(part, len(self._tokens), start, text_bytes, document_id, source)
+            self._checksums.append(zlib.crc32(record))
             with self._naming_disk_errors():
-                self._writer.write(records.encode(part, len(self._tokens), start, text_bytes, document_id, source))
+                self._writer.write(record)
             self._shard["records"] += 1
         for key, value in (("documents", 1), ("tokens", len(tokens)), ("text_bytes", text_bytes)):
             self._shard[key] += value
@@ -77,7 +81,8 @@ class ShardWriter:
             self._close_shard()
         lengths, ids = f"lengths-{self._split}.npz", f"ids-{self._split}.npz"
         np.savez(self._folder / lengths, tokens=np.array(self._tokens, np.int32), text_bytes=np.array(self._text_bytes, np.int64),
-                 sources=np.array(self._sources, np.int32), licences=np.array(self._licences, np.int32))
+                 sources=np.array(self._sources, np.int32), licences=np.array(self._licences, np.int32),
+                 record_begins=np.array(self._begins, np.int64), record_sizes=np.array(self._sizes, np.int32))
         np.savez(self._folder / ids, text=np.frombuffer(bytes(self._ids), np.uint8), ends=np.array(self._id_ends, np.int64))
         totals = {key: sum(shard[key] for shard in self._shards) for key in ("documents", "tokens", "text_bytes")}
         return totals | {"sources": self._by_source(), "licences": list(self._licence_numbers), "lengths": file_entry(self._folder / lengths), "ids": file_entry(self._folder / ids), "shards": self._shards}
@@ -94,9 +99,10 @@ class ShardWriter:
     def _close_shard(self) -> None:
         with self._naming_disk_errors():
             self._writer.close()
-            written = _open_shard(self._path).num_records()
-        if written != self._shard["records"]:
-            raise OSError(f"{self._path}: {written} of {self._shard['records']} records were written")
+        begins, sizes = records.places(self._path, self._checksums)
+        self._begins.extend(begins)
+        self._sizes.extend(sizes)
+        self._checksums.clear()
         self._shards.append(file_entry(self._path) | self._shard)
         self._writer = None
 
@@ -216,6 +222,8 @@ class Split:
     sources: np.ndarray  # int32 [documents], numbers into `Corpus.sources`
     licences: np.ndarray  # int32 [documents], numbers into the list "licences" of the split in the manifest
     first_record: np.ndarray  # int64 [documents + 1], counted over all shards
+    record_begins: np.ndarray  # int64 [records], place in the shard, see `records.places`
+    record_sizes: np.ndarray  # int32 [records], bytes
     shard_ends: tuple[int, ...]  # one past the last record of each shard, counted likewise
 
 
@@ -236,7 +244,7 @@ class Corpus:
             name: [shard["sha256"] for shard in split["shards"]] for name, split in manifest["splits"].items()}])
         self._dtype = token_dtype(manifest["tokenizer"]["vocab_size"])
         self.sources = list(next(iter(manifest["splits"].values()))["sources"])
-        self._shard = functools.lru_cache(_OPEN_SHARDS)(lambda split, number: _open_shard(self._path(split, number)))
+        self._shard = functools.lru_cache(_OPEN_SHARDS)(lambda split, number: open(self._path(split, number), "rb", buffering=0))
         self._ids = functools.cache(self._load_ids)
 
     @property
@@ -277,14 +285,15 @@ class Corpus:
     def _record(self, split: str, index: Split, document: int, part: int, length: int) -> np.ndarray:
         record = int(index.first_record[document]) + part
         shard = bisect_right(index.shard_ends, record)
-        record -= index.shard_ends[shard - 1] if shard else 0
         start = part * RECORD_TOKENS
         try:
-            data = self._shard(split, shard).read([record])[0]
+            file = self._shard(split, shard)  # kept open while it is read, whatever other threads open
+            data = records.read(file.fileno(), int(index.record_begins[record]), int(index.record_sizes[record]))
             found = records.decode(data, document, start, min(RECORD_TOKENS, length - start), self._dtype)
-        except (RuntimeError, IndexError) as error:
-            found = " ".join(str(error).split())
+        except OSError as error:
+            found = str(error)
         if isinstance(found, str):
+            record -= index.shard_ends[shard - 1] if shard else 0
             raise ValueError(f"{self._path(split, shard)}, record {record} is damaged ({found}): check with jaxlm prepare --verify --out={self.folder}, "
                              "then prepare again")
         return found
@@ -317,7 +326,7 @@ def open_corpus(folder: str | Path) -> Corpus:
         tokens = lengths["tokens"]
         parts = -(-tokens.astype(np.int64) // RECORD_TOKENS)
         splits[name] = Split(tokens, lengths["text_bytes"], lengths["sources"], lengths["licences"], np.concatenate([[0], np.cumsum(parts)]).astype(np.int64),
-                             tuple(itertools.accumulate(shard["records"] for shard in split["shards"])))
+                             lengths["record_begins"], lengths["record_sizes"], tuple(itertools.accumulate(shard["records"] for shard in split["shards"])))
         assert splits[name].first_record[-1] == sum(shard["records"] for shard in split["shards"]), name
     return Corpus(folder, manifest, splits)
 
@@ -370,10 +379,6 @@ def _checked_bytes(folder: Path, entry: Mapping[str, Any]) -> bytes:
         raise ValueError(f"{folder / entry['file']} is damaged or belongs to another corpus (its sha256 is not the one in {MANIFEST}): "
                          "prepare the corpus again")
     return data
-
-
-def _open_shard(path: Path):
-    return array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")  # for random access
 
 
 def _canonical_sha256(value: Any) -> str:

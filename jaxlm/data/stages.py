@@ -123,6 +123,7 @@ def clean_batch(config: Config, folder: Path, raw: Raw) -> tuple[int, int]:
         digests=np.frombuffer(b"".join(digest for _, _, _, digest, _ in kept), ">u8").astype(np.uint64).reshape(-1, 2),
         origin=np.array([origin for *_, origin in kept], np.int32),
         lines=np.array([value for values in lines for value in values], np.uint64), line_counts=np.array([len(values) for values in lines], np.int64),
+        id_hashes=np.array([corpora.id_hash(i) for i, *_ in kept] if config.data.id_key else [], np.uint64),
         report=np.frombuffer(json.dumps({"origins": list(origins), "counts": report.to_dict()}).encode(), np.uint8))
     return len(raw.documents), report.bytes_read
 

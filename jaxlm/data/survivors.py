@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm.config import DataConfig, DedupConfig
-from jaxlm.data import counts, dedup, stages
+from jaxlm.data import corpora, counts, dedup, stages
 
 SPLITS = ("train", "validation", "test")
 _TOP_LINES = 10
@@ -121,6 +121,14 @@ class Survey:
         del signatures
         path.unlink()
         self._remove("dedup.near", rows[gone], rows[best[gone]], similar)
+
+    def check_ids(self, data: DataConfig) -> None:
+        """Documents that live and have one id: an error that names both. Equal documents with one id, a record that is there twice, are none."""
+        hashes = []
+        for batch in self.batches:
+            with stages.load(self.folder, "clean", batch.unit, batch.number) as file:
+                hashes.append(file["id_hashes"][self.live[batch.documents]])
+        corpora.check_ids(np.concatenate([np.zeros(0, np.uint64), *hashes]), data)
 
     # --- what follows from it --------------------------------------------------------------------------------------------------------------
 

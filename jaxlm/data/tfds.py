@@ -6,10 +6,11 @@ A source is "tfds:NAME[/CONFIG][:SPLIT]", with the split "train" if none is give
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 from jaxlm.data import readers
 from jaxlm.data.readers import Fault, Keys, Record
 
-_BATCH = 256  # examples read at a time
 PREFIX = "tfds:"
 _SOURCE = re.compile(r"tfds:(?P<name>[\w/.+-]+)(?::(?P<split>\w+(?:\[[^\]]*\])?(?:\+\w+(?:\[[^\]]*\])?)*))?")
 
@@ -44,24 +45,22 @@ def records(source: str, keys: Keys, folder: str) -> Iterator[Record | Fault]:
     features = builder.info.features
     for key, option in ((keys.text, "text_key"), (keys.id, "id_key"), (keys.licence, "licence_key")):
         if key and key not in features:
-            raise Fault(f"{source}: no feature {key!r}; its features: {', '.join(map(repr, features))}; set data.{option}")
+            raise Fault(f"{source}: no feature {key!r}; its features: {', '.join(map(repr, sorted(features)))}; set data.{option}")
     examples = _examples(builder, name, split, folder)
-    for first in range(0, len(examples), _BATCH):
-        numbers = range(first, min(first + _BATCH, len(examples)))
+    for row in range(1, len(examples) + 1):
         try:
-            batch = examples.__getitems__(numbers)
+            example = examples[row - 1]
         except Exception as error:  # whatever array_record and the decoders raise
-            raise Fault(f"{source} cannot be read after row {first}: {' '.join(str(error).split())[:200]}") from None
-        for row, example in enumerate(batch, first + 1):
-            try:
-                text, own, licence = (_text(f"{source}, row {row}", row, example, key) if key else "" for key in keys)
-            except Fault as fault:
-                yield fault
-                continue
-            if len(examples) > 1:
-                yield Record(row, text, own, licence)
-            else:
-                yield from (Record(number, piece, f"{own}:{number}" if own else "", licence) for number, piece in enumerate(readers.pieces(iter([text])), 1))
+            raise Fault(f"{source}, row {row} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        try:
+            text, own, licence = (_text(f"{source}, row {row}", row, example, key) if key else "" for key in keys)
+        except Fault as fault:
+            yield fault
+            continue
+        if len(examples) > 1:
+            yield Record(row, text, own, licence)
+        else:
+            yield from (Record(number, piece, f"{own}:{number}" if own else "", licence) for number, piece in enumerate(readers.pieces(iter([text])), 1))
 
 
 def _text(where: str, row: int, example, key: str) -> str:
@@ -71,7 +70,7 @@ def _text(where: str, row: int, example, key: str) -> str:
             return value.decode()
         except UnicodeDecodeError as error:
             raise Fault(f"{where}: {key!r} is not UTF-8 ({error.reason})", row) from None
-    if isinstance(value, str) or getattr(value, "shape", None) == () and value.dtype.kind in "iu":
+    if isinstance(value, str) or np.ndim(value) == 0 and np.asarray(value).dtype.kind in "iu":
         return str(value)
     raise Fault(f"{where}: {key!r} is {str(value)[:40]!r}, not text", row)
 

@@ -15,7 +15,7 @@ from jaxlm.data.readers import Fault, Keys, Record
 _BLOCK = 128 << 10  # bytes read at a time; many gzip members are in one block, and what is left of it is copied for each
 _HEAD = 64 << 10  # the longest head of a record, in bytes
 _GZIP = b"\x1f\x8b\x08"
-_MARK = b"WARC/1."
+_MARK, _END = b"WARC/1.", b"\r\n\r\n"
 _BEGIN = re.compile(rb"\n" + re.escape(_MARK))
 _CHUNK = re.compile(rb"([0-9a-fA-F]{1,8})[^\r\n]{0,200}\r?\n")
 _HTML = ("text/html", "application/xhtml+xml")
@@ -41,6 +41,8 @@ def page(path: str, keys: Keys) -> Iterator[Record | Fault]:
         data = file.read(readers.LONGEST + 1)
     if len(data) > readers.LONGEST:
         raise Fault(f"{path}: longer than {readers.LONGEST:,} bytes, the most that one document may have")
+    if b"\0" in data[:4096] and not data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise Fault(f"{path}: a NUL byte: the file is binary, not HTML")
     yield Record(1, data, html=True)
 
 
@@ -107,7 +109,7 @@ def _document(number: int, head: _Head, body: bytes) -> Record | None:
 
 def _text(body: bytes, charset: str, html: bool) -> str | bytes:
     try:
-        return body.decode(charset or ("ascii" if html else "utf-8"))  # a page says itself what it is in; ASCII is the same in all
+        return body.decode(charset or "utf-8") if charset or not html else body  # a page says itself what it is in
     except (UnicodeDecodeError, LookupError):
         return body
 
@@ -209,17 +211,22 @@ class _Source:
             raise self.losing(0, "no WARC record begins where the one before it ends")
         while (end := self._buffer.find(b"\r\n\r\n")) < 0:
             if len(self._buffer) > _HEAD or not self._more():
-                raise self.losing(len(_MARK), "its head has no end")
+                break
+        if not 0 < end <= _HEAD:
+            raise self.losing(len(_MARK), "its head has no end")
         return bytes(self._buffer[:end + 4])
 
     def body(self, start: int, length: int) -> bytes:
-        """Takes the record; what follows must be another, or the end, or its length is wrong."""
+        """Takes the record. Two line ends must follow, or another record, or nothing: else its length is wrong."""
         end = start + length
         self._need(end)
-        while len(rest := bytes(self._buffer[end:end + 64]).lstrip(b"\r\n")) < len(_MARK) and self._more():
+        while len(self._buffer) < end + len(_END) and self._more():
             pass
-        if not _MARK.startswith(rest[:len(_MARK)]):
-            raise self.losing(start, f"it does not end after Content-Length {length}")
+        if not self._buffer.startswith(_END, end):
+            while len(rest := bytes(self._buffer[end:end + 64]).lstrip(b"\r\n")) < len(_MARK) and self._more():
+                pass
+            if not _MARK.startswith(rest[:len(_MARK)]):
+                raise self.losing(start, f"it does not end after Content-Length {length}")
         body = bytes(self._buffer[start:end])
         del self._buffer[:end]
         return body
@@ -234,7 +241,7 @@ class _Source:
 
     def losing(self, count: int, reason: str) -> _Damage:
         """Gives up the record: the next one is looked for `count` bytes after its beginning."""
-        del self._buffer[:count]
+        self._buffer[:count] = b"\n"  # it may begin right there
         self._lost = True
         return _Damage(reason)
 
@@ -254,7 +261,7 @@ class _Source:
 
 def _gunzipped(file: BinaryIO) -> Iterator[bytes | None]:
     """The plain bytes of member after member, never an empty block; None for damage, after which it goes on with the next member that can be found."""
-    member, data, whole = None, b"", True
+    member, data, whole, held = None, b"", True, b""
     while data or (data := file.read(_BLOCK)):
         member = member or zlib.decompressobj(31)
         try:
@@ -262,16 +269,21 @@ def _gunzipped(file: BinaryIO) -> Iterator[bytes | None]:
         except zlib.error:
             if whole:
                 yield None
-            member, whole = None, False
+            member, whole, held = None, False, b""  # what is held may be of the same damage
             while (begin := data.find(_GZIP, 1)) < 0 and (more := file.read(_BLOCK)):
                 data = b"\0" + data[-2:] + more
             data = data[begin:] if begin >= 0 else b""
             continue
         data = member.unconsumed_tail
+        if plain and held:
+            yield held
+        held = plain or held
         if member.eof:
             data, member = member.unused_data, None
-        if plain:
-            whole = True
-            yield plain
+            if held:
+                yield held
+            whole, held = True, b""
+    if held:
+        yield held
     if member is not None:
         yield None

@@ -483,6 +483,17 @@ def test_records_that_cannot_be_read_are_counted(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "data"]
 
 
+def test_an_id_that_two_documents_have(tmp_path):
+    lines = [{"text": "one", "id": "a"}, {"text": "two", "id": "b"}, {"text": "one", "id": "a"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = DataConfig(source=(str(tmp_path / "a.jsonl"),), id_key="id", validation=0, test=0)
+    corpus = prepare.prepare(data, TokenizerConfig(kind="bytes"), tmp_path / "data", log=quiet)
+    assert [corpus.document_id("train", i) for i in range(2)] == ["a", "b"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"text": "three", "id": "b"}]))
+    with pytest.raises(ValueError, match="two documents have the id '[ab]'"):
+        prepare.prepare(data, TokenizerConfig(kind="bytes"), tmp_path / "again", log=quiet)
+
+
 def test_a_corpus_may_lie_among_its_sources(tmp_path, write_jsonl):
     (tmp_path / "page.html").write_text("<html><body><article><p>" + "A page of some words. " * 30 + "</p></article></body></html>")
     data, lines = DataConfig(source=(str(tmp_path),), validation=0, test=0), []
