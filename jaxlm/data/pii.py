@@ -77,10 +77,11 @@ def _is_iban(match: re.Match) -> bool:
 
 _PHONE = re.compile(
     r"[+(0-9](?<![\w+.,/=-].)(?<!\d:.)(?:"
-    r"(?:(?<=\+)[1-9]|(?<=0)0[1-9](?=\d?\d?[ -]))\d{0,3}(?:[ .-]?\(0\))?(?:[ ./-]?\(?\d{1,5}+\)?+){1,6}+"  # international, ITU-T E.123
+    r"(?:(?<=\+)[1-9]|(?<!\d .)(?<=0)0[1-9](?=\d?\d?[ -]))\d{0,3}(?:[ .-]?\(0\))?(?:[ ./-]?(?:\(\d{1,5}+\)|\d{1,5}+)){1,6}+"  # international, ITU-T E.123
     r"|(?:(?:(?<=1)[ .-]?\(|(?<=\())[2-9]\d\d\)[ -]?|(?:(?<=1)[ .-]?[2-9]|(?<=[2-9]))\d\d[.-])[2-9]\d\d[ .-]\d{4}"  # North American
-    r"|(?:(?<=\()0[1-9]|(?<=0)[1-9])\d{0,3}\)?(?:[ /-]\d{2,8}){1,4}"  # national, with its leading zero
-    r"|(?P<any>(?:(?<=[^\W\d_][ .:].)|(?<=[^\W\d_][.:][ :].))(?:(?<=\+)\(?\d|(?<=\()\d|(?<=\d))(?:[ ./()-]{0,2}\d){6,14})"  # after a word that says what it is
+    r"|(?<!\d .)(?:(?<=\()0[1-9]|(?<=0)[1-9])\d{0,3}\)?(?:[ /-]\d{2,8}){1,4}"  # national, with its leading zero
+    r"|(?P<any>(?:(?<=[^\W\d_][ .:].)|(?<=[^\W\d_][.:][ :].)|(?<=[^\W\d_]\.: .))"  # after a word that says what it is
+    r"(?:(?<=\+)\(?\d|(?<=\()\d|(?<=\d))(?:[ ./()-]{0,2}\d){6,14})"
     r")(?!\w|[-.,:/]\d)")
 _PHONE_WORD = re.compile(r"(?<!\w)(?:tel|telephone|telefon|phone|mobile|mobil|cell|fax|call|text|whatsapp|sms|tél|téléphone|teléfono|handy)(?: ?(?:no|nr|number))?\.? ?:? ?$",
                          re.IGNORECASE)

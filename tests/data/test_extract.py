@@ -66,7 +66,7 @@ def test_content_without_menus_scripts_and_comments(extractor):
 
 
 @pytest.mark.parametrize("extractor", ["resiliparse", "trafilatura"])
-@pytest.mark.parametrize("html", ["", " ", "<", "<html>", "<p>", "\0", "\ud800<p>half \udfff</p>", "<!-- " + "x" * 1000, "<div>" * 20_000, "<a " * 20_000,
+@pytest.mark.parametrize("html", ["", " ", "<", "<html>", "<p>", "\0", "\ud800<p>half \udfff</p>", "<!-- " + "x" * 1000, "<div>" * 20_000, "<div>x" * 20_000 + "</div>" * 20_000, "<a " * 20_000,
                                   "<script>var x = 1;</script>", "<table><tr><td>" * 500, "&#0;&#xD800;&bogus;", "<p>" + "word " * 100_000])
 def test_broken_pages_give_text_or_nothing(extractor, html):
     pytest.importorskip(extractor)
