@@ -104,7 +104,7 @@ def test_a_worker_needs_only_the_config(folder):
 
 
 UNITS = ["a", "0", "0 ", "a ", ".", ". ", "\n", " \n", "@", "a@", "a.", "1.", "1.2.3.", ":", "a:", "-", "-\n", "+", "+1 ", "(0", "A1", "AA00 ", "é", "Ã", "Ã©", "\u0301", "\u200b", "!\"",
-         "tel ", "key=", "eyJaaaaaaaa.", "-----BEGIN PRIVATE KEY-----", "lorem ", "javascript", "<a>", "&amp;", "{", "#", "the of ", "4111 ", "x@y.", "語", "\ud83d\ude00"]
+         "tel ", "key=", "eyJaaaaaaaa.", "-----BEGIN PRIVATE KEY-----", "lorem ", "\njavascript", "<a>", "&amp;", "{", "#", "the of ", "4111 ", "x@y.", "語", "\ud83d\ude00"]
 
 
 @pytest.mark.parametrize("unit", UNITS)
