@@ -50,8 +50,14 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: tuple[str, ...] = ()  # files, folders or globs (.txt .jsonl[.gz|.zst] .parquet), or "python_docs", the text in every CPython
-    text_key: str = "text"  # the field (JSONL) or column (Parquet) that holds the text
+    source: tuple[str, ...] = ()  # files, folders, globs (.txt .jsonl .json .csv .tsv [.gz .zst], .html .warc[.gz] .parquet .arrow), folders of Hugging Face
+    # `datasets`, tfds:NAME[/CONFIG][:SPLIT], or "python_docs", the text in every CPython; each may have a name: "web=crawl/"
+    text_key: str = "text"  # the field (JSON) or column (tables) that holds the text
+    id_key: str = ""  # the field or column that holds each document's id, different for all; empty: "path:line"
+    licence_key: str = ""  # the field or column that holds each document's licence
+    licences: tuple[tuple[str, str], ...] = ()  # of whole sources: (("web", "CC-BY-4.0"), ...), by their names in data.source
+    on_error: Literal["stop", "skip"] = "stop"  # at what cannot be read: stop with its name and line, or skip, count and report it
+    tfds_dir: str = ""  # where TFDS keeps its data sets; empty: $TFDS_DATA_DIR, or ~/tensorflow_datasets
     dir: str = ""  # prepared shards; empty: <workdir>/data, prepared on the first run
     validation: float = 0.03  # share of documents, by hash of their text
     test: float = 0.05  # likewise
@@ -80,7 +86,7 @@ class CleanConfig:
     language_confidence: float = 0.65  # the least probability of the language (FineWeb)
     pii: tuple[Literal["email", "phone", "ip", "card", "iban", "key"], ...] = ()  # personal data and secrets to replace with <EMAIL>, <PHONE> ...
     word_list: str = ""  # a text file of words and phrases, one a line, for filter.listed_words
-    decontaminate: tuple[tuple[str, str], ...] = ()  # evaluation sets, (name, "path.jsonl:field"), whose text must not be trained on
+    decontaminate: tuple[tuple[str, str], ...] = ()  # evaluation sets, (name, "path.jsonl:field"), not to be trained on
     decontaminate_words: int = 13  # length of the word n-grams that are compared (GPT-3); shorter items are compared whole
     decontaminate_overlap: float = 0.0  # share of an item's n-grams in one document that removes it; 0: a single one
 

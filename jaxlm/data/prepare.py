@@ -6,7 +6,9 @@ The same text and config give the same bytes, wherever and whenever; memory does
 import dataclasses
 import hashlib
 import heapq
+import json
 import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,23 +40,26 @@ def prepare(data: DataConfig, tokenizer_cfg: TokenizerConfig, folder: str | Path
     folder = Path(folder)
     made_from = _made_from(data, tokenizer_cfg)
     if (folder / shards.MANIFEST).exists():
-        return _reuse(folder, made_from, log)
+        return _reuse(folder, made_from, data, log)
     with shards.replacing(folder) as temporary:
         started = time.monotonic()
         tok = make_tokenizer(data, tokenizer_cfg, log=log)
-        writers = {split: shards.ShardWriter(temporary, split, tok.vocab_size, data.shard_bytes) for split in SPLITS}
+        writers = {split: shards.ShardWriter(temporary, split, tok.vocab_size, data.shard_bytes, corpora.sources(data)) for split in SPLITS}
         progress = _Progress("tokenised", log)
-        dropped = 0
-        for batch in _batches(corpora.documents(data.source, data.text_key)):
+        dropped, id_hashes = 0, array("Q")
+        for batch in _batches(_documents(data)):
             kept = [(document, split, size) for document, split, size in map(lambda d: (d, *_place(d.text, data)), batch) if size]
             dropped += len(batch) - len(kept)
+            if data.id_key:
+                id_hashes.extend(corpora.id_hash(document.id) for document in batch)
             for (document, split, size), ids in zip(kept, tok.encode_batch([document.text for document, _, _ in kept])):
-                writers[split].add(document.id, np.concatenate([[tok.bos], ids, [tok.eos]]), size)
+                writers[split].add(document.id, np.concatenate([[tok.bos], ids, [tok.eos]]), size, document.source, document.licence)
             progress.add(len(kept), sum(size for _, _, size in kept))
+        corpora.check_ids(np.array(id_hashes, np.uint64), data)
         manifest = {
             "jaxlm": jaxlm.__version__,
             "made_from": made_from,
-            "source": corpora.size_on_disk(data.source),
+            "source": corpora.size_on_disk(data),
             "empty_documents_dropped": dropped,
             "tokenizer": shards.file_entry(tok.save(temporary)) | {k: getattr(tok, k) for k in ("kind", "vocab_size", "bos", "eos", "pad")},
             "splits": {split: writer.close() for split, writer in writers.items()},
@@ -79,7 +84,7 @@ def make_tokenizer(data: DataConfig, cfg: TokenizerConfig, *, log: Callable[[str
     counts = dict.fromkeys(SPLITS, 0)
     progress = _Progress("read", log)
     sample, sample_bytes = [], 0  # a heap: the largest hash on top
-    for order, document in enumerate(corpora.documents(data.source, data.text_key)):
+    for order, document in enumerate(_documents(data)):
         split, size = _place(document.text, data)
         progress.add(1, size)
         counts[split] += size > 0
@@ -108,13 +113,13 @@ def summary(manifest: Mapping[str, Any]) -> str:
 
 
 def _made_from(data: DataConfig, cfg: TokenizerConfig) -> dict[str, Any]:
-    keys = ("source", "text_key", "validation", "test", "shard_bytes")
+    keys = ("source", "text_key", "id_key", "licence_key", "licences", "on_error", "validation", "test", "shard_bytes")
     made_from = {f"data.{key}": getattr(data, key) for key in keys}
     made_from |= {f"tokenizer.{key}": value for key, value in dataclasses.asdict(cfg).items()}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in made_from.items()}
+    return json.loads(json.dumps(made_from))  # as the manifest gives it back
 
 
-def _reuse(folder: Path, made_from: Mapping[str, Any], log: Callable[[str], None]) -> shards.Corpus:
+def _reuse(folder: Path, made_from: Mapping[str, Any], data: DataConfig, log: Callable[[str], None]) -> shards.Corpus:
     corpus = shards.open_corpus(folder)
     old = corpus.manifest["made_from"]
     changes = [f"{key}: {old.get(key)!r} -> {value!r}" for key, value in made_from.items() if old.get(key) != value]
@@ -125,7 +130,7 @@ def _reuse(folder: Path, made_from: Mapping[str, Any], log: Callable[[str], None
         raise ValueError(f"{folder} was prepared from another config ({'; '.join(changes)}): choose another data.dir, or delete it")
     log(f"using the corpus prepared in {folder}")
     try:
-        now = corpora.size_on_disk(tuple(made_from["data.source"]))
+        now = corpora.size_on_disk(data)
     except ValueError:  # shards may be used where the raw text is not
         return corpus
     if now != corpus.manifest["source"]:
@@ -155,6 +160,13 @@ def _place(text: str, data: DataConfig) -> tuple[str, int]:
 def _fraction(text: str, offset: int) -> float:
     """Eight bytes of the text's sha256 as a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[offset:offset + 8], "big") / 2**64
+
+
+def _documents(data: DataConfig) -> Iterator[corpora.Document]:
+    for document in corpora.documents(data):
+        if isinstance(document.text, bytes) or document.html:
+            raise ValueError(f"{document.id}: {'HTML' if document.html else 'not UTF-8'}, which cannot be read yet: convert it")
+        yield document
 
 
 def _batches(documents: Iterator[corpora.Document]) -> Iterator[list[corpora.Document]]:

@@ -249,4 +249,4 @@ def test_the_verbs(tmp_path, source, capfd, monkeypatch):
     assert "give --config=... and --out=FOLDER to train" in jaxlm("tokenizer", "--model=tok", code=2)
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
     assert manifest["tokenizer"]["vocab_size"] == 400 and manifest["splits"]["test"]["documents"] > 0
-    assert corpora.size_on_disk((source,)) == manifest["source"]
+    assert corpora.size_on_disk(DataConfig(source=(source,))) == manifest["source"]
