@@ -103,7 +103,7 @@ class CleanConfig:
     language_confidence: float = 0.65  # the least probability of the language (FineWeb)
     pii: tuple[Literal["email", "phone", "ip", "card", "iban", "key"], ...] = ()  # personal data and secrets to replace with <EMAIL>, <PHONE> ...
     word_list: str = ""  # a text file of words and phrases, one a line, for filter.listed_words
-    decontaminate: tuple[tuple[str, str], ...] = ()  # evaluation sets, (name, "path.jsonl:field"), whose text must not be trained on
+    decontaminate: tuple[tuple[str, str], ...] = ()  # evaluation sets, (name, "path.jsonl:field"), not to be trained on
     decontaminate_words: int = 13  # length of the word n-grams that are compared (GPT-3); shorter items are compared whole
     decontaminate_overlap: float = 0.0  # share of an item's n-grams in one document that removes it; 0: a single one
 

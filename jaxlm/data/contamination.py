@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from jaxlm.config import CleanConfig
-from jaxlm.data import corpora
+from jaxlm.config import CleanConfig, DataConfig
+from jaxlm.data import corpora, extract
 
 _WORD = re.compile(r"\w+")
 _SHORTEST = 5  # words; what is shorter ("He said no.") stands anywhere by chance and is not looked for
@@ -27,8 +27,9 @@ def finder(clean: CleanConfig) -> Callable[[str], tuple[str, float, dict[str, in
     items: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     for name, place in clean.decontaminate:
         path, _, field = place.rpartition(":")
-        for document in corpora.documents((path,), field):
-            words = _WORD.findall(document.text.lower())
+        for document in corpora.documents(DataConfig(source=(path,), text_key=field)):
+            text = document.text if isinstance(document.text, str) else extract.decode(document.text, document.html)[0]
+            words = _WORD.findall(text.lower())
             items[name].append(np.array([vocabulary.setdefault(word, len(vocabulary) + 1) for word in words], np.uint64))
     index, owners, sizes, names = _index(items, clean.decontaminate_words)
     lengths = sorted(index)

@@ -13,6 +13,10 @@ _SAMPLE = 1 << 16  # bytes that the detector sees
 # Browsers read these labels as the larger Windows code page (encoding.spec.whatwg.org), and so were the pages written.
 _AS_BROWSERS_DO = {"ascii": "cp1252", "iso8859-1": "cp1252", "iso8859-9": "cp1254", "tis-620": "cp874", "gb2312": "gb18030", "gbk": "gb18030"}
 
+_DEEPEST = 2000  # elements within elements; resiliparse's search for the main content takes time in the square of the depth
+# Elements that have no end tag, or often none, do not nest.
+_TAG = re.compile(r"<(/?)(?!(?:br|img|input|hr|meta|link|area|base|col|embed|source|track|wbr|param|p|li|td|tr|th|dd|dt|option)\b)[a-z]", re.IGNORECASE)
+
 
 def decode(data: bytes, html: bool) -> tuple[str, str]:
     """The text of `data` and the name of the encoding it was in, as Python's codecs spell it.
@@ -99,9 +103,21 @@ def _resiliparse(page: str) -> str:
     except ImportError:
         raise ValueError("HTML pages need resiliparse: pip install 'jaxlm[clean]'") from None
     try:
-        return extract_plain_text(page, main_content=True, preserve_formatting=True, alt_texts=False, links=False, comments=False)
+        return extract_plain_text(page, main_content=not _too_deep(page), preserve_formatting=True, alt_texts=False, links=False, comments=False)
     except RuntimeError:  # the parser gave up
         return ""
+
+
+def _too_deep(page: str) -> bool:
+    """Whether a page's elements nest so deeply that it can only be broken or hostile; all of its text is then taken for its content."""
+    if page.count("<") < _DEEPEST:
+        return False
+    depth = 0
+    for match in _TAG.finditer(page):
+        depth = max(depth - 1, 0) if match[1] else depth + 1
+        if depth > _DEEPEST:
+            return True
+    return False
 
 
 def _trafilatura(page: str) -> str:

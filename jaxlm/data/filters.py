@@ -80,27 +80,34 @@ class Features:
 
 def _repeats(ids: np.ndarray, ends: np.ndarray) -> dict[int, tuple[float, float]]:
     """An n-gram occurs twice only where both of its (n-1)-grams do, so there is ever less to sort; the comparison is exact."""
-    places, group, total = np.arange(len(ids)), ids, max(int(ends[-1]), 1)
-    shares = {}
+    count, total = len(ids), max(int(ends[-1]), 1)
+    shares = dict.fromkeys(range(2, 11), (0.0, 0.0))
+    places, group, groups = np.flatnonzero(np.bincount(ids)[ids] > 1), ids, count  # places of repeated words; number of the (n-1)-gram at each place
     for n in range(2, 11):
-        after = np.searchsorted(places, places + 1)
-        after[after == len(places)] = 0
-        both = places[after] == places + 1 if len(places) else np.zeros(0, bool)
-        places, codes = places[both], group[both] * (group.max(initial=0) + 1) + group[after[both]]
-        _, first, group, counts = np.unique(codes, return_index=True, return_inverse=True, return_counts=True)
-        repeated = counts[group] > 1
-        earlier = np.ones(len(places), bool)
-        earlier[first] = False  # np.unique gives the first place of each
-        top = 0
-        if repeated.any():
-            often = first[counts == counts.max()]
-            top = int(counts.max() * (ends[places[often] + n] - ends[places[often]]).max())
-        covered = np.zeros(len(ids) + 1, np.int64)
-        covered[places[earlier]] += 1
-        covered[places[earlier] + n] -= 1
-        shares[n] = (min(top / total, 1.0), float(np.diff(ends)[np.cumsum(covered)[:-1] > 0].sum() / total))
-        places, group = places[repeated], group[repeated]
+        places = places[:-1][np.diff(places) == 1]
+        codes = group[places] * groups + group[places + 1]
+        order = np.argsort(codes, kind="stable")
+        new = np.diff(codes[order], prepend=-1) != 0
+        starts = np.flatnonzero(new)
+        sizes = np.diff(starts, append=len(order))
+        if not len(sizes) or sizes.max() == 1:
+            break
+        numbers = np.cumsum(new) - 1
+        earlier = places[order[~new]]  # the sort is stable: the first of each group is its first place
+        often = places[order[starts[sizes == sizes.max()]]]
+        top = int(sizes.max() * (ends[often + n] - ends[often]).max())
+        shares[n] = (min(top / total, 1.0), _covered(earlier, n, ends) / total)
+        repeated = sizes[numbers] > 1
+        group, groups = np.zeros(count, np.int64), len(sizes)
+        group[places[order]] = numbers
+        places = np.sort(places[order[repeated]])
     return shares
+
+
+def _covered(places: np.ndarray, n: int, ends: np.ndarray) -> int:
+    """Characters of the words that lie in an n-gram that begins at one of the places; each counts once."""
+    steps = np.bincount(places, minlength=len(ends)) - np.bincount(places + n, minlength=len(ends))
+    return int(np.diff(ends)[np.cumsum(steps)[:-1] > 0].sum())
 
 
 def _share(part: float, whole: float) -> float:

@@ -33,7 +33,7 @@ def identifier(wanted: tuple[str, ...]) -> Callable[[str], tuple[str, float]]:
             text = " ".join(text[i * step:i * step + _PIECE] for i in range(_PIECES))
         if not text.strip():
             return "", 0.0
-        found = detector.detect(" ".join(text.split()), model="lite", k=1)
+        found = detector.detect(" ".join(text.encode(errors="replace").decode().split()), model="lite", k=1)
         return (found[0]["lang"], found[0]["score"]) if found else ("", 0.0)
 
     return identify
