@@ -7,7 +7,8 @@
 The text is python_docs, repeated to --megabytes. Each stage and its floor (the least that must happen: decompression, parsing by the C library, copying
 memory) take turns, A B A B, so that a noisy machine disturbs both; medians are printed. MB are those of the text, or of the page; seconds are those of the
 CPU, of all threads together, so MB/s is per core. The loader also shows tokens/s by the wall clock. With --peers each library reads the same files in turn
-with us, in processes of their own, by the wall clock. Figures of different runs on a shared machine do not compare; ratios do.
+with us, in processes of their own, from the first document or batch on. Their loaders shuffle rows that were packed beforehand; ours packs documents,
+knows where they begin, and can start at any step. Figures of different runs on a shared machine do not compare; ratios do.
 """
 
 import gzip
@@ -242,7 +243,7 @@ def compare(folder: pathlib.Path, size: int, venv: pathlib.Path, rounds: int) ->
         subprocess.run([str(python), "-m", "pip", "install", "-q", *PEERS, "absl-py", "numpy"], check=True)
     path, _ = _corpus(folder, 20)
     _rows(path, folder)
-    print(f"\n{'job':<34} {'peer':>12} {'jaxlm':>12} {'jaxlm/peer':>11}   (wall clock)")
+    print(f"\n{'MB or M tokens a second':<24} {'peer, CPU':>10} {'jaxlm':>10} {'ratio':>9} {'peer, wall':>12} {'jaxlm':>10} {'ratio':>9}")
     for peer, job in (("datasets", "a.jsonl"), ("datatrove", "a.jsonl"), ("datasets", "a.jsonl.gz"), ("datatrove", "a.jsonl.gz"), ("datasets", "a.parquet"),
                       ("datatrove", "a.parquet"), ("datatrove", "a.csv"), ("datatrove", "a.warc.gz"), ("datasets", "loader"), ("tf.data", "loader")):
         theirs, ours = [], []
@@ -252,9 +253,8 @@ def compare(folder: pathlib.Path, size: int, venv: pathlib.Path, rounds: int) ->
         if None in theirs:
             print(f"{peer + ' ' + job:<34} failed")
             continue
-        a, b = statistics.median(theirs), statistics.median(ours)
-        unit = "M tok/s" if job == "loader" else "MB/s"
-        print(f"{peer + ' ' + job:<34} {a / 1e6:>7,.1f} {unit} {b / 1e6:>7,.1f} {unit} {b / a:>10.1f}x")
+        (cpu, wall), (our_cpu, our_wall) = ([statistics.median(column) / 1e6 for column in zip(*found)] for found in (theirs, ours))
+        print(f"{peer + ' ' + job:<24} {cpu:>10,.1f} {our_cpu:>10,.1f} {our_cpu / cpu:>8.1f}x {wall:>12,.1f} {our_wall:>10,.1f} {our_wall / wall:>8.1f}x", flush=True)
 
 
 def _rows(corpus: pathlib.Path, folder: pathlib.Path) -> None:
@@ -265,24 +265,24 @@ def _rows(corpus: pathlib.Path, folder: pathlib.Path) -> None:
     np.save(folder / "rows.npy", line[:len(line) // (SEQUENCE + 1) * (SEQUENCE + 1)].reshape(-1, SEQUENCE + 1).astype(np.uint16))
 
 
-def _child(python: pathlib.Path, who: str, folder: pathlib.Path, job: str) -> float | None:
-    """Bytes of text or tokens a second."""
+def _child(python: pathlib.Path, who: str, folder: pathlib.Path, job: str) -> list[float] | None:
+    """Bytes of text or tokens a second of the CPU, and by the wall clock."""
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "HF_HOME": str(folder / "hf"), "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     ran = subprocess.run([str(python), __file__, "--job", who, str(folder), job], capture_output=True, text=True, env=environment)
     if ran.returncode:
         print((ran.stderr.strip().splitlines() or ["no message"])[-1][:150], file=sys.stderr)
         return None
-    return float(ran.stdout.split()[-1])
+    return [float(figure) for figure in ran.stdout.split()[-2:]]
 
 
 def work(who: str, folder: str, job: str) -> None:
     """In a process of its own: does the job, prints its speed."""
-    units, begin = iter(_JOBS[who](pathlib.Path(folder), job)), 0.0
-    next(units)  # everything is imported and open
-    begin, count = time.perf_counter(), 0
+    units = iter(_JOBS[who](pathlib.Path(folder), job))
+    next(units)  # the first one: everything is imported and open
+    begin, cpu, count = time.perf_counter(), time.process_time(), 0
     for amount in units:
         count += amount
-    print(count / (time.perf_counter() - begin))
+    print(count / (time.process_time() - cpu), count / (time.perf_counter() - begin))
 
 
 def _jaxlm(folder, job):
@@ -295,7 +295,6 @@ def _jaxlm(folder, job):
     else:
         from jaxlm.config import DataConfig
         from jaxlm.data import corpora
-        yield 0
         yield from (len(document.text) for document in corpora.documents(DataConfig(source=(str(folder / job),))))
 
 
@@ -310,7 +309,6 @@ def _datasets(folder, job):
     else:
         kind = "parquet" if job.endswith("parquet") else "json"
         rows = datasets.load_dataset(kind, data_files=str(folder / job), split="train", streaming=True)
-        yield 0
         yield from (len(row["text"]) for row in rows)
 
 
@@ -318,10 +316,9 @@ def _datatrove(folder, job):
     import logging
     from datatrove.pipeline import readers
     logging.disable(logging.CRITICAL)
-    kind = {"jsonl": readers.JsonlReader, "gz": readers.JsonlReader, "parquet": readers.ParquetReader, "csv": readers.CsvReader}[job.split(".")[-1]]
+    kind = {"jsonl": readers.JsonlReader, "gz": readers.JsonlReader, "parquet": readers.ParquetReader, "csv": readers.CSVReader}[job.split(".")[-1]]
     kind = readers.WarcReader if "warc" in job else kind
     reader = kind(str(folder), glob_pattern=job)
-    yield 0
     yield from (len(document.text) for document in reader.run())
 
 

@@ -6,12 +6,18 @@
   jaxlm prepare --verify --out=data/mine
 
 Steps, each of which can be switched off and says what it removed (jaxlm/config.py explains every key):
-  read           config.data.source: files, folders and globs (.txt .jsonl .csv .html .warc .parquet ..., also .gz and .zst), or "python_docs"
+  read           config.data.source (see Sources)
   clean, filter  config.clean.*, config.filter.*: extraction from HTML, repair, languages, quality rules, personal data, decontamination
   de-duplicate   config.dedup.*: equal documents (on), equal lines, near-duplicates (MinHash), within and across sources
   split          training, validation or test by a hash of the text that is left: equal texts are never apart, on any machine
   tokenise       a tokenizer is trained on the training split, or taken from config.tokenizer.path
   write          ArrayRecord shards, manifest.json (counts, checksums), report.json and report.html
+
+Sources are files, folders or globs of .txt, .jsonl, .json, .csv, .tsv (each also .gz and .zst), .html, .warc[.gz], .parquet and .arrow; folders that
+Hugging Face `datasets` saved; tfds:NAME[/CONFIG][:SPLIT]; or "python_docs", the text that comes with Python itself. Each may have a name, web=crawl/, by
+which config.data.licences and the manifest know it. One JSON object or row is a document, its text under the key config.data.text_key; so is a page and a
+.txt file, but one above 64 KiB is divided at blank lines. (.zst, .parquet and .arrow need: pip install 'jaxlm[data]'.) What cannot be read stops it
+with the file and line, or is passed over, counted and reported with config.data.on_error=skip.
 
 Read report.html before you spend money on training: what each rule removed, with examples, lengths, languages, duplicates, tokens.
 

@@ -118,9 +118,10 @@ def placed(file: SourceFile, data: DataConfig) -> Iterator[tuple[str, Document |
                 yield place, Skipped(place, file.source, str(record))
             else:
                 raise record
-    except Fault as fault:
+    except (Fault, OSError) as error:
+        fault = error if isinstance(error, Fault) else Fault(f"{file.path} cannot be read: {error.strerror or error}")
         if data.on_error != "skip":
-            raise
+            raise fault from None
         yield file.path, Skipped(file.path, file.source, str(fault))
 
 
@@ -161,9 +162,9 @@ def _records(file: SourceFile, data: DataConfig) -> Iterator[Record | Fault]:
 
 
 def _name(entry: str) -> tuple[str, str]:
-    """"web=crawl/" -> ("web", "crawl/"); what has no name is named as it is given."""
-    match = None if os.path.exists(os.path.expanduser(entry)) else _NAMED.fullmatch(entry)
-    return match.groups() if match else (entry, entry)
+    """"web=crawl/" -> ("web", "crawl/"); what has no name is named as it is given. A file or folder that is there ("lang=en/*.parquet") is no name."""
+    match = _NAMED.fullmatch(entry)
+    return match.groups() if match and not any(glob.iglob(os.path.expanduser(entry))) else (entry, entry)
 
 
 def _expand(given: str, data: DataConfig) -> list[tuple[str, int | None]]:
