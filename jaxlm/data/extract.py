@@ -21,8 +21,8 @@ _TAG = re.compile(r"<(/?)(?!(?:br|img|input|hr|meta|link|area|base|col|embed|sou
 def decode(data: bytes, html: bool) -> tuple[str, str]:
     """The text of `data` and the name of the encoding it was in, as Python's codecs spell it.
 
-    In this order: a byte order mark; UTF-8 where all bytes are valid UTF-8; UTF-16 without a mark, by its zero bytes; what an HTML page declares; the guess of
-    uchardet (in resiliparse). Bytes that mean nothing in that encoding become U+FFFD.
+    In this order: a byte order mark; UTF-16 without a mark, by its zero bytes; UTF-8 where (nearly) all bytes are valid UTF-8; what an HTML page declares; the
+    guess of uchardet (in resiliparse). Bytes that mean nothing in that encoding become U+FFFD.
 
     Raises:
       ValueError: the detector is needed and not installed.
@@ -37,7 +37,10 @@ def decode(data: bytes, html: bool) -> tuple[str, str]:
         try:
             return data.decode(), "utf-8"
         except UnicodeDecodeError:
-            pass
+            text = data.decode(errors="replace")
+            broken = text.count("\ufffd")
+            if len(text) - len(text.encode("ascii", "ignore")) > 10 * broken:  # UTF-8 that was damaged, or cut in a character
+                return text, "utf-8"
     declared = _declared(data[:_HEAD]) if html else ""
     if declared:
         try:
@@ -80,7 +83,7 @@ def _detect(data: bytes) -> str:
         from resiliparse.parse.encoding import detect_encoding
     except ImportError:
         raise ValueError("text that is not UTF-8 needs a detector of encodings, resiliparse: pip install 'jaxlm[clean]'") from None
-    return detect_encoding(data, max_len=_SAMPLE) or ""
+    return detect_encoding(data, max_len=_SAMPLE, html5_compatible=False) or ""  # the HTML5 names lose Korean (CP949)
 
 
 def main_content(page: str, extractor: Literal["resiliparse", "trafilatura"]) -> str:

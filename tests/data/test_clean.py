@@ -84,6 +84,12 @@ def test_any_language(folder):
     assert (run(document(FOREIGN)).removed_by, run(document(FOREIGN)).language) == ("", "de")
 
 
+def test_a_language_must_be_sure_enough(folder):
+    result = clean.cleaner(config.build({"clean": {"languages": ("en",), "language_confidence": 1.0}}))(document(PROSE))
+    assert result.removed_by == "clean.languages" and 0.7 < result.value < 1 and result.language == "en"
+    assert clean.cleaner(config.build({"clean": {"languages": ("en",), "language_confidence": 0.7}}))(document(PROSE)).removed_by == ""
+
+
 def test_cleaning_twice_is_cleaning_once(folder):
     run = clean.cleaner(everything(folder))
     rng = random.Random(0)

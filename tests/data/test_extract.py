@@ -8,6 +8,7 @@ from jaxlm.data import extract
 pytest.importorskip("resiliparse")
 GERMAN = "Die Würde des Menschen ist unantastbar. Sie zu achten und zu schützen ist Verpflichtung aller staatlichen Gewalt. Größe, Übermut, Äpfel. " * 4
 RUSSIAN = "Все люди рождаются свободными и равными в своём достоинстве и правах. Они наделены разумом и совестью. " * 6
+KOREAN = "모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다. 인간은 천부적으로 이성과 양심을 부여받았으며. " * 3
 JAPANESE = "すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。" * 6
 PAGE = """<!doctype html><html><head><meta charset="{charset}"><title>T</title><style>p {{color: red}}</style></head><body>
 <nav><ul><li><a href="/">Home</a></li><li><a href="/about">About</a></li></ul></nav>
@@ -26,7 +27,7 @@ def page(paragraphs=PARAGRAPHS, charset="utf-8"):
 @pytest.mark.parametrize("text, encoding, expected", [
     (GERMAN, "utf-8", "utf-8"), (GERMAN, "utf-8-sig", "utf-8"), (GERMAN, "utf-16", "utf-16-le"), (GERMAN, "utf-16-be", "utf-16-be"), (GERMAN, "utf-16-le", "utf-16-le"),
     (GERMAN, "utf-32", "utf-32-le"), (GERMAN, "cp1252", None), (RUSSIAN, "cp1251", None), (RUSSIAN, "koi8-r", None), (JAPANESE, "shift_jis", None),
-    (JAPANESE, "euc_jp", None), (JAPANESE, "iso2022_jp", None), ("plain ASCII", "ascii", "utf-8"), ("", "ascii", "utf-8"), ("x", "ascii", "utf-8")])
+    (JAPANESE, "euc_jp", None), (JAPANESE, "iso2022_jp", None), (KOREAN, "euc_kr", None), ("plain ASCII", "ascii", "utf-8"), ("", "ascii", "utf-8"), ("x", "ascii", "utf-8")])
 def test_encodings_are_told_from_the_bytes_alone(text, encoding, expected):
     decoded, name = extract.decode(text.encode(encoding), html=False)
     assert decoded == text and (expected is None or name == expected)
@@ -45,6 +46,13 @@ def test_a_declaration_that_lies_loses():
     assert extract.decode(page([GERMAN], "us-ascii").encode("cp1252"), html=True)[0] == page([GERMAN], "us-ascii")  # read as browsers do
     for nonsense in ("rot13", "klingon", "zlib", "hex"):
         assert extract.decode(page([GERMAN], nonsense).encode("cp1252"), html=True)[0] == page([GERMAN], nonsense)
+
+
+def test_damaged_utf8_is_utf8():
+    assert extract.decode(GERMAN.encode()[:-300] + b"\xff" + RUSSIAN.encode()[:101], html=False)[0].count("\ufffd") == 2
+    damaged = page([GERMAN], "iso-8859-1").encode() + b"\xff"
+    assert extract.decode(damaged, html=True) == (page([GERMAN], "iso-8859-1") + "\ufffd", "utf-8")
+    assert extract.decode("é".encode("cp1252"), html=False) == ("é", "cp1252")
 
 
 def test_any_bytes_become_text():

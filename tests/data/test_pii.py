@@ -68,6 +68,10 @@ def test_the_help_of_python_is_nearly_free_of_it():
     assert counts["pii.ip"] <= 4 and counts["pii.phone"] + counts["pii.card"] + counts["pii.iban"] + counts["pii.key"] <= 2
 
 
+def test_what_was_refused_is_looked_at_again():
+    assert pii.redact("cell 1 2 3 202-555-0143", ALL)[0] == "cell 1 2 3 <PHONE>"
+
+
 def test_luhn():
     for digits in ("79927398713", "4111111111111111", "0"):
         assert pii.luhn(digits)
