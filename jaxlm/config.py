@@ -450,6 +450,8 @@ class Config:
               "set that, or leave the key out")
         _need(not pairs or not source or bool(self.data.input_key), "objective.name=seq2seq needs data.input_key: the field (JSONL) or column (Parquet) that "
               "the encoder reads; data.text_key is what the decoder says")
+        _need(not self.data.input_key or not self.dedup.line_length, f"dedup.line_length={self.dedup.line_length} takes lines out of documents, which would "
+              "tear the two sides of a pair apart (data.input_key): set it to 0")
 
 
 def load(name: str, overrides: Iterable[tuple[str, str]] = ()) -> Config:

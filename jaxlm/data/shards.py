@@ -266,7 +266,7 @@ class Corpus:
         Raises:
           ValueError: the record is damaged or not the one that was written; names the shard's file and the record.
         """
-        index = self.splits[split]
+        index, document = self.splits[split], int(document)
         length = int(index.tokens[document])
         stop = length if stop is None else stop
         assert 0 <= start < stop <= length, (start, stop, length)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxlm.config import DataConfig, ObjectiveConfig, TokenizerConfig
+from jaxlm.config import CleanConfig, DataConfig, FilterConfig, ObjectiveConfig, TokenizerConfig
 from jaxlm.data import loader, pack, prepare, rows, shards, tasks
 
 SENTINELS = np.arange(1099, 999, -1)
@@ -284,7 +284,7 @@ def test_what_is_too_long_is_cut_and_counted(pairs):
 
 @pytest.mark.parametrize("line, words", [
     ('{"answer": "b"}', r"line 2: no key 'question'; its keys: 'answer'; set data.input_key"),
-    ('{"question": "a", "answer": " "}', r":2: 'answer' is empty: each pair needs a target"),
+    ('{"question": "a", "answer": " "}', r"line 2: 'answer' is empty: each pair needs a target"),
     ('{"question": 3, "answer": "b"}', r"line 2: 'question' is 3, not text"),
 ])
 def test_bad_pairs(tmp_path, line, words):
@@ -303,7 +303,7 @@ def test_pairs_in_other_files(tmp_path):
     corpus = prepare.prepare(data, TokenizerConfig(kind="bytes"), tmp_path / "data", log=lambda line: None)
     assert [corpus.read("train", i).tolist() for i in (0, 1)] == [[97, 258, 99, 258], [98, 258, 100, 258]]
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(ValueError, match="a.txt has no fields: data.input_key='question' needs .jsonl or .parquet"):
+    with pytest.raises(ValueError, match="a.txt has no fields: data.input_key='question' needs JSON lines, CSV, Parquet, Arrow, datasets or TFDS"):
         prepare.prepare(dataclasses.replace(data, source=(str(tmp_path / "a.txt"),)), TokenizerConfig(kind="bytes"), tmp_path / "other", log=lambda line: None)
     with pytest.raises(ValueError, match="no column 'answr'; .* set data.text_key"):
         prepare.prepare(dataclasses.replace(data, text_key="answr"), TokenizerConfig(kind="bytes"), tmp_path / "other", log=lambda line: None)
@@ -316,3 +316,30 @@ def test_pairs_with_one_input_fall_to_one_split(tmp_path):
     corpus = prepare.prepare(data, TokenizerConfig(kind="bytes"), tmp_path / "data", log=lambda line: None)
     found = [{bytes(corpus.read(name, i)[:split.inputs[i]].tolist()[:-1]) for i in range(len(split.tokens))} for name, split in corpus.splits.items()]
     assert sum(map(len, found)) == 20 and all(found)
+
+
+def test_a_pair_is_cleaned_on_each_side(tmp_path):
+    import json
+    lines = [{"question": "write to a@b.org", "answer": "c@d.org does"}, {"question": "", "answer": "nothing was asked"}, {"question": "kept", "answer": "\u200b"},
+             {"question": "{", "answer": "none of this side"}, {"question": "kept", "answer": "kept"}, {"question": "kept", "answer": "kept"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = DataConfig(source=(str(tmp_path / "a.jsonl"),), text_key="answer", input_key="question", validation=0, test=0)
+    corpus = prepare.prepare(data, TokenizerConfig(kind="bytes"), tmp_path / "data", clean=CleanConfig(pii=("email",), normalise=True),
+                             filter=FilterConfig(curly_brackets=1), log=lambda line: None)
+    index = corpus.splits["train"]
+    sides = [[bytes(part.tolist()).decode() for part in (tokens[:middle - 1], tokens[middle:-1])]
+             for tokens, middle in ((corpus.read("train", i), index.inputs[i]) for i in range(len(index.tokens)))]
+    assert sides == [["write to <EMAIL>", "<EMAIL> does"], ["", "nothing was asked"], ["kept", "kept"]]
+    report = json.loads((tmp_path / "data" / "report.json").read_text())
+    assert {rule: found["documents"] for rule, found in report["removed"].items()} == {"clean.normalise": 1, "filter.curly_brackets": 1, "dedup.exact": 1}
+    assert index.text_bytes.tolist() == [len(read) + len(said) for read, said in sides]
+    (tmp_path / "a.jsonl").write_text('{"question": "a\\u001eb", "answer": "c"}\n')
+    with pytest.raises(ValueError, match="line 1: 'question' holds the character U\\+001E"):
+        prepare.prepare(data, TokenizerConfig(kind="bytes"), tmp_path / "other", log=lambda line: None)
+
+
+def test_pairs_of_a_table(tmp_path):
+    (tmp_path / "a.csv").write_text("question,answer\na,b\n\"c\nd\",e\n")
+    data = DataConfig(source=(str(tmp_path / "a.csv"),), text_key="answer", input_key="question", validation=0, test=0)
+    corpus = prepare.prepare(data, TokenizerConfig(kind="bytes"), tmp_path / "data", log=lambda line: None)
+    assert [corpus.read("train", i).tolist() for i in (0, 1)] == [[97, 258, 98, 258], [99, 10, 100, 258, 101, 258]]
