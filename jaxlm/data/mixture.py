@@ -98,6 +98,12 @@ def place(order: Turns, row: int) -> tuple[int, int]:
     return s, cycle * int(order.counts[s]) + int(order.before[slot])
 
 
+def rows_of(order: Turns, source: int, numbers: np.ndarray) -> np.ndarray:
+    """The inverse of `place`: the rows of the mixture that are these rows of a source, int64 [numbers]."""
+    cycle, turn = np.divmod(numbers, order.counts[source])
+    return cycle * len(order.source) + np.flatnonzero(order.source == source)[turn]
+
+
 def rows_until(order: Turns, row: int) -> np.ndarray:
     """How many of the rows [0, row) each source has: int64 [sources]."""
     cycle, slot = divmod(row, len(order.source))

@@ -114,6 +114,23 @@ def _items(task: Task, split: Split, documents: np.ndarray | None) -> tuple[np.n
     return np.stack([documents[of], start, stop, np.zeros_like(of)], axis=1), sizes
 
 
+def piece_tokens(task: Task, split: Split, pieces: np.ndarray) -> np.ndarray:
+    """Tokens of its document that each piece, int64 [pieces, 4], brings into a row: targets; of a text for span corruption all that can be hidden; of a pair
+    both sides, as far as they are not cut. int64 [pieces]."""
+    if task.objective.name != "seq2seq":
+        return pieces[:, 2] - pieces[:, 1]
+    read, whole = split.inputs[pieces[:, 0]].astype(np.int64), split.tokens[pieces[:, 0]].astype(np.int64)
+    return np.minimum(read, task.room[0]) + np.minimum(whole - read, task.room[1])
+
+
+def document_tokens(task: Task, split: Split, documents: np.ndarray) -> np.ndarray:
+    """The same of whole documents, int64 [documents]."""
+    lengths = split.tokens[documents].astype(np.int64)
+    bare = 2 if task.objective.name == "span_corruption" else 1  # bos and eos, or the first token, which is no target
+    whole = np.stack([documents, np.zeros_like(lengths), np.maximum(lengths - bare, 0), np.zeros_like(lengths)], axis=1)
+    return piece_tokens(task, split, whole)
+
+
 def plan(task: Task, split: Split, key: tuple, documents: np.ndarray | None = None) -> Plan:
     """The rows of one epoch of training over the documents (all, or those numbered), shuffled by `key`; a pure function of its arguments."""
     if task.fitted:
