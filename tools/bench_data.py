@@ -250,7 +250,7 @@ def compare(folder: pathlib.Path, size: int, venv: pathlib.Path, rounds: int) ->
         for _ in range(rounds):
             theirs.append(_child(python, peer, folder, job))
             ours.append(_child(pathlib.Path(sys.executable), "jaxlm", folder, job))
-        if None in theirs:
+        if None in theirs + ours:
             print(f"{peer + ' ' + job:<34} failed")
             continue
         (cpu, wall), (our_cpu, our_wall) = ([statistics.median(column) / 1e6 for column in zip(*found)] for found in (theirs, ours))

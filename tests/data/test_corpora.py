@@ -364,7 +364,13 @@ def test_after_a_line_that_is_too_long_it_goes_on(tmp_path, monkeypatch):
     found = read(tmp_path, on_error="skip")
     assert [d.text if isinstance(d, corpora.Document) and len(d.text) < 10 else len(d.text) if isinstance(d, corpora.Document) else d.id[-3:] for d in found][:5] == [
         "xxxxx", 987, "l:3", "l:4", "xxxxxxx"]
-    assert [d.text for d in found if isinstance(d, corpora.Document)][-2:] == ["last", "z"]
+    assert [d.text for d in found if isinstance(d, corpora.Document)][-2:] == ["xxxxxxx", "z"]
+    assert "b.csv, line 2: not CSV (a row longer than 1,000 bytes, the most that one document may have); is a quote" in found[-3].reason
+    (tmp_path / "b.csv").write_text("a,b,c,text\n" + ",".join(['"' + "many\n" * 50 + '"'] * 3) + ',x\n1,2,3,next\n"caf\n')
+    with open(tmp_path / "b.csv", "ab") as file:
+        file.write(b'\xe9\n",2,3,bad\n1,2,3,after\n')
+    found = read(tmp_path / "b.csv", on_error="skip")
+    assert [d.text if isinstance(d, corpora.Document) else d.id.split(":")[1] for d in found] == ["x", "next", "155", "after"]
 
 
 # --- Hugging Face datasets --------------------------------------------------------------------------------------------------------------------
