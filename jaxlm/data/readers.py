@@ -171,7 +171,8 @@ def _id(where: str, number: int, record: Mapping[str, Any], keys: Keys) -> str:
         return ""
     value = record.get(keys.id)
     if value is None or value == "" or isinstance(value, (dict, list, bool)):
-        raise Fault(f"{where}: {'no' if keys.id not in record else 'a useless'} id {keys.id!r}; set data.id_key to a field with text or a number, or to ''", number)
+        what = "no" if keys.id not in record else "a useless"
+        raise Fault(f"{where}: {what} id {keys.id!r}; set data.id_key to a field with text or a number, or to ''", number)
     return str(value)
 
 
