@@ -15,7 +15,7 @@ from jaxlm.data import hub, python_docs, readers, tfds, web
 from jaxlm.data.readers import Fault, Keys, Record
 
 PYTHON_DOCS = "python_docs"
-_LINES = {".jsonl": readers.json_lines, ".ndjson": readers.json_lines, ".json": readers.json_lines, ".csv": readers.table, ".tsv": readers.table, ".txt": readers.text}
+_LINES = {**dict.fromkeys((".jsonl", ".ndjson", ".json"), readers.json_lines), ".csv": readers.table, ".tsv": readers.table, ".txt": readers.text}
 _READERS: dict[str, Callable[[str, Keys], Iterator[Record | Fault]]] = {
     **_LINES, **{name + packed: reader for name, reader in _LINES.items() for packed in (".gz", ".zst")},
     ".html": web.page, ".htm": web.page, ".warc": web.warc, ".warc.gz": web.warc, ".warc.wet": web.warc, ".warc.wet.gz": web.warc,

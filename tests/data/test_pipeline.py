@@ -294,12 +294,15 @@ def test_workers_end_with_their_parent(planted, tmp_path):
     process.stdout.readline()
     workers = children(process.pid)
     process.kill()
-    process.communicate()
-    assert len(workers) >= 2
+    process.wait()
     end = time.monotonic() + 20
     while any(os.path.exists(f"/proc/{pid}") for pid in workers) and time.monotonic() < end:
         time.sleep(0.05)
-    assert not [pid for pid in workers if os.path.exists(f"/proc/{pid}")]
+    left = [pid for pid in workers if os.path.exists(f"/proc/{pid}")]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    assert len(workers) >= 2 and not left
 
 
 @pytest.mark.slow
