@@ -156,6 +156,7 @@ class TransformerConfig:
     output: Literal["tokens", "hidden", "pooled", "sequence_labels", "token_labels"] = "tokens"  # encoder: tokens behind masks, states as they are,
     # one vector of a sequence (from its first token), or labels of a sequence or of each token
     labels: int = 0  # classes of sequence_labels and token_labels
+    label_names: tuple[str, ...] = ()  # what the classes are called, in their order; empty: LABEL_0, LABEL_1 ...
     pooler_activation: Literal["tanh", "relu"] = "tanh"  # between the pooler's and the classifier's matrix; DistilBERT: relu
     token_types: int = 0  # encoder: kinds of tokens (BERT: first and second sentence) that have an embedding; 0: none
     position_offset: int = 0  # learned positions: rows of the table before that of position 0 (RoBERTa: 2), besides the context's
@@ -188,7 +189,8 @@ class TransformerConfig:
     bias: bool = False  # biases in projections and layer norms
     qkv_bias: bool = False  # biases of queries, keys and values alone, as in Qwen 2
     embedding_scale: float = 1.0  # factor on token embeddings; Gemma: sqrt(width)
-    dropout: float = 0.0  # on embeddings and on each branch of the residual stream
+    dropout: float = 0.0  # on embeddings and on each branch of the residual stream; 0 with train.init_from: as that model had it
+    attention_dropout: float = 0.0  # likewise on the attention probabilities (BERT, GPT-2); training then takes the reference kernel
     attention_softcap: float = 0.0  # c * tanh(scores / c) as in Gemma 2; 0: off
     final_softcap: float = 0.0  # the same on the logits
     query_scale: float = 0.0  # attention scores are divided by the root of this; 0: the head size
@@ -232,7 +234,10 @@ class TransformerConfig:
         head_size = self.head_size or self.width // self.heads
         _need(self.positions != "rotary" or head_size % 2 == 0, f"rotary positions need an even head size, not {head_size}: "
               "change model.width, model.heads or model.head_size")
-        _need(0 <= self.dropout < 1, f"model.dropout={self.dropout} must be in [0, 1)")
+        for key in ("dropout", "attention_dropout"):
+            _need(0 <= getattr(self, key) < 1, f"model.{key}={getattr(self, key)} must be in [0, 1)")
+        _need(not self.label_names or len(set(self.label_names)) == len(self.label_names) == self.labels, f"model.label_names={self.label_names} must be "
+              f"model.labels={self.labels} different names, or none")
         _need(bool(self.windows) and all(w >= 0 for w in self.windows), f"model.windows={self.windows} must be one or more sizes >= 0")
         _need(0 < self.rotary_fraction <= 1 and int(head_size * self.rotary_fraction) % 2 == 0 and int(head_size * self.rotary_fraction) > 0,
               f"model.rotary_fraction={self.rotary_fraction} must be in (0, 1] and leave an even part of the head size {head_size}")
@@ -266,6 +271,11 @@ class TransformerConfig:
     def sparse_layers(self) -> tuple[int, ...]:
         """Numbers of the layers with a mixture of experts."""
         return tuple(i for i in range(self.layers) if i not in self.dense_layers) if self.experts else ()
+
+    @property
+    def drops(self) -> bool:
+        """Whether training draws dropout."""
+        return self.dropout > 0 or self.attention_dropout > 0
 
     def filled(self) -> "TransformerConfig":
         """The same model with every 0-means-default size written out."""

@@ -34,6 +34,7 @@ _DESCRIPTIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_toke
 _MODELS = ("tokenizer.model", "spiece.model")  # SentencePiece
 # What a folder may hold, the first found is used.
 _VOCABULARIES = ((_HOLDER,), ("tokenizer.json",), *((name,) for name in _MODELS), ("vocab.json", "merges.txt"), ("vocab.txt",))
+_FILES = frozenset(name for names in _VOCABULARIES[1:] for name in names) | frozenset(_DESCRIPTIONS)  # all that is ever kept and written
 _LIMIT = 512 * 2**20  # bytes of a tokenizer's file; the largest published ones have some 40 MB
 _UNKNOWN = " \u2047 "  # how SentencePiece prints what a tokenizer without byte fallback could not encode
 # Trainer input: no line ends (a symbol of their own), nothing that it refuses (NUL, U+2585), at most 4,000 bytes (its limit is 4,192).
@@ -360,6 +361,9 @@ def load(path: str | Path, vocab_size: int = 0) -> Tokenizer:
 
 def from_files(files: Mapping[str, bytes], *, vocab_size: int = 0, name: str = "the tokenizer") -> Tokenizer:
     """The tokenizer of a Hugging Face folder, whose files are given as bytes by name; see `load`."""
+    strange = next((key for key in files if key not in _FILES), None)
+    if strange is not None:  # it would be written to that path by an export
+        raise ValueError(f"{name} holds the file {strange[:60]!r}, which is none of a tokenizer's ({', '.join(sorted(_FILES))}): do not trust it")
     names = _names(files, name)
     model = next((key for key in _MODELS if key in files), None)
     if "tokenizer.json" not in files and model is not None:

@@ -123,7 +123,7 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: dict | 
     dtype = jnp.dtype(cfg.dtype)
     view = view or (lambda layer: jax.tree.map(lambda w: w.astype(dtype), layer))
     slots = make_slots(cfg, inputs, cache)
-    k_embed, k_layers = (None, None) if key is None or cfg.dropout == 0 else jax.random.split(key)
+    k_embed, k_layers = (None, None) if key is None or not cfg.drops else jax.random.split(key)
     x = embed(cfg, params, inputs, dtype)
     x = constrain(dropout(x, cfg.dropout, k_embed), "batch", "sequence", "residual")
     x, kv, routing = stack.run(cfg, params["layers"], x, slots, None if cache is None else {"k": cache["k"], "v": cache["v"]}, k_layers, view)

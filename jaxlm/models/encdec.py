@@ -62,7 +62,7 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: dict | 
     """
     dtype = jnp.dtype(cfg.dtype)
     view = view or (lambda layer: jax.tree.map(lambda w: w.astype(dtype), layer))
-    k_encoder, k_decoder = (None, None) if key is None or cfg.dropout == 0 else jax.random.split(key)
+    k_encoder, k_decoder = (None, None) if key is None or not cfg.drops else jax.random.split(key)
     run = functools.partial(_stack, embedding=params["embed"]["tokens"].astype(dtype), view=view)
     if "encoder_tokens" in inputs:
         read = dict(zip(("tokens", "positions", "segments"), (inputs[name] for name in ENCODER_INPUTS)))

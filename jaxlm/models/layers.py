@@ -106,7 +106,7 @@ class Attention(nn.Module):
     cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BTD, slots: Slots, window: jax.Array | None, cache: dict | None):
+    def __call__(self, x_BTD, slots: Slots, window: jax.Array | None, cache: dict | None, dropout_key: jax.Array | None = None):
         cfg = self.cfg
         d, n, k, h = x_BTD.shape[-1], cfg.heads, cfg.kv_heads, cfg.head_size
         q = project(x_BTD, self.param("q", initialiser(cfg, d, n * h), (d, n, h), jnp.float32))
@@ -131,13 +131,19 @@ class Attention(nn.Module):
             cache = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), slots.start, axis=1)
                      for name, new in (("k", key), ("v", value))}
             key, value = cache["k"].astype(q.dtype), cache["v"].astype(q.dtype)
-        kernel = attention.choose(cfg.attention, cached=cache is not None, causal=cfg.causal, biased=slots.bias is not None)
+        kernel = attention.choose(cfg.attention, cached=cache is not None, causal=cfg.causal, biased=slots.bias is not None,
+                                  dropped=dropout_key is not None)
         out_BTNH = kernel(q, key, value, slots.queries, slots.keys, window=window, causal=cfg.causal, softcap=cfg.attention_softcap,
-                          scale=(cfg.query_scale or h) ** -0.5, **({} if slots.bias is None else {"bias_BNTS": slots.bias}))
+                          scale=(cfg.query_scale or h) ** -0.5, **({} if slots.bias is None else {"bias_BNTS": slots.bias}), **_dropping(cfg, dropout_key))
         out = project(out_BTNH, self.param("o", initialiser(cfg, n * h, d, into_residual=True), (n, h, d), jnp.float32), inputs=2)
         if cfg.bias:
             out = out + self.param("o_bias", nn.initializers.zeros, (d,), jnp.float32)
         return out, cache
+
+
+def _dropping(cfg: TransformerConfig, key: jax.Array | None) -> dict:
+    """Options of a kernel that drops probabilities; none in evaluation."""
+    return {} if key is None else {"dropout": cfg.attention_dropout, "key": key}
 
 
 class CrossAttention(nn.Module):
@@ -145,7 +151,7 @@ class CrossAttention(nn.Module):
     cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, slots: Slots, cache: dict | None):
+    def __call__(self, x_BTD: jax.Array, slots: Slots, cache: dict | None, dropout_key: jax.Array | None = None):
         """The branch, and the keys and values where a cache wants them: `{"cross_k", "cross_v"}`, else empty."""
         cfg, memory = self.cfg, slots.memory
         d, n, k, h = x_BTD.shape[-1], cfg.heads, cfg.kv_heads, cfg.head_size
@@ -161,7 +167,8 @@ class CrossAttention(nn.Module):
         q = constrain(q, "batch", "sequence", "heads", "head_size")
         # Not causal and without a window, only segments count; positions of the two sides are not comparable.
         places = attention.Tokens(jnp.zeros_like(memory.segments), memory.segments)
-        out_BTNH = attention.reference(q, key, value, slots.queries, places, causal=False, softcap=cfg.attention_softcap, scale=(cfg.query_scale or h) ** -0.5)
+        out_BTNH = attention.reference(q, key, value, slots.queries, places, causal=False, softcap=cfg.attention_softcap, scale=(cfg.query_scale or h) ** -0.5,
+                                       **_dropping(cfg, dropout_key))
         return project(out_BTNH, self.param("o", initialiser(cfg, n * h, d, into_residual=True), (n, h, d), jnp.float32), inputs=2), made
 
 
@@ -227,7 +234,8 @@ class Block(nn.Module):
         crossed = slots.memory is not None
         keys = (None,) * 3 if key is None else jax.random.split(key, 3 if crossed else 2)
         given = cache
-        attn = lambda x: Attention(cfg, name="attn")(x, slots, window, given)
+        inner = [None if k is None or not cfg.attention_dropout else jax.random.fold_in(k, 1) for k in keys]  # of the probabilities
+        attn = lambda x: Attention(cfg, name="attn")(x, slots, window, given, inner[0])
         if self.sparse:
             mlp = lambda x: Moe(cfg, name="moe")(x, slots.queries.segments > 0)
         else:
@@ -238,7 +246,7 @@ class Block(nn.Module):
             return constrain(x_BTD + mixed + hidden, "batch", "sequence", "residual"), cache, statistics
         x_BTD = self._join("attn", x_BTD, mixed)
         if crossed:
-            mixed, made = self._branch("cross", lambda x: CrossAttention(cfg, name="cross")(x, slots, given), x_BTD, keys[2])
+            mixed, made = self._branch("cross", lambda x: CrossAttention(cfg, name="cross")(x, slots, given, inner[2]), x_BTD, keys[2])
             x_BTD, cache = self._join("cross", x_BTD, mixed), None if cache is None else cache | made
         hidden, statistics = self._branch("mlp", mlp, x_BTD, keys[1])
         return self._join("mlp", x_BTD, hidden), cache, statistics
