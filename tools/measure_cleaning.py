@@ -342,8 +342,8 @@ MEASUREMENTS: tuple[Callable[[Sources], Iterator[Row]], ...] = (personal_data, m
 
 # Files of UDHR whose language the model knows, with its code.
 UDHR = dict(pair.split("=")
-    for pair in """afr=af als=sq amh=am arb=ar ast=ast azj_latn=az bel=be ben=bn bod=bo bos_latn=bs bre=br bul=bg cat=ca ceb=ceb ces=cs ckb=ckb cmn_hans=zh cmn_hant=zh
-cos=co cym=cy dan=da deu=de deu_1901=de div=dv ell_monotonic=el eng=en epo=eo est=et eus=eu fin=fi fra=fr fri=fy gla=gd gle=ga glg=gl guj=gu heb=he
+    for pair in """afr=af als=sq amh=am arb=ar ast=ast azj_latn=az bel=be ben=bn bod=bo bos_latn=bs bre=br bul=bg cat=ca ceb=ceb ces=cs ckb=ckb cmn_hans=zh
+cmn_hant=zh cos=co cym=cy dan=da deu=de deu_1901=de div=dv ell_monotonic=el eng=en epo=eo est=et eus=eu fin=fi fra=fr fri=fy gla=gd gle=ga glg=gl guj=gu heb=he
 hin=hi hrv=hr hun=hu hye=hy ido=io ilo=ilo ina=ia ind=id isl=is ita=it jav=jv jpn=ja kan=kn kat=ka kaz=kk khk=mn khm=km kir=ky kor=ko lao=lo lat=la
 lat_1=la lav=lv lit=lt ltz=lb mal=ml mar=mr mkd=mk mlt=mt mya=my nds=nds nep=ne nld=nl nno=nn nob=no oss=os pan=pa pes_1=fa pol=pl por_BR=pt por_PT=pt
 ron=ro rus=ru san=sa sah=sah slk=sk slv=sl spa=es sme=se srp_cyrl=sr sun=su swe=sv swh=sw tam=ta tat=tt tgk=tg tgl=tl tha=th tur=tr uig_arab=ug ukr=uk
