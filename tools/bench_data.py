@@ -7,7 +7,8 @@
 The text is python_docs, repeated to --megabytes. Each stage and its floor (the least that must happen: decompression, parsing by the C library, copying
 memory) take turns, A B A B, so that a noisy machine disturbs both; medians are printed. MB are those of the text, or of the page; seconds are those of the
 CPU, of all threads together, so MB/s is per core. The loader also shows tokens/s by the wall clock. With --peers each library reads the same files in turn
-with us, in processes of their own, by the wall clock. Figures of different runs on a shared machine do not compare; ratios do.
+with us, in processes of their own, from the first document or batch on. Their loaders shuffle rows that were packed beforehand; ours packs documents,
+knows where they begin, and can start at any step. Figures of different runs on a shared machine do not compare; ratios do.
 """
 
 import gzip
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
 
-PEERS = ("datasets", "datatrove[io,processing]", "warcio", "tensorflow-cpu")
+PEERS = ("datasets", "datatrove[io,processing]", "warcio", "faust-cchardet", "python-magic", "tensorflow-cpu")
 SEQUENCE, BATCH = 1024, 64
 STAGES = ("read", "clean", "dedup", "tokenise", "shards", "loader")
 
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_list("stages", list(STAGES), f"Of {', '.join(STAGES)}.", flag_values=values)
     flags.DEFINE_integer("megabytes", 20, "Text to work on.", flag_values=values, lower_bound=1)
     flags.DEFINE_integer("rounds", 5, "How often a stage and its floor take turns.", flag_values=values, lower_bound=1)
-    flags.DEFINE_string("peers", "", "Folder of a virtual environment with other libraries, made if it is not there; without it they are left out.", flag_values=values)
+    flags.DEFINE_string("peers", "", "Folder of a virtual environment with other libraries, made if it is not there; none: leave them out.", flag_values=values)
     flags.DEFINE_string("keep", "", "Folder for the files, kept; without it, a temporary one.", flag_values=values)
     if "--help" in argv:
         sys.exit(f"{__doc__}\n{values.get_help()}")
@@ -79,13 +80,15 @@ def make_files(folder: pathlib.Path, megabytes: int) -> list[str]:
 
 def _page(text: str) -> bytes:
     paragraphs = text.replace("&", "&amp;").replace("<", "&lt;").split("\n\n")
-    return ("<html><head><title>x</title></head><body><nav>a b c</nav><article>" + "".join(f"<p>{p}</p>" for p in paragraphs) + "</article></body></html>").encode()
+    body = "".join(f"<p>{p}</p>" for p in paragraphs)
+    return f"<html><head><title>x</title></head><body><nav>a b c</nav><article>{body}</article></body></html>".encode()
 
 
 def _page_record(i: int, text: str) -> bytes:
     http = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n" + _page(text)
-    return (f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://a.org/{i}\r\nWARC-Record-ID: <urn:uuid:{i}>\r\nContent-Type: application/http; "
-            f"msgtype=response\r\nContent-Length: {len(http)}\r\n\r\n").encode() + http + b"\r\n\r\n"
+    return (f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://a.org/{i}\r\nWARC-Record-ID: <urn:uuid:{i}>\r\n"
+            f"WARC-Date: 2026-11-22T00:00:00Z\r\nContent-Type: application/http; msgtype=response\r\n"
+            f"Content-Length: {len(http)}\r\n\r\n").encode() + http + b"\r\n\r\n"
 
 
 def turns(*functions, rounds: int, clock=time.process_time) -> list[float]:
@@ -228,7 +231,8 @@ def stage_loader(folder: pathlib.Path, texts: list[str], size: int, rounds: int)
         tokens = steps * BATCH * length
         for name, clock in (("CPU", time.process_time), ("wall", time.perf_counter)):
             ours, floor = turns(load, fill, rounds=rounds, clock=clock)
-            print(f"loader, T={length}, {name:<4} {tokens / ours / 1e6:>10,.1f} M tokens/s {tokens / floor / 1e6:>10,.0f} M {floor / ours:>6.0%}   writing the five arrays of a batch")
+            print(f"loader, T={length}, {name:<4} {tokens / ours / 1e6:>10,.1f} M tokens/s {tokens / floor / 1e6:>10,.0f} M {floor / ours:>6.0%}   "
+                  "writing the five arrays of a batch")
 
 
 # --- other libraries ------------------------------------------------------------------------------------------------------------------------
@@ -242,19 +246,19 @@ def compare(folder: pathlib.Path, size: int, venv: pathlib.Path, rounds: int) ->
         subprocess.run([str(python), "-m", "pip", "install", "-q", *PEERS, "absl-py", "numpy"], check=True)
     path, _ = _corpus(folder, 20)
     _rows(path, folder)
-    print(f"\n{'job':<34} {'peer':>12} {'jaxlm':>12} {'jaxlm/peer':>11}   (wall clock)")
+    print(f"\n{'MB or M tokens a second':<24} {'peer, CPU':>10} {'jaxlm':>10} {'ratio':>9} {'peer, wall':>12} {'jaxlm':>10} {'ratio':>9}")
     for peer, job in (("datasets", "a.jsonl"), ("datatrove", "a.jsonl"), ("datasets", "a.jsonl.gz"), ("datatrove", "a.jsonl.gz"), ("datasets", "a.parquet"),
                       ("datatrove", "a.parquet"), ("datatrove", "a.csv"), ("datatrove", "a.warc.gz"), ("datasets", "loader"), ("tf.data", "loader")):
         theirs, ours = [], []
         for _ in range(rounds):
             theirs.append(_child(python, peer, folder, job))
             ours.append(_child(pathlib.Path(sys.executable), "jaxlm", folder, job))
-        if None in theirs:
+        if None in theirs + ours:
             print(f"{peer + ' ' + job:<34} failed")
             continue
-        a, b = statistics.median(theirs), statistics.median(ours)
-        unit = "M tok/s" if job == "loader" else "MB/s"
-        print(f"{peer + ' ' + job:<34} {a / 1e6:>7,.1f} {unit} {b / 1e6:>7,.1f} {unit} {b / a:>10.1f}x")
+        (cpu, wall), (our_cpu, our_wall) = ([statistics.median(column) / 1e6 for column in zip(*found)] for found in (theirs, ours))
+        print(f"{peer + ' ' + job:<24} {cpu:>10,.1f} {our_cpu:>10,.1f} {our_cpu / cpu:>8.1f}x "
+              f"{wall:>12,.1f} {our_wall:>10,.1f} {our_wall / wall:>8.1f}x", flush=True)
 
 
 def _rows(corpus: pathlib.Path, folder: pathlib.Path) -> None:
@@ -265,24 +269,24 @@ def _rows(corpus: pathlib.Path, folder: pathlib.Path) -> None:
     np.save(folder / "rows.npy", line[:len(line) // (SEQUENCE + 1) * (SEQUENCE + 1)].reshape(-1, SEQUENCE + 1).astype(np.uint16))
 
 
-def _child(python: pathlib.Path, who: str, folder: pathlib.Path, job: str) -> float | None:
-    """Bytes of text or tokens a second."""
+def _child(python: pathlib.Path, who: str, folder: pathlib.Path, job: str) -> list[float] | None:
+    """Bytes of text or tokens a second of the CPU, and by the wall clock."""
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "HF_HOME": str(folder / "hf"), "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     ran = subprocess.run([str(python), __file__, "--job", who, str(folder), job], capture_output=True, text=True, env=environment)
     if ran.returncode:
         print((ran.stderr.strip().splitlines() or ["no message"])[-1][:150], file=sys.stderr)
         return None
-    return float(ran.stdout.split()[-1])
+    return [float(figure) for figure in ran.stdout.split()[-2:]]
 
 
 def work(who: str, folder: str, job: str) -> None:
     """In a process of its own: does the job, prints its speed."""
-    units, begin = iter(_JOBS[who](pathlib.Path(folder), job)), 0.0
-    next(units)  # everything is imported and open
-    begin, count = time.perf_counter(), 0
+    units = iter(_JOBS[who](pathlib.Path(folder), job))
+    next(units)  # the first one: everything is imported and open
+    begin, cpu, count = time.perf_counter(), time.process_time(), 0
     for amount in units:
         count += amount
-    print(count / (time.perf_counter() - begin))
+    print(count / (time.process_time() - cpu), count / (time.perf_counter() - begin))
 
 
 def _jaxlm(folder, job):
@@ -295,14 +299,14 @@ def _jaxlm(folder, job):
     else:
         from jaxlm.config import DataConfig
         from jaxlm.data import corpora
-        yield 0
         yield from (len(document.text) for document in corpora.documents(DataConfig(source=(str(folder / job),))))
 
 
 def _datasets(folder, job):
     import datasets
     if job == "loader":
-        rows = datasets.Dataset.from_dict({"ids": np.load(folder / "rows.npy")}, features=datasets.Features({"ids": datasets.List(datasets.Value("uint16"), SEQUENCE + 1)}))
+        features = datasets.Features({"ids": datasets.List(datasets.Value("uint16"), SEQUENCE + 1)})
+        rows = datasets.Dataset.from_dict({"ids": np.load(folder / "rows.npy")}, features=features)
         for batch in rows.shuffle(seed=0).with_format("numpy").iter(BATCH, drop_last_batch=True):
             ids = batch["ids"].astype(np.int32)
             ids[:, :-1], ids[:, 1:]
@@ -310,7 +314,6 @@ def _datasets(folder, job):
     else:
         kind = "parquet" if job.endswith("parquet") else "json"
         rows = datasets.load_dataset(kind, data_files=str(folder / job), split="train", streaming=True)
-        yield 0
         yield from (len(row["text"]) for row in rows)
 
 
@@ -318,10 +321,9 @@ def _datatrove(folder, job):
     import logging
     from datatrove.pipeline import readers
     logging.disable(logging.CRITICAL)
-    kind = {"jsonl": readers.JsonlReader, "gz": readers.JsonlReader, "parquet": readers.ParquetReader, "csv": readers.CsvReader}[job.split(".")[-1]]
+    kind = {"jsonl": readers.JsonlReader, "gz": readers.JsonlReader, "parquet": readers.ParquetReader, "csv": readers.CSVReader}[job.split(".")[-1]]
     kind = readers.WarcReader if "warc" in job else kind
     reader = kind(str(folder), glob_pattern=job)
-    yield 0
     yield from (len(document.text) for document in reader.run())
 
 

@@ -4,9 +4,11 @@
   jaxlm prepare --config=quickstart '--config.data.source=books/,news/*.jsonl.gz' --out=data/mine
   jaxlm prepare --verify --out=data/mine
 
-Sources are files, folders or globs of .txt, .jsonl (also .gz and .zst) and .parquet, UTF-8, or "python_docs", the text that comes with
-Python itself. One JSON object or Parquet row is a document, its text under the key config.data.text_key; so is a .txt file, but one above
-64 KiB is divided at blank lines. (.zst and .parquet need: pip install 'jaxlm[data]'.)
+Sources are files, folders or globs of .txt, .jsonl, .json, .csv, .tsv (each also .gz and .zst), .html, .warc[.gz], .parquet and .arrow; folders that
+Hugging Face `datasets` saved; tfds:NAME[/CONFIG][:SPLIT]; or "python_docs", the text that comes with Python itself. Each may have a name, web=crawl/, by
+which config.data.licences and the manifest know it. One JSON object or row is a document, its text under the key config.data.text_key; so is a page and a
+.txt file, but one above 64 KiB is divided at blank lines. (.zst, .parquet and .arrow need: pip install 'jaxlm[data]'.) What cannot be read stops it
+with the file and line, or is passed over, counted and reported with config.data.on_error=skip.
 
 Each document goes to the training, validation or test split by a hash of its text: equal texts are never apart, and the split is the same
 on every machine. The tokenizer is trained on the training split, then all splits are written as ArrayRecord shards with manifest.json:

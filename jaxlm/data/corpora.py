@@ -15,7 +15,7 @@ from jaxlm.data import hub, python_docs, readers, tfds, web
 from jaxlm.data.readers import Fault, Keys, Record
 
 PYTHON_DOCS = "python_docs"
-_LINES = {".jsonl": readers.json_lines, ".ndjson": readers.json_lines, ".json": readers.json_lines, ".csv": readers.table, ".tsv": readers.table, ".txt": readers.text}
+_LINES = {**dict.fromkeys((".jsonl", ".ndjson", ".json"), readers.json_lines), ".csv": readers.table, ".tsv": readers.table, ".txt": readers.text}
 _READERS: dict[str, Callable[[str, Keys], Iterator[Record | Fault]]] = {
     **_LINES, **{name + packed: reader for name, reader in _LINES.items() for packed in (".gz", ".zst")},
     ".html": web.page, ".htm": web.page, ".warc": web.warc, ".warc.gz": web.warc, ".warc.wet": web.warc, ".warc.wet.gz": web.warc,
@@ -118,9 +118,10 @@ def placed(file: SourceFile, data: DataConfig) -> Iterator[tuple[str, Document |
                 yield place, Skipped(place, file.source, str(record))
             else:
                 raise record
-    except Fault as fault:
+    except (Fault, OSError) as error:
+        fault = error if isinstance(error, Fault) else Fault(f"{file.path} cannot be read: {error.strerror or error}")
         if data.on_error != "skip":
-            raise
+            raise fault from None
         yield file.path, Skipped(file.path, file.source, str(fault))
 
 
@@ -161,9 +162,9 @@ def _records(file: SourceFile, data: DataConfig) -> Iterator[Record | Fault]:
 
 
 def _name(entry: str) -> tuple[str, str]:
-    """"web=crawl/" -> ("web", "crawl/"); what has no name is named as it is given."""
-    match = None if os.path.exists(os.path.expanduser(entry)) else _NAMED.fullmatch(entry)
-    return match.groups() if match else (entry, entry)
+    """"web=crawl/" -> ("web", "crawl/"); what has no name is named as it is given. A file or folder that is there ("lang=en/*.parquet") is no name."""
+    match = _NAMED.fullmatch(entry)
+    return match.groups() if match and not any(glob.iglob(os.path.expanduser(entry))) else (entry, entry)
 
 
 def _expand(given: str, data: DataConfig) -> list[tuple[str, int | None]]:

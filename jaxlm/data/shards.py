@@ -85,7 +85,8 @@ class ShardWriter:
                  record_begins=np.array(self._begins, np.int64), record_sizes=np.array(self._sizes, np.int32))
         np.savez(self._folder / ids, text=np.frombuffer(bytes(self._ids), np.uint8), ends=np.array(self._id_ends, np.int64))
         totals = {key: sum(shard[key] for shard in self._shards) for key in ("documents", "tokens", "text_bytes")}
-        return totals | {"sources": self._by_source(), "licences": list(self._licence_numbers), "lengths": file_entry(self._folder / lengths), "ids": file_entry(self._folder / ids), "shards": self._shards}
+        return totals | {"sources": self._by_source(), "licences": list(self._licence_numbers), "lengths": file_entry(self._folder / lengths),
+                         "ids": file_entry(self._folder / ids), "shards": self._shards}
 
     def _by_source(self) -> dict[str, dict[str, Any]]:
         """Of each source, in the order of their numbers: documents, tokens, bytes of text, and documents of each licence."""

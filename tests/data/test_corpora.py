@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import json
 import os
@@ -253,7 +254,7 @@ def test_text_that_is_not_utf8_stays_bytes_where_it_must(tmp_path):
 # --- names, ids, licences, what is left out --------------------------------------------------------------------------------------------------
 
 
-def test_sources_have_names_and_licences(tmp_path):
+def test_sources_have_names_and_licences(tmp_path, monkeypatch):
     (tmp_path / "web").mkdir()
     (tmp_path / "web" / "a.jsonl").write_text('{"text": "a", "license": "MIT"}\n{"text": "b", "license": null}\n{"text": "c"}\n')
     (tmp_path / "x=y.txt").write_text("d")
@@ -263,6 +264,10 @@ def test_sources_have_names_and_licences(tmp_path):
     name = str(tmp_path / "x=y.txt")
     assert [(d.source, d.text, d.licence, d.html) for d in found] == [
         ("web", "a", "MIT", False), ("web", "b", "CC0", False), ("web", "c", "CC0", False), (name, "d", "", False), ("pages", b"<p>\xe9", "CC-BY", True)]
+    (tmp_path / "lang=en").mkdir()
+    (tmp_path / "lang=en" / "a.txt").write_text("f")
+    monkeypatch.chdir(tmp_path)
+    assert [(d.source, d.text) for d in read("lang=en", "lang=e[n]/*.txt", "x=y.txt")] == [("lang=en", "f"), ("x=y.txt", "d")]
     data = DataConfig(source=(f"web={tmp_path}/web", f"{tmp_path}/e.html"))
     assert corpora.sources(data) == ("web", f"{tmp_path}/e.html")
     assert [(file.source, file.size) for file in corpora.files(data)] == [("web", 77), (f"{tmp_path}/e.html", 4)]
@@ -316,8 +321,20 @@ def test_skip_goes_on_after_what_cannot_be_read_and_stop_does_not(tmp_path):
     assert [d.text for d in found if isinstance(d, corpora.Document) and d.text != "e"] == ["a", "b", "c", "d", "f", "k"]
     assert sum(isinstance(d, corpora.Document) and d.text == "e" for d in found) > 80_000
     skipped = [d for d in found if isinstance(d, corpora.Skipped)]
-    assert [d.id.rpartition("/")[2] for d in skipped] == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:4", "b.txt", "c.parquet:2", "d.parquet", "e.jsonl.gz", "f.csv:3", "f.csv:4"]
+    assert [d.id.rpartition("/")[2] for d in skipped] == [
+        "a.jsonl:2", "a.jsonl:3", "a.jsonl:4", "b.txt", "c.parquet:2", "d.parquet", "e.jsonl.gz", "f.csv:3", "f.csv:4"]
     assert all(d.source == str(tmp_path) and "\n" not in d.reason and d.id.split(":")[0] in d.reason for d in skipped)
+
+
+def test_a_file_that_is_gone_or_must_not_be_read_is_one_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+    data = DataConfig(source=(str(tmp_path),))
+    file, = corpora.files(data)
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(ValueError, match="a.jsonl cannot be read: No such file or directory"):
+        list(corpora.read(file, data))
+    skipped, = corpora.read(file, dataclasses.replace(data, on_error="skip"))
+    assert skipped.reason.endswith("a.jsonl cannot be read: No such file or directory")
 
 
 # --- what does not fit in memory --------------------------------------------------------------------------------------------------------------
@@ -346,9 +363,14 @@ def test_after_a_line_that_is_too_long_it_goes_on(tmp_path, monkeypatch):
     (tmp_path / "b.csv").write_text('text\n"' + "many\n" * 500 + '"\nshort\n' + "y" * 2000 + "\nlast\n")
     write_parquet(tmp_path / "c.parquet", ["x" * 2000, "z"])
     found = read(tmp_path, on_error="skip")
-    assert [d.text if isinstance(d, corpora.Document) and len(d.text) < 10 else len(d.text) if isinstance(d, corpora.Document) else d.id[-3:] for d in found][:5] == [
-        "xxxxx", 987, "l:3", "l:4", "xxxxxxx"]
-    assert [d.text for d in found if isinstance(d, corpora.Document)][-2:] == ["last", "z"]
+    assert [len(d.text) if isinstance(d, corpora.Document) else d.id[-3:] for d in found][:5] == [5, 987, "l:3", "l:4", 7]
+    assert [d.text for d in found if isinstance(d, corpora.Document)][-2:] == ["xxxxxxx", "z"]
+    assert "b.csv, line 2: not CSV (a row longer than 1,000 bytes, the most that one document may have); is a quote" in found[-3].reason
+    (tmp_path / "b.csv").write_text("a,b,c,text\n" + ",".join(['"' + "many\n" * 50 + '"'] * 3) + ',x\n1,2,3,next\n"caf\n')
+    with open(tmp_path / "b.csv", "ab") as file:
+        file.write(b'\xe9\n",2,3,bad\n1,2,3,after\n')
+    found = read(tmp_path / "b.csv", on_error="skip")
+    assert [d.text if isinstance(d, corpora.Document) else d.id.split(":")[1] for d in found] == ["x", "next", "155", "after"]
 
 
 # --- Hugging Face datasets --------------------------------------------------------------------------------------------------------------------
