@@ -50,8 +50,14 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: tuple[str, ...] = ()  # files, folders or globs (.txt .jsonl[.gz|.zst] .parquet), or "python_docs", the text in every CPython
-    text_key: str = "text"  # the field (JSONL) or column (Parquet) that holds the text
+    source: tuple[str, ...] = ()  # files, folders, globs (.txt .jsonl .json .csv .tsv [.gz .zst], .html .warc[.gz] .parquet .arrow), folders of Hugging Face
+    # `datasets`, tfds:NAME[/CONFIG][:SPLIT], or "python_docs", the text in every CPython; each may have a name: "web=crawl/"
+    text_key: str = "text"  # the field (JSON) or column (tables) that holds the text
+    id_key: str = ""  # the field or column that holds each document's id, different for all; empty: "path:line"
+    licence_key: str = ""  # the field or column that holds each document's licence
+    licences: tuple[tuple[str, str], ...] = ()  # of whole sources: (("web", "CC-BY-4.0"), ...), by their names in data.source
+    on_error: Literal["stop", "skip"] = "stop"  # at what cannot be read: stop with its name and line, or skip, count and report it
+    tfds_dir: str = ""  # where TFDS keeps its data sets; empty: $TFDS_DATA_DIR, or ~/tensorflow_datasets
     dir: str = ""  # prepared shards; empty: <workdir>/data, prepared on the first run
     validation: float = 0.03  # share of documents, by hash of their text
     test: float = 0.05  # likewise
@@ -60,6 +66,7 @@ class DataConfig:
     batch_size: int = 8  # rows of one optimiser step, over all devices, hosts and microbatches
     seed: int = 0  # order of documents and rows
     threads: int = 1  # reader threads of one process
+    workers: int = 0  # processes that prepare the corpus; 0: one for each core
     prefetch: int = 4  # batches read ahead
 
     def __post_init__(self):
@@ -67,7 +74,97 @@ class DataConfig:
               f"data.validation={self.validation} and data.test={self.test} must be shares that leave something to train on")
         for key in ("shard_bytes", "sequence_length", "batch_size", "prefetch"):
             _need(getattr(self, key) > 0, f"data.{key}={getattr(self, key)} must be positive")
-        _need(self.threads >= 0, f"data.threads={self.threads} must not be negative")
+        for key in ("threads", "workers"):
+            _need(getattr(self, key) >= 0, f"data.{key}={getattr(self, key)} must not be negative")
+
+
+@dataclass(frozen=True)
+class DedupConfig:
+    exact: bool = True  # documents whose text, as cleaned, occurred before are dropped
+    line_length: int = 0  # lines of at least so many characters that occurred before, in any document, are dropped; 0: off
+    near: float = 0.0  # near-duplicates are dropped: documents whose word shingles overlap (Jaccard) by at least this share; the longest stays; 0: off
+    shingle: int = 5  # words in a row that count as one shingle
+    permutations: int = 128  # MinHash values of a document: the similarity is known to sqrt(s (1 - s) / this)
+
+    def __post_init__(self):
+        _need(0 <= self.near <= 1, f"dedup.near={self.near} is a share: give a number from 0 (off) to 1, for example 0.8")
+        _need(self.line_length >= 0, f"dedup.line_length={self.line_length} must not be negative")
+        _need(1 <= self.shingle <= 100, f"dedup.shingle={self.shingle} must be in [1, 100]")
+        _need(8 <= self.permutations <= 1024, f"dedup.permutations={self.permutations} must be in [8, 1024]")
+
+
+@dataclass(frozen=True)
+class CleanConfig:
+    """What is done to each document by itself, in this order; `FilterConfig` comes between language and personal data. All but `extract` is off by default."""
+    extract: Literal["resiliparse", "trafilatura"] = "resiliparse"  # finds the main content of HTML pages (docs/data.md compares them)
+    repair: bool = False  # undo mojibake, "Ã©" for "é", with ftfy
+    normalise: bool = False  # Unicode NFC; no control, zero-width and private characters; one kind of line end and space; no trailing space
+    languages: tuple[str, ...] = ()  # keep documents in these languages, ISO codes of fastText's lid.176; ("*",): tell the language, keep all
+    language_confidence: float = 0.65  # the least probability of the language (FineWeb)
+    pii: tuple[Literal["email", "phone", "ip", "card", "iban", "key"], ...] = ()  # personal data and secrets to replace with <EMAIL>, <PHONE> ...
+    word_list: str = ""  # a text file of words and phrases, one a line, for filter.listed_words
+    decontaminate: tuple[tuple[str, str], ...] = ()  # evaluation sets, (name, "path.jsonl:field"), not to be trained on
+    decontaminate_words: int = 13  # length of the word n-grams that are compared (GPT-3); shorter items are compared whole
+    decontaminate_overlap: float = 0.0  # share of an item's n-grams in one document that removes it; 0: a single one
+
+    def __post_init__(self):
+        _need(0 <= self.language_confidence <= 1, f"clean.language_confidence={self.language_confidence} must be in [0, 1]")
+        _need(self.decontaminate_words >= 5, f"clean.decontaminate_words={self.decontaminate_words} is too few to tell texts apart: at least 5, usually 13")
+        _need(0 <= self.decontaminate_overlap <= 1, f"clean.decontaminate_overlap={self.decontaminate_overlap} must be in [0, 1]")
+        for name, path in self.decontaminate:
+            _need(bool(re.fullmatch(r"[\w.-]+", name)) and bool(re.fullmatch(r".+:[^:]+", path)), f"clean.decontaminate has {(name, path)!r}: write a name of "
+                  "letters, digits, '_', '-' and '.', and 'path.jsonl:field'")
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Rules of quality: one key each, its threshold, and 0 for off. "min" and "max" are the last values that pass. A word is what stands between white space.
+
+    Gopher: Rae et al. 2021 (arXiv:2112.11446, table A1). C4: Raffel et al. 2020 (arXiv:1910.10683, section 2.2). FineWeb: Penedo et al. 2024
+    (arXiv:2406.17557, section 3.6). Their thresholds stand in the comments; those without a source are ours.
+    """
+    drop_open_lines: bool = False  # remove lines that do not end in . ! ? or a closing quotation mark (C4)
+    drop_short_lines: int = 0  # remove lines of fewer words (C4: 5)
+    drop_javascript_lines: bool = False  # remove lines with the word "javascript" (C4)
+    min_characters: int = 0
+    max_characters: int = 0
+    min_words: int = 0  # Gopher: 50
+    max_words: int = 0  # Gopher: 100,000
+    min_mean_word_length: float = 0.0  # characters; Gopher: 3
+    max_mean_word_length: float = 0.0  # Gopher: 10
+    max_symbols_per_word: float = 0.0  # "#" and ellipses; Gopher: 0.1
+    max_bullet_lines: float = 0.0  # share of lines that begin with a bullet; Gopher: 0.9
+    max_ellipsis_lines: float = 0.0  # share of lines that end in an ellipsis; Gopher: 0.3
+    min_alphabetic_words: float = 0.0  # share of words with a letter; Gopher: 0.8
+    min_stop_words: int = 0  # different ones of the, be, to, of, and, that, have, with: English only; Gopher: 2
+    max_duplicate_lines: float = 0.0  # share of lines that came before in the document; Gopher: 0.3
+    max_duplicate_line_characters: float = 0.0  # the same in characters; Gopher: 0.2
+    max_duplicate_paragraphs: float = 0.0  # the same of paragraphs; Gopher: 0.3
+    max_duplicate_paragraph_characters: float = 0.0  # Gopher: 0.2
+    max_top_2gram: float = 0.0  # share of the characters that lie in the commonest pair of words; Gopher: 0.20
+    max_top_3gram: float = 0.0  # Gopher: 0.18
+    max_top_4gram: float = 0.0  # Gopher: 0.16
+    max_duplicate_5grams: float = 0.0  # share of the characters that lie in five words that came before; Gopher: 0.15
+    max_duplicate_6grams: float = 0.0  # Gopher: 0.14
+    max_duplicate_7grams: float = 0.0  # Gopher: 0.13
+    max_duplicate_8grams: float = 0.0  # Gopher: 0.12
+    max_duplicate_9grams: float = 0.0  # Gopher: 0.11
+    max_duplicate_10grams: float = 0.0  # Gopher: 0.10
+    min_sentences: int = 0  # C4: 3
+    lorem_ipsum: int = 0  # remove a document with so many "lorem ipsum" (C4: 1)
+    curly_brackets: int = 0  # remove a document with so many "{" (C4: 1)
+    listed_words: int = 0  # remove a document with so many entries of clean.word_list (C4: 1)
+    min_closed_lines: float = 0.0  # share of lines that end in a sentence mark; FineWeb: 0.12
+    max_short_lines: float = 0.0  # share of lines of at most 30 characters; FineWeb: 0.67
+    max_newlines_per_word: float = 0.0  # FineWeb: 0.3
+    max_digits: float = 0.0  # share of the characters that are digits
+    max_symbols: float = 0.0  # share of the characters that are neither letters, digits nor white space
+    max_uppercase: float = 0.0  # share of the letters that are capitals
+
+    def __post_init__(self):
+        for key in (f.name for f in dataclasses.fields(self)):
+            value = getattr(self, key)
+            _need(value >= 0, f"filter.{key}={value} must not be negative; 0 is off")
 
 
 @dataclass(frozen=True)
@@ -322,10 +419,14 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    clean: CleanConfig = field(default_factory=CleanConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    dedup: DedupConfig = field(default_factory=DedupConfig)
 
     def __post_init__(self):
         rows, parts = self.data.batch_size, self.train.microbatches
         _need(rows % parts == 0, f"train.microbatches={parts} must divide data.batch_size={rows}: try {_nearest_divisor(rows, parts)}")
+        _need(not self.filter.listed_words or self.clean.word_list, "filter.listed_words counts the words of a file of yours: set clean.word_list too")
         # With init_from the model's context is known only when that is read (train/initial.py).
         _need(self.train.init_from or self.data.sequence_length <= self.model.context, f"data.sequence_length={self.data.sequence_length} is longer than "
               f"model.context={self.model.context}: make the first smaller or the second larger")

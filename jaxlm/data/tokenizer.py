@@ -88,7 +88,7 @@ class Tokenizer:
         """Ids of `text`, without bos and eos."""
         return self.encode_batch([text], special)[0].tolist()
 
-    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], special: bool = False, threads: int = -1) -> list[np.ndarray]:
         """One int32 array for each text; SentencePiece and tokenizers use all cores.
 
         Args:
@@ -110,7 +110,7 @@ class Tokenizer:
             return [self._encode_special(text) for text in texts]
         if self.kind == "bytes":
             return [np.frombuffer(text, np.uint8).astype(np.int32) for text in encoded]
-        ids = self._processor.encode(list(texts), num_threads=-1)
+        ids = self._processor.encode(list(texts), num_threads=threads)
         for i, text in enumerate(texts):
             if SPACE in text and self._space:
                 ids[i] = self._encode_spelled(self._processor, text)
