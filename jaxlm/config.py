@@ -40,11 +40,15 @@ class TokenizerConfig:
     vocab_size: int = 8192  # pieces to learn, special tokens included; ignored by "bytes" (259)
     path: str = ""  # a tokenizer to use as it is: its file, or the folder that holds it (docs/interop.md); empty: train one on the training split
     special_tokens: tuple[str, ...] = ()  # extra symbols that are never split
+    sentinels: int = 0  # train the tokenizer with so many of <extra_id_0>, <extra_id_1>, ... for objective.name=span_corruption (T5: 100); part of vocab_size
     train_bytes: int = 100_000_000  # the most text, in bytes, that the tokenizer is trained on
 
     def __post_init__(self):
         _need(self.kind == "bytes" or self.path or self.vocab_size >= 300,
               f"tokenizer.vocab_size={self.vocab_size} is too small: 256 byte pieces and the special tokens need at least 300")
+        _need(self.sentinels >= 0, f"tokenizer.sentinels={self.sentinels} must not be negative")
+        _need(not self.sentinels or self.kind != "bytes" or self.path, "tokenizer.kind=bytes has no room for tokenizer.sentinels: set "
+              "tokenizer.kind=unigram or bpe")
         _need(self.train_bytes > 0, f"tokenizer.train_bytes={self.train_bytes} must be positive")
 
 
@@ -53,6 +57,7 @@ class DataConfig:
     source: tuple[str, ...] = ()  # files, folders, globs (.txt .jsonl .json .csv .tsv [.gz .zst], .html .warc[.gz] .parquet .arrow), folders of Hugging Face
     # `datasets`, tfds:NAME[/CONFIG][:SPLIT], or "python_docs", the text in every CPython; each may have a name: "web=crawl/"
     text_key: str = "text"  # the field (JSON) or column (tables) that holds the text
+    input_key: str = ""  # objective.name=seq2seq: the field or column that the encoder reads; text_key is then what the decoder says
     id_key: str = ""  # the field or column that holds each document's id, different for all; empty: "path:line"
     licence_key: str = ""  # the field or column that holds each document's licence
     licences: tuple[tuple[str, str], ...] = ()  # of whole sources: (("web", "CC-BY-4.0"), ...), by their names in data.source
@@ -62,7 +67,10 @@ class DataConfig:
     validation: float = 0.03  # share of documents, by hash of their text
     test: float = 0.05  # likewise
     shard_bytes: int = 64 * 2**20  # tokens of one shard file, in bytes, before compression
-    sequence_length: int = 512  # tokens in one row of a batch
+    sequence_length: int = 512  # tokens in one row of a batch; of an encoder-decoder: of the encoder's row
+    target_length: int = 0  # tokens in the decoder's row of an encoder-decoder; 0: what span_corruption needs to fill the encoder's row, of seq2seq as many
+    packing: Literal["stream", "best_fit"] = "stream"  # rows are cut from documents laid end to end, or filled with whole documents, some padding
+    # left (fine-tuning); encoder-decoders always fill. Documents in a row never attend to each other
     batch_size: int = 8  # rows of one optimiser step, over all devices, hosts and microbatches
     seed: int = 0  # order of documents and rows
     threads: int = 1  # reader threads of one process
@@ -74,7 +82,7 @@ class DataConfig:
               f"data.validation={self.validation} and data.test={self.test} must be shares that leave something to train on")
         for key in ("shard_bytes", "sequence_length", "batch_size", "prefetch"):
             _need(getattr(self, key) > 0, f"data.{key}={getattr(self, key)} must be positive")
-        for key in ("threads", "workers"):
+        for key in ("threads", "workers", "target_length"):
             _need(getattr(self, key) >= 0, f"data.{key}={getattr(self, key)} must not be negative")
 
 
@@ -220,9 +228,9 @@ class TransformerConfig:
     shared_feedforward: int = 0  # inner size of one more expert that every token passes; 0: none
     shared_gate: bool = False  # the shared expert's output is weighed by a sigmoid gate, as in Qwen 2 MoE
     dense_layers: tuple[int, ...] = ()  # with experts: numbers of the layers that keep one MLP, from 0
-    init: Literal["normal", "truncated_normal", "xavier", "kaiming", "lecun"] = "normal"
+    init: Literal["normal", "truncated_normal", "xavier", "kaiming", "lecun", "t5"] = "normal"  # t5: each kind of matrix has its own std
     init_std: float = 0.02  # of "normal" and "truncated_normal"
-    init_depth_scaled: bool = True  # divide the std of projections into the residual stream by sqrt(2 x layers), as GPT-2 does
+    init_depth_scaled: bool = True  # divide the std of projections into the residual stream by sqrt(2 x layers), as GPT-2 does; not under "t5"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are always float32
     remat: Literal["none", "full", "dots"] = "none"  # keep all activations, only the layers' inputs, or these and matrix products
     attention: Literal["auto", "reference", "blocked"] = "auto"  # kernel
@@ -303,11 +311,14 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    name: Literal["next_token", "masked_token"] = "next_token"  # of decoders; of encoders (BERT), with another mask in each step (RoBERTa)
+    name: Literal["next_token", "masked_token", "span_corruption", "seq2seq"] = "next_token"  # of decoders; of encoders (BERT), with another mask in
+    # each step (RoBERTa); of encoder-decoders: hidden spans of documents (T5), and pairs of data.input_key and data.text_key
     mask_rate: float = 0.15  # masked_token: share of the tokens to be told
     mask_random: float = 0.1  # of these, share that is replaced by any token; in BERT 80 % are masked, 10 % random, 10 % kept
     mask_keep: float = 0.1  # of these, share that is left as it is
     mask_whole_words: bool = False  # a word's pieces are told together (Cui et al. 2019)
+    span_rate: float = 0.15  # span_corruption: share of a text's tokens that is hidden
+    span_length: float = 3.0  # span_corruption: mean length of a hidden span in tokens
     z_loss: float = 0.0  # weight of log(Z)^2, which keeps the logits from drifting (PaLM uses 1e-4)
     chunk_rows: int = 0  # tokens whose logits exist at one time, the rest is recomputed in the backward pass; 0: all
     moe_balance: float = 0.01  # mixture of experts: weight of the loss that spreads tokens over the experts (Switch, Mixtral)
@@ -316,7 +327,9 @@ class ObjectiveConfig:
     def __post_init__(self):
         for key in ("z_loss", "moe_balance", "moe_z"):
             _need(getattr(self, key) >= 0, f"objective.{key}={getattr(self, key)} must not be negative")
-        _need(0 < self.mask_rate < 1, f"objective.mask_rate={self.mask_rate} must be in (0, 1)")
+        for key in ("mask_rate", "span_rate"):
+            _need(0 < getattr(self, key) < 1, f"objective.{key}={getattr(self, key)} must be in (0, 1)")
+        _need(self.span_length >= 1, f"objective.span_length={self.span_length} must be at least 1 token")
         _need(self.mask_random >= 0 and self.mask_keep >= 0 and self.mask_random + self.mask_keep <= 1, f"objective.mask_random={self.mask_random} and "
               f"objective.mask_keep={self.mask_keep} must be shares of one whole; the rest is masked")
         _need(self.chunk_rows >= 0, f"objective.chunk_rows={self.chunk_rows} must not be negative")
@@ -401,11 +414,13 @@ class EvalConfig:
     batch_size: int = 0  # rows of one batch; 0: data.batch_size
     overlap: float = 0.5  # share of a window that a document longer than the context sees again as context, in [0, 1)
     bootstrap: int = 1000  # resamples of the documents behind each confidence interval
+    outputs: int = 100  # seq2seq: pairs whose greedy output is compared with the target (exact match); 0: none
 
     def __post_init__(self):
         _need(self.batch_size >= 0, f"eval.batch_size={self.batch_size} must not be negative")
         _need(0 <= self.overlap < 1, f"eval.overlap={self.overlap} must be in [0, 1)")
         _need(self.bootstrap > 0, f"eval.bootstrap={self.bootstrap} must be positive")
+        _need(self.outputs >= 0, f"eval.outputs={self.outputs} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -430,6 +445,13 @@ class Config:
         # With init_from the model's context is known only when that is read (train/initial.py).
         _need(self.train.init_from or self.data.sequence_length <= self.model.context, f"data.sequence_length={self.data.sequence_length} is longer than "
               f"model.context={self.model.context}: make the first smaller or the second larger")
+        pairs, source = self.objective.name == "seq2seq", bool(self.data.source)
+        _need(pairs or not self.data.input_key, f"data.input_key={self.data.input_key!r} goes with objective.name=seq2seq, not {self.objective.name}: "
+              "set that, or leave the key out")
+        _need(not pairs or not source or bool(self.data.input_key), "objective.name=seq2seq needs data.input_key: the field (JSONL) or column (Parquet) that "
+              "the encoder reads; data.text_key is what the decoder says")
+        _need(not self.data.input_key or not self.dedup.line_length, f"dedup.line_length={self.dedup.line_length} takes lines out of documents, which would "
+              "tear the two sides of a pair apart (data.input_key): set it to 0")
 
 
 def load(name: str, overrides: Iterable[tuple[str, str]] = ()) -> Config:

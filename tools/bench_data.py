@@ -212,14 +212,14 @@ def stage_shards(folder: pathlib.Path, texts: list[str], size: int, rounds: int)
 
 
 def stage_loader(folder: pathlib.Path, texts: list[str], size: int, rounds: int) -> None:
-    from jaxlm.data import loader, shards
+    from jaxlm.data import loader, rows, shards
     path, _ = _corpus(folder, 40)
     corpus = shards.open_corpus(path)
     for length in (SEQUENCE, 2 * SEQUENCE):
-        steps = max(loader.epoch_size(corpus, "train", sequence_length=length, batch_size=BATCH).rows // BATCH // 4, 4)
+        steps = max(loader.epoch_size(corpus, "train", rows.Task(length), batch_size=BATCH).rows // BATCH // 4, 4)
 
         def load():
-            for _ in loader.batches(corpus, "train", sequence_length=length, batch_size=BATCH, seed=0, start_step=1, stop_step=1 + steps, threads=1):
+            for _ in loader.batches(corpus, "train", rows.Task(length), batch_size=BATCH, seed=0, start_step=1, stop_step=1 + steps, threads=1):
                 pass
 
         def fill():  # what a batch is, written once
@@ -291,10 +291,10 @@ def work(who: str, folder: str, job: str) -> None:
 
 def _jaxlm(folder, job):
     if job == "loader":
-        from jaxlm.data import loader, shards
+        from jaxlm.data import loader, rows, shards
         corpus = shards.open_corpus(folder / "corpus")
-        steps = loader.epoch_size(corpus, "train", sequence_length=SEQUENCE, batch_size=BATCH).rows // BATCH
-        for _ in loader.batches(corpus, "train", sequence_length=SEQUENCE, batch_size=BATCH, seed=0, start_step=0, stop_step=steps):
+        steps = loader.epoch_size(corpus, "train", rows.Task(SEQUENCE), batch_size=BATCH).rows // BATCH
+        for _ in loader.batches(corpus, "train", rows.Task(SEQUENCE), batch_size=BATCH, seed=0, start_step=0, stop_step=steps):
             yield SEQUENCE * BATCH
     else:
         from jaxlm.config import DataConfig

@@ -29,7 +29,7 @@ _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 class Document(NamedTuple):
     id: str  # "path:line", "path:row" or "path:piece", counted from 1, or the value of data.id_key; unique in its corpus
     source: str  # the name in data.source ("web" of "web=crawl/"), else the entry as it is given
-    text: str | bytes  # bytes: an HTML page, or a text file that is not UTF-8
+    text: str | bytes  # bytes: an HTML page, or a text file that is not UTF-8; of a pair (data.input_key) both sides, see `readers.PAIR`
     licence: str = ""  # the value of data.licence_key, else that of data.licences for the source
     html: bool = False
 
@@ -152,13 +152,15 @@ def check_ids(hashes: np.ndarray, data: DataConfig) -> None:
 
 
 def _records(file: SourceFile, data: DataConfig) -> Iterator[Record | Fault]:
-    keys = Keys(data.text_key, data.id_key, data.licence_key)
+    keys = Keys(data.text_key, data.id_key, data.licence_key, data.input_key)
+    reader = _READERS.get(max((suffix for suffix in SUFFIXES if file.path.lower().endswith(suffix)), key=len, default=""))
+    if keys.input and (file.path == PYTHON_DOCS or reader in (readers.text, web.page, web.warc)):
+        raise ValueError(f"{file.path} has no fields: data.input_key={keys.input!r} needs JSON lines, CSV, Parquet, Arrow, datasets or TFDS")
     if file.path == PYTHON_DOCS:
         return (Record(name, text) for name, text in python_docs.texts())
     if file.path.startswith(tfds.PREFIX):
         return tfds.records(file.path, keys, data.tfds_dir)
-    name = file.path.lower()
-    return _READERS[max((suffix for suffix in SUFFIXES if name.endswith(suffix)), key=len)](file.path, keys)
+    return reader(file.path, keys)
 
 
 def _name(entry: str) -> tuple[str, str]:

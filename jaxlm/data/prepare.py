@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import jaxlm
-from jaxlm.config import CleanConfig, Config, DataConfig, DedupConfig, FilterConfig, TokenizerConfig
-from jaxlm.data import corpora, page, run, shards, stages, summary, tokenizer
+from jaxlm.config import CleanConfig, Config, DataConfig, DedupConfig, FilterConfig, ObjectiveConfig, TokenizerConfig, keys
+from jaxlm.data import corpora, page, readers, run, shards, stages, summary, tokenizer
 from jaxlm.data.survivors import SPLITS, Survey
 
 TIMINGS = "timings.json"
-_KEYS = ("source", "text_key", "id_key", "licence_key", "licences", "on_error", "validation", "test", "shard_bytes")  # of data: those that the bytes depend on
+_KEYS = ("source", "text_key", "input_key", "id_key", "licence_key", "licences", "on_error", "validation", "test", "shard_bytes")  # of data: those that the bytes depend on
 
 
 def prepare(data: DataConfig, tokenizer_cfg: TokenizerConfig, folder: str | Path, *, clean: CleanConfig = CleanConfig(), filter: FilterConfig = FilterConfig(),
@@ -134,6 +134,8 @@ class _Stages:
             with self._timed("tokenizer"):
                 chosen = survey.sample(self.config.data, cfg.train_bytes)
                 texts = (text for living in survey.living(chosen) for text in stages.texts_of(self.work, living, self.config.dedup.line_length))
+                if self.config.data.input_key:
+                    texts = (side for text in texts for side in text.split(readers.PAIR))
                 tok = tokenizer.train(texts, cfg)
             self.log(f"tokenizer: {cfg.kind}, {tok.vocab_size} pieces, trained on {survey.sizes[chosen].sum() / 1e6:.1f} MB in "
                      f"{self.seconds['tokenizer']:.1f} s")
@@ -201,13 +203,13 @@ def _write(stage: _Stages, survey: Survey, tok: tokenizer.Tokenizer, out: Path, 
             with stages.load(stage.work, "clean", batch.unit, batch.number) as file:
                 ids = stages.strings(file, "id")
             with stages.load(stage.work, "tokens", batch.unit, batch.number) as file:
-                sequences, sizes = np.split(file["tokens"], np.cumsum(file["lengths"])[:-1]), file["sizes"]
+                sequences, sizes, inputs = np.split(file["tokens"], np.cumsum(file["lengths"])[:-1]), file["sizes"], file["inputs"]
                 tokens.add(file["occurrences"])
-            for row, sequence, size in zip(rows, sequences, sizes):
+            for row, sequence, size, read in zip(rows, sequences, sizes, inputs):
                 document = row + batch.documents.start
                 source, licence = survey.origins[survey.origin[document]]
                 split = SPLITS[splits[document]]
-                writers[split].add(ids[row].decode("utf-8", "surrogateescape"), sequence, int(size), source, licence)
+                writers[split].add(ids[row].decode("utf-8", "surrogateescape"), sequence, int(size), source, licence, int(read))
                 tokens.document(source, licence, split, len(sequence), int(size))
         entries = {split: writer.close() for split, writer in writers.items()}
         report = summary.report(made_from, survey, tokens, entries)
@@ -228,7 +230,8 @@ def _write(stage: _Stages, survey: Survey, tok: tokenizer.Tokenizer, out: Path, 
 def _config(data: DataConfig, tokenizer_cfg: TokenizerConfig, clean: CleanConfig, filter: FilterConfig, dedup: DedupConfig) -> Config:
     """The parts that the bytes depend on; what concerns the model alone stays at its defaults."""
     free = {key: DataConfig.__dataclass_fields__[key].default for key in ("sequence_length", "batch_size")}
-    return Config(data=dataclasses.replace(data, **free), tokenizer=tokenizer_cfg, clean=clean, filter=filter, dedup=dedup)
+    objective = ObjectiveConfig(name="seq2seq" if data.input_key else "next_token")
+    return Config(data=dataclasses.replace(data, **free), objective=objective, tokenizer=tokenizer_cfg, clean=clean, filter=filter, dedup=dedup)
 
 
 def _is_given(cfg: TokenizerConfig) -> bool:
@@ -274,7 +277,8 @@ def _texts(value: Any) -> Iterator[str]:
 def _reuse(folder: Path, made_from: Mapping[str, Any], data: DataConfig, log: Callable[[str], None]) -> shards.Corpus:
     corpus = shards.open_corpus(folder)
     old = corpus.manifest["made_from"]
-    changes = [f"{key}: {old.get(key)!r} -> {value!r}" for key, value in made_from.items() if old.get(key) != value]
+    default = keys()  # of keys that came after the folder was prepared
+    changes = [f"{key}: {old.get(key, default[key])!r} -> {value!r}" for key, value in made_from.items() if old.get(key, default[key]) != value]
     file = Path(made_from["tokenizer.path"]).expanduser()
     if not changes and file.is_file() and tokenizer.load(file).fingerprint != corpus.manifest["tokenizer"]["sha256"]:
         changes = [f"tokenizer.path: {file} has changed"]

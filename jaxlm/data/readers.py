@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 LONGEST = 64 << 20  # the largest record, in bytes: a line, a page, a cell
+PAIR = "\x1e"  # between the input and the target of a pair, which go through preparation as one text (the record separator of ASCII)
 
 _BLOCK = 1 << 20  # bytes read at a time
 _WHOLE = 64 << 10  # the largest text, in bytes, that is one document
@@ -30,11 +31,12 @@ class Keys(NamedTuple):
     text: str
     id: str = ""
     licence: str = ""
+    input: str = ""  # what an encoder reads; `text` is then what the decoder says
 
 
 class Record(NamedTuple):
     place: int | str  # line, row or piece, counted from 1; a WARC record's address and id
-    text: str | bytes  # bytes: an HTML page, or text that is not UTF-8
+    text: str | bytes  # bytes: an HTML page, or text that is not UTF-8; of a pair the input, `PAIR` and the target
     id: str = ""  # of its own, where the file gives one
     licence: str = ""
     html: bool = False
@@ -154,16 +156,33 @@ def _json_record(where: str, number: int, line: bytes, keys: Keys) -> Record:
         raise Fault(f"{where}: not JSON ({error}); JSON lines hold one JSON object a line", number) from None
     if not isinstance(record, dict):
         raise Fault(f"{where}: a JSON {type(record).__name__}, but an object with the key {keys.text!r} is needed", number)
-    if keys.text not in record:
-        found = ", ".join(map(repr, list(record)[:10])) or "none"
-        raise Fault(f"{where}: no key {keys.text!r}; its keys: {found}; set data.text_key", number)
-    text = record[keys.text]
-    if not isinstance(text, str):
-        raise Fault(f"{where}: {keys.text!r} is {json.dumps(text)[:40]}, not text", number)
+    for key, option in _text_keys(keys):
+        if key not in record:
+            found = ", ".join(map(repr, list(record)[:10])) or "none"
+            raise Fault(f"{where}: no key {key!r}; its keys: {found}; set data.{option}", number)
+        if not isinstance(record[key], str):
+            raise Fault(f"{where}: {key!r} is {json.dumps(record[key])[:40]}, not text", number)
+    text = joined(where, number, record, keys)
     record_id, licence = _id(where, number, record, keys), record.get(keys.licence) if keys.licence else None
     if b"\\u" in line and not all(map(_encodable, (text, record_id, str(licence)))):
         raise Fault(f"{where}: {keys.text!r} has half of a surrogate pair (\\ud800 to \\udfff), not a character", number)
     return Record(number, text, record_id, "" if licence is None else str(licence))
+
+
+def _text_keys(keys: Keys) -> list[tuple[str, str]]:
+    return [(key, option) for key, option in ((keys.text, "text_key"), (keys.input, "input_key")) if key]
+
+
+def joined(where: str, number: int, values: Mapping[str, Any], keys: Keys) -> str:
+    """The text, or a pair as one text. An input may be empty, a target must not."""
+    if not keys.input:
+        return values[keys.text]
+    for key in (keys.input, keys.text):
+        if PAIR in values[key]:
+            raise Fault(f"{where}: {key!r} holds the character U+001E, which keeps the two sides of a pair apart: take it out", number)
+    if not values[keys.text].strip():
+        raise Fault(f"{where}: {keys.text!r} is empty: each pair needs a target", number)
+    return f"{values[keys.input]}{PAIR}{values[keys.text]}"
 
 
 def _id(where: str, number: int, record: Mapping[str, Any], keys: Keys) -> str:
@@ -210,7 +229,7 @@ def table(path: str, keys: Keys) -> Iterator[Record | Fault]:
             if len(cells) != len(names):
                 raise Fault(f"{where}: {len(cells)} cells, but the first line names {len(names)} columns", started)
             record = dict(zip(names, cells))
-            yield Record(started, record[keys.text], _id(where, started, record, keys), record.get(keys.licence, ""))
+            yield Record(started, joined(where, started, record, keys), _id(where, started, record, keys), record.get(keys.licence, ""))
         except StopIteration:
             return
         except csv.Error as error:
@@ -247,7 +266,7 @@ def _row_lines(path: str, row: _Row) -> Iterator[str]:
 
 
 def _columns(where: str, names: list[str], keys: Keys) -> list[str]:
-    for name, option in ((keys.text, "text_key"), (keys.id, "id_key"), (keys.licence, "licence_key")):
+    for name, option in (*_text_keys(keys), (keys.id, "id_key"), (keys.licence, "licence_key")):
         if name and names.count(name) != 1:
             raise Fault(f"{where}: {'no' if name not in names else 'more than one'} column {name!r}; its columns: "
                         f"{', '.join(map(repr, names[:20]))}; set data.{option}") from None
@@ -319,28 +338,35 @@ def _rows(path: str, keys: Keys, batches, pyarrow, kind: str) -> Iterator[Record
 
     def check(schema) -> None:
         _columns(path, schema.names, keys)
-        held = schema.field(keys.text).type
-        if not (types.is_string(held) or types.is_large_string(held) or types.is_string_view(held)):
-            raise Fault(f"{path}: column {keys.text!r} holds {held}, not text")
+        for key, _ in _text_keys(keys):
+            held = schema.field(key).type
+            if not (types.is_string(held) or types.is_large_string(held) or types.is_string_view(held)):
+                raise Fault(f"{path}: column {key!r} holds {held}, not text")
 
     try:
         for batch in batches(check):
-            columns = {name: batch.column(batch.schema.get_field_index(name)).to_pylist() for name in keys if name and name != keys.text}
-            for at, value in enumerate(_texts(batch.column(batch.schema.get_field_index(keys.text)))):
+            texts = [key for key, _ in _text_keys(keys)]
+            columns = {name: (_texts if name in texts else _values)(batch.column(batch.schema.get_field_index(name))) for name in keys if name}
+            for at in range(batch.num_rows):
                 row += 1
                 where = f"{path}, row {row}"
                 try:
-                    if value is None or isinstance(value, UnicodeDecodeError):
-                        raise Fault(f"{where}: {keys.text!r} is null, not text" if value is None else f"{where}: not UTF-8 ({value.reason})", row)
-                    if len(value) > LONGEST:
-                        raise Fault(f"{where}: longer than {LONGEST:,} bytes, the most that one document may have", row)
-                    values = {name: column[at] for name, column in columns.items()} | {keys.text: value}
+                    values = {name: column[at] for name, column in columns.items()}
+                    for key in texts:
+                        _check_cell(where, row, key, values[key])
                     licence = values.get(keys.licence)
-                    yield Record(row, value, _id(where, row, values, keys), "" if licence is None else str(licence))
+                    yield Record(row, joined(where, row, values, keys), _id(where, row, values, keys), "" if licence is None else str(licence))
                 except Fault as fault:
                     yield fault
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise Fault(f"{path} cannot be read as {kind} after row {row}: {' '.join(str(error).split())}") from None
+
+
+def _check_cell(where: str, row: int, key: str, value: str | None | UnicodeDecodeError) -> None:
+    if value is None or isinstance(value, UnicodeDecodeError):
+        raise Fault(f"{where}: {key!r} is null, not text" if value is None else f"{where}: not UTF-8 ({value.reason})", row)
+    if len(value) > LONGEST:
+        raise Fault(f"{where}: longer than {LONGEST:,} bytes, the most that one document may have", row)
 
 
 def _texts(column) -> Sequence[str | None | UnicodeDecodeError]:
@@ -348,6 +374,10 @@ def _texts(column) -> Sequence[str | None | UnicodeDecodeError]:
         return column.to_pylist()
     except UnicodeDecodeError:
         return [_text(value) for value in column]
+
+
+def _values(column) -> list[Any]:
+    return column.to_pylist()
 
 
 def _text(value) -> str | UnicodeDecodeError:

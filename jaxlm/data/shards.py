@@ -49,9 +49,11 @@ class ShardWriter:
         self._numbers = {name: number for number, name in enumerate(sources)}
         self._sources, self._licences, self._licence_numbers = array("i"), array("i"), {}
         self._begins, self._sizes, self._checksums = array("q"), array("i"), []
+        self._inputs = array("i")
 
-    def add(self, document_id: str, tokens: np.ndarray, text_bytes: int, source: str = "", licence: str = "") -> None:
-        """Appends a document of `tokens` (whole numbers in [0, vocab_size)) whose text has `text_bytes` bytes as UTF-8."""
+    def add(self, document_id: str, tokens: np.ndarray, text_bytes: int, source: str = "", licence: str = "", inputs: int = 0) -> None:
+        """Appends a document of `tokens` (whole numbers in [0, vocab_size)) whose text has `text_bytes` bytes as UTF-8. Of a pair the first `inputs` tokens,
+        eos included, are what an encoder reads."""
         assert len(tokens) and 0 <= tokens.min() and tokens.max() < self._vocab_size, "token id out of range"
         if self._writer is None:
             self._shard = dict.fromkeys(("documents", "records", "tokens", "text_bytes"), 0)
@@ -68,6 +70,7 @@ class ShardWriter:
             self._shard[key] += value
         self._tokens.append(len(tokens))
         self._text_bytes.append(text_bytes)
+        self._inputs.append(inputs)
         self._sources.append(self._numbers[source])
         self._licences.append(self._licence_numbers.setdefault(licence, len(self._licence_numbers)))
         self._ids += document_id.encode("utf-8", "surrogateescape")
@@ -80,7 +83,8 @@ class ShardWriter:
         if self._writer is not None:
             self._close_shard()
         lengths, ids = f"lengths-{self._split}.npz", f"ids-{self._split}.npz"
-        np.savez(self._folder / lengths, tokens=np.array(self._tokens, np.int32), text_bytes=np.array(self._text_bytes, np.int64),
+        pairs = {"inputs": np.array(self._inputs, np.int32)} if any(self._inputs) else {}
+        np.savez(self._folder / lengths, **pairs, tokens=np.array(self._tokens, np.int32), text_bytes=np.array(self._text_bytes, np.int64),
                  sources=np.array(self._sources, np.int32), licences=np.array(self._licences, np.int32),
                  record_begins=np.array(self._begins, np.int64), record_sizes=np.array(self._sizes, np.int32))
         np.savez(self._folder / ids, text=np.frombuffer(bytes(self._ids), np.uint8), ends=np.array(self._id_ends, np.int64))
@@ -226,6 +230,7 @@ class Split:
     record_begins: np.ndarray  # int64 [records], place in the shard, see `records.places`
     record_sizes: np.ndarray  # int32 [records], bytes
     shard_ends: tuple[int, ...]  # one past the last record of each shard, counted likewise
+    inputs: np.ndarray | None = None  # int32 [documents] of a corpus of pairs: tokens of the input, eos included; None: no pairs
 
 
 class Corpus:
@@ -262,7 +267,7 @@ class Corpus:
         Raises:
           ValueError: the record is damaged or not the one that was written; names the shard's file and the record.
         """
-        index = self.splits[split]
+        index, document = self.splits[split], int(document)
         length = int(index.tokens[document])
         stop = length if stop is None else stop
         assert 0 <= start < stop <= length, (start, stop, length)
@@ -327,7 +332,8 @@ def open_corpus(folder: str | Path) -> Corpus:
         tokens = lengths["tokens"]
         parts = -(-tokens.astype(np.int64) // RECORD_TOKENS)
         splits[name] = Split(tokens, lengths["text_bytes"], lengths["sources"], lengths["licences"], np.concatenate([[0], np.cumsum(parts)]).astype(np.int64),
-                             lengths["record_begins"], lengths["record_sizes"], tuple(itertools.accumulate(shard["records"] for shard in split["shards"])))
+                             lengths["record_begins"], lengths["record_sizes"], tuple(itertools.accumulate(shard["records"] for shard in split["shards"])),
+                             lengths.get("inputs"))
         assert splits[name].first_record[-1] == sum(shard["records"] for shard in split["shards"]), name
     return Corpus(folder, manifest, splits)
 

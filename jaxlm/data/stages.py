@@ -5,14 +5,14 @@ a batch, whole or not at all, so a killed run finds what is done; any runner tha
 
     clean/UNIT-BATCH.npz    texts, ids, origins, digests, hashes of long lines, and what was read, changed and removed (counts.py)
     signed/UNIT-BATCH.npz   digests, sizes and MinHash bands of the documents that live, without the lines that do not
-    tokens/UNIT-BATCH.npz   their tokens, their number in each document, how often each id occurs
+    tokens/UNIT-BATCH.npz   their tokens, their number in each document and in the input of each pair, how often each id occurs
 """
 
 import functools
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxlm.config import Config
 from jaxlm.data import clean, corpora, counts, dedup, shards, tokenizer
+from jaxlm.data.readers import PAIR
 
 UNIT_BYTES = 32 << 20  # of files that are read together
 BATCH_BYTES = 4 << 20  # of text
@@ -109,8 +110,8 @@ def clean_batch(config: Config, folder: Path, raw: Raw) -> tuple[int, int]:
         if isinstance(document, corpora.Skipped):
             report.skipped(document)
             continue
-        cleaned = clean_one(document)
-        size, digest = len(cleaned.text.encode()), dedup.digest(cleaned.text)
+        cleaned = _clean_pair(clean_one, document) if config.data.input_key else clean_one(document)
+        size, digest = len(cleaned.text.encode()), digest_of(config, cleaned.text)
         rule = cleaned.removed_by or ("clean.empty" if not cleaned.text or cleaned.text.isspace() else "")
         report.document(document, cleaned, size, rule, digest)
         if not rule:
@@ -128,11 +129,28 @@ def clean_batch(config: Config, folder: Path, raw: Raw) -> tuple[int, int]:
     return len(raw.documents), report.bytes_read
 
 
+def _clean_pair(clean_one: Callable[[corpora.Document], clean.Cleaned], document: corpora.Document) -> clean.Cleaned:
+    """Each side is cleaned and judged by itself, and a pair lives if both do; an input may be empty. Its language is that of the target."""
+    sides = [clean_one(document._replace(text=side)) if side.strip() or number else clean.Cleaned(side, "", 0.0, "", {})
+             for number, side in enumerate(document.text.split(PAIR))]
+    read, said = sides
+    died = next((side for side in sides if side.removed_by), said)
+    rule = died.removed_by or ("" if said.text.strip() else "clean.empty")
+    found = {what: read.counts.get(what, 0) + said.counts.get(what, 0) for what in {**read.counts, **said.counts}}
+    return clean.Cleaned(f"{read.text}{PAIR}{said.text}", rule, died.value, said.language, found)
+
+
+def digest_of(config: Config, text: str) -> bytes:
+    """16 bytes that tell texts apart; the first 8 decide the split, so those of a pair follow from its input: equal inputs are never apart."""
+    whole = dedup.digest(text)
+    return dedup.digest(text.partition(PAIR)[0])[:8] + whole[:8] if config.data.input_key else whole
+
+
 def sign_batch(config: Config, folder: Path, living: Living) -> tuple[int, int]:
     """Writes `signed/`: of each document that lives the digest, size and MinHash signature of the text without its dead lines."""
     texts = list(texts_of(folder, living, config.dedup.line_length))
     arrays = {
-        "digests": np.frombuffer(b"".join(map(dedup.digest, texts)), ">u8").astype(np.uint64).reshape(-1, 2),
+        "digests": np.frombuffer(b"".join(digest_of(config, text) for text in texts), ">u8").astype(np.uint64).reshape(-1, 2),
         "sizes": np.array([0 if text.isspace() else len(text.encode()) for text in texts], np.int64),
     }
     if config.dedup.near:
@@ -145,16 +163,23 @@ def sign_batch(config: Config, folder: Path, living: Living) -> tuple[int, int]:
 
 
 def tokenise_batch(config: Config, folder: Path, fingerprint: str, living: Living) -> tuple[int, int]:
-    """Writes `tokens/` with the tokenizer that lies in `folder/tokenizer` and has this fingerprint."""
+    """Writes `tokens/` with the tokenizer that lies in `folder/tokenizer` and has this fingerprint: bos, text, eos; of a pair input, eos, target, eos."""
     tok = _tokenizer(folder, fingerprint)
     texts = list(texts_of(folder, living, config.dedup.line_length))
-    sequences = [np.concatenate([[tok.bos], ids, [tok.eos]]) for ids in tok.encode_batch(texts)]
+    if config.data.input_key:
+        sides = tok.encode_batch([side for text in texts for side in text.split(PAIR)])
+        sequences = [np.concatenate([read, [tok.eos], said, [tok.eos]]) for read, said in zip(sides[::2], sides[1::2])]
+        inputs = [len(read) + 1 for read in sides[::2]]
+    else:
+        sequences = [np.concatenate([[tok.bos], ids, [tok.eos]]) for ids in tok.encode_batch(texts)]
+        inputs = [0] * len(texts)
+    sizes = [len(text.encode()) - (len(PAIR) if config.data.input_key else 0) for text in texts]
     tokens = np.concatenate([np.zeros(0, np.int64), *sequences])
     assert not len(tokens) or 0 <= tokens.min() and tokens.max() < tok.vocab_size, "token id out of range"
     _save(name(folder, "tokens", living.unit, living.batch), tokens=tokens.astype(shards.token_dtype(tok.vocab_size)),
-          lengths=np.array([len(ids) for ids in sequences], np.int64), sizes=np.array([len(text.encode()) for text in texts], np.int64),
+          lengths=np.array([len(ids) for ids in sequences], np.int64), inputs=np.array(inputs, np.int64), sizes=np.array(sizes, np.int64),
           occurrences=np.bincount(tokens.astype(np.int64), minlength=tok.vocab_size))
-    return len(texts), sum(len(text.encode()) for text in texts)
+    return len(texts), sum(sizes)
 
 
 def texts_of(folder: Path, living: Living, line_length: int) -> Iterator[str]:

@@ -43,7 +43,7 @@ def records(source: str, keys: Keys, folder: str) -> Iterator[Record | Fault]:
     name, split = _SOURCE.fullmatch(source).group("name", "split")
     builder = _builder(name, folder)
     features = builder.info.features
-    for key, option in ((keys.text, "text_key"), (keys.id, "id_key"), (keys.licence, "licence_key")):
+    for key, option in ((keys.text, "text_key"), (keys.input, "input_key"), (keys.id, "id_key"), (keys.licence, "licence_key")):
         if key and key not in features:
             raise Fault(f"{source}: no feature {key!r}; its features: {', '.join(map(repr, sorted(features)))}; set data.{option}")
     examples = _examples(builder, name, split, folder)
@@ -53,11 +53,13 @@ def records(source: str, keys: Keys, folder: str) -> Iterator[Record | Fault]:
         except Exception as error:  # whatever array_record and the decoders raise
             raise Fault(f"{source}, row {row} cannot be read: {' '.join(str(error).split())[:200]}") from None
         try:
-            text, own, licence = (_text(f"{source}, row {row}", row, example, key) if key else "" for key in keys)
+            where = f"{source}, row {row}"
+            values = {key: _text(where, row, example, key) for key in keys if key}
+            text, own, licence = readers.joined(where, row, values, keys), values.get(keys.id, ""), values.get(keys.licence, "")
         except Fault as fault:
             yield fault
             continue
-        if len(examples) > 1:
+        if len(examples) > 1 or keys.input:
             yield Record(row, text, own, licence)
         else:
             yield from (Record(number, piece, f"{own}:{number}" if own else "", licence) for number, piece in enumerate(readers.pieces(iter([text])), 1))

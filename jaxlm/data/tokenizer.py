@@ -260,6 +260,7 @@ def train(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
     for token in cfg.special_tokens:
         if token in reserved or cfg.special_tokens.count(token) > 1 or SPACE in token or " " in token:
             raise ValueError(f"tokenizer.special_tokens: {token!r} is reserved, empty, there twice or has a space")
+    sentinels = [f"<extra_id_{i}>" for i in range(cfg.sentinels)]
     size, failures, model = 0, [], io.BytesIO()
 
     def sentences() -> Iterator[str]:
@@ -278,7 +279,7 @@ def train(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=sentences(), model_writer=model, model_type=cfg.kind, vocab_size=cfg.vocab_size,
-            user_defined_symbols=["\n", *cfg.special_tokens], byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=3,
+            user_defined_symbols=["\n", *cfg.special_tokens], control_symbols=sentinels, byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=3,
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
             num_threads=16,  # the order in which the unigram trainer adds up depends on it, so it is not the number of cores
             minloglevel=2)

@@ -63,7 +63,7 @@ def _init(cfg: TransformerConfig, key: jax.Array) -> dict:
 
 def init_embed(cfg: TransformerConfig, k_tokens: jax.Array, k_positions: jax.Array) -> dict:
     """Tables of tokens and, where they are learned, of positions."""
-    table = lambda key, rows: initialiser(cfg, rows, cfg.width)(key, (rows, cfg.width), jnp.float32)
+    table = lambda key, rows: initialiser(cfg, rows, cfg.width, t5=1.0)(key, (rows, cfg.width), jnp.float32)
     embed = {"tokens": table(k_tokens, cfg.vocab_size)}
     return embed | {"positions": table(k_positions, cfg.context + cfg.position_offset)} if cfg.positions == "learned" else embed
 

@@ -38,14 +38,14 @@ def _encoder(cfg: TransformerConfig) -> TransformerConfig:
 
 def _init(cfg: TransformerConfig, key: jax.Array) -> dict:
     k_tokens, k_encoder, k_decoder, k_head = jax.random.split(key, 4)
-    params = {"embed": {"tokens": initialiser(cfg, cfg.vocab_size, cfg.width)(k_tokens, (cfg.vocab_size, cfg.width), jnp.float32)}}
+    params = {"embed": {"tokens": initialiser(cfg, cfg.vocab_size, cfg.width, t5=1.0)(k_tokens, (cfg.vocab_size, cfg.width), jnp.float32)}}
     one = jnp.zeros((1, 1), jnp.int32)
     memory = Memory(jnp.zeros((1, 1, cfg.width), jnp.float32), one)
     for name, part, k, given in (("encoder", _encoder(cfg), k_encoder, None), ("decoder", cfg, k_decoder, memory)):
         k_layers, k_bias, k_norm = jax.random.split(k, 3)
         tokens = attention.Tokens(one, one)
         params[name] = {"layers": stack.init(part, k_layers, Slots(tokens, tokens, None, None, None, memory=given)),
-                        "relative_bias": initialiser(cfg, cfg.relative_buckets, cfg.heads)(k_bias, (cfg.relative_buckets, cfg.heads), jnp.float32),
+                        "relative_bias": initialiser(cfg, cfg.relative_buckets, cfg.heads, t5=cfg.width ** -0.5)(k_bias, (cfg.relative_buckets, cfg.heads), jnp.float32),
                         "final_norm": Norm(cfg).init(k_norm, jnp.zeros((1, 1, cfg.width)))["params"]}
     if not cfg.tied:
         params["head"] = {"kernel": initialiser(cfg, cfg.width, cfg.vocab_size)(k_head, (cfg.width, cfg.vocab_size), jnp.float32)}

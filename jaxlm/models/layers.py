@@ -54,15 +54,17 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
 
-def initialiser(cfg: TransformerConfig, inputs: int, outputs: int, into_residual: bool = False) -> Callable:
+def initialiser(cfg: TransformerConfig, inputs: int, outputs: int, into_residual: bool = False, t5: float | None = None) -> Callable:
     """An `(key, shape, dtype)` initialiser of a weight that maps `inputs` numbers to `outputs`, by the name in `cfg.init`.
 
     normal, truncated_normal: std `init_std`. xavier (Glorot & Bengio 2010): std sqrt(2 / (in + out)). kaiming (He et al. 2015): sqrt(2 / in).
     lecun: sqrt(1 / in); the last three are normal. Projections into the residual stream are divided by sqrt(2 L) where `init_depth_scaled` says so (GPT-2).
+    t5 (Raffel et al. 2020, as Mesh TensorFlow and transformers draw it): sqrt(1 / in), normal, but for the weights that give their std as `t5`; never
+    divided. An untied output projection is sqrt(1 / in) too, as in t5x; transformers draws it with 1, which begins with a loss in the hundreds.
     """
     std = {"normal": cfg.init_std, "truncated_normal": cfg.init_std, "xavier": math.sqrt(2 / (inputs + outputs)),
-           "kaiming": math.sqrt(2 / inputs), "lecun": math.sqrt(1 / inputs)}[cfg.init]
-    if into_residual and cfg.init_depth_scaled:
+           "kaiming": math.sqrt(2 / inputs), "lecun": math.sqrt(1 / inputs), "t5": math.sqrt(1 / inputs) if t5 is None else t5}[cfg.init]
+    if into_residual and cfg.init_depth_scaled and cfg.init != "t5":
         std /= math.sqrt(2 * cfg.layers)
     if cfg.init == "truncated_normal":  # cut at two deviations; the constant restores the std
         return lambda key, shape, dtype: std / 0.87962566103423978 * jax.random.truncated_normal(key, -2, 2, shape, dtype)
@@ -109,7 +111,7 @@ class Attention(nn.Module):
     def __call__(self, x_BTD, slots: Slots, window: jax.Array | None, cache: dict | None, dropout_key: jax.Array | None = None):
         cfg = self.cfg
         d, n, k, h = x_BTD.shape[-1], cfg.heads, cfg.kv_heads, cfg.head_size
-        q = project(x_BTD, self.param("q", initialiser(cfg, d, n * h), (d, n, h), jnp.float32))
+        q = project(x_BTD, self.param("q", initialiser(cfg, d, n * h, t5=(d * h) ** -0.5), (d, n, h), jnp.float32))
         key = project(x_BTD, self.param("k", initialiser(cfg, d, k * h), (d, k, h), jnp.float32))
         value = project(x_BTD, self.param("v", initialiser(cfg, d, k * h), (d, k, h), jnp.float32))
         if cfg.bias or cfg.qkv_bias:
@@ -155,7 +157,7 @@ class CrossAttention(nn.Module):
         """The branch, and the keys and values where a cache wants them: `{"cross_k", "cross_v"}`, else empty."""
         cfg, memory = self.cfg, slots.memory
         d, n, k, h = x_BTD.shape[-1], cfg.heads, cfg.kv_heads, cfg.head_size
-        q = project(x_BTD, self.param("q", initialiser(cfg, d, n * h), (d, n, h), jnp.float32))
+        q = project(x_BTD, self.param("q", initialiser(cfg, d, n * h, t5=(d * h) ** -0.5), (d, n, h), jnp.float32))
         made = {}
         if memory.hidden is None:
             key, value = cache["cross_k"].astype(q.dtype), cache["cross_v"].astype(q.dtype)

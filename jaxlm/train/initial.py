@@ -144,7 +144,7 @@ def import_model(path: pathlib.Path, workdir: pathlib.Path, *, dtype: str = "flo
     tokenizer = source.tokenizer()
     cfg = dataclasses.replace(source.cfg, dtype=dtype)
     config = Config(model=decoder.vocabulary(cfg, tokenizer.vocab_size), data=DataConfig(sequence_length=min(1024, cfg.context)),
-                    objective=ObjectiveConfig(name="masked_token" if cfg.kind == "encoder" else "next_token"))
+                    objective=ObjectiveConfig(name="masked_token" if cfg.kind == "encoder" else "seq2seq" if cfg.encoder_layers else "next_token"))
     if checkpoint.steps(workdir) or (workdir / "config.json").exists():
         raise ValueError(f"{workdir} holds a run already: choose another --to")
     log(f"{source.name}:\n{source.mapping()}")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import MeshConfig
+from jaxlm.data import rows
 from jaxlm.data.shards import Corpus, Split
 from jaxlm.evaluate import likelihood
 from jaxlm.sharding import make_mesh, params_shardings
@@ -19,8 +20,8 @@ ONE = MeshConfig(data=1, fsdp=1, tensor=1)
 def score(model, params, corpus, sizes=ONE, split="validation", **options):
     mesh = make_mesh(sizes, jax.devices()[:1] if sizes == ONE else None)
     places = params_shardings(mesh, model.axes, jax.eval_shape(model.init, jax.random.key(0)))
-    options = {"sequence_length": 64, "batch_size": 8, "overlap": 0.5, **options}
-    return likelihood.score_documents(likelihood.scorer(model, mesh), jax.device_put(params, places), mesh, corpus, split, **options)
+    options = {"batch_size": 8, "overlap": 0.5, **options}
+    return likelihood.score_documents(likelihood.scorer(model, mesh), jax.device_put(params, places), mesh, corpus, split, rows.Task(64), **options)
 
 
 @pytest.fixture(scope="module")
