@@ -1,9 +1,9 @@
 """Does cleaning pay? python tools/compare_clean_raw.py PROSE.jsonl[.gz] FOLDER [--steps=400]
 
-Cuts prose into pages, paragraphs unwrapped, keeps every tenth aside as held-out text, and makes a web of the others: as they are, with cookie notices and menus, copied, copied
-with a few words changed, with broken encoding; pages in other languages (--foreign=FOLDER of .txt), spam. Prepares it once as it is and once with the
-steps of configs/web.py, trains one small model on each for the same number of steps, so of tokens, and prints bits per byte of the held-out pages: of all as they were
-cut, and of those that the recipe keeps, as it cleans them; both models read the same bytes.
+Cuts prose into pages, paragraphs unwrapped, keeps every tenth aside as held-out text, and makes a web of the others: as they are, with cookie notices and
+menus, copied, copied with a few words changed, with broken encoding; pages in other languages (--foreign=FOLDER of .txt), spam, scripts. Prepares it once
+as it is and once with the steps of configs/web.py, trains one small model on each for the same number of steps, so of tokens, and prints bits per byte of
+the held-out pages: of all as they were cut, and of those that the recipe keeps, as it cleans them; both models read the same bytes.
 """
 
 import argparse
@@ -44,13 +44,14 @@ def main() -> None:
     write(given.folder / "held_out.jsonl", held_out)
     write(given.folder / "web.jsonl", polluted(pages, given.foreign, rng))
     from jaxlm import config
-    filters = [f"--config.filter.{key}={False if isinstance(value, bool) else 0}" for key, value in config.to_dict(config.load("web"))["filter"].items() if value]
+    rules = config.to_dict(config.load("web"))["filter"]
+    filters = [f"--config.filter.{key}={False if isinstance(value, bool) else 0}" for key, value in rules.items() if value]
     scores = {}
     for name, steps in (("raw", (*RAW, *filters)), ("cleaned", ())):
         run, data = given.folder / name, given.folder / f"{name}-data"
-        recipe = ("--config=web", *MODEL, *steps, f"--config.data.source={given.folder}/web.jsonl", f"--config.train.steps={given.steps} steps")
-        jaxlm("prepare", *recipe, f"--out={data}")
-        jaxlm("train", *recipe, f"--config.data.dir={data}", f"--workdir={run}")
+        recipe = ("--config=web", *MODEL, f"--config.data.source={given.folder}/web.jsonl", f"--config.train.steps={given.steps} steps")
+        jaxlm("prepare", *recipe, *steps, f"--out={data}")
+        jaxlm("train", *recipe, *steps, f"--config.data.dir={data}", f"--workdir={run}")
         for pages, how in (("all", (*RAW, *filters)), ("kept", ())):
             held_out = given.folder / f"{name}-held-out-{pages}"
             jaxlm("prepare", *recipe, *how, f"--config.data.source={given.folder}/held_out.jsonl", "--config.data.test=0.9",

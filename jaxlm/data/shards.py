@@ -1,9 +1,9 @@
 """The prepared corpus on disk: documents of token ids in ArrayRecord shards, found by number. Home of array_record.
 
 A folder holds, for each split, shards and two indexes (lengths, with source and licence, and ids), the tokenizer's file, two files that make it a TFDS
-data set, and `manifest.json`, which lists every other file (but the reports) with its size and sha256. A record holds up to `RECORD_TOKENS` ids of one document: a row of
-training that needs a part of a very long document reads that part only. Every record carries a checksum of its own and says what it is (records.py), so
-no damage, exchange or truncation of a file is ever read as different tokens. The folder appears whole or not at all.
+data set, and `manifest.json`, which lists every other file (but the reports) with its size and sha256. A record holds up to `RECORD_TOKENS` ids of one
+document: a row of training that needs a part of a very long document reads that part only. Every record carries a checksum of its own and says what it is
+(records.py), so no damage, exchange or truncation of a file is ever read as different tokens. The folder appears whole or not at all.
 """
 
 import contextlib

@@ -29,7 +29,7 @@ def quiet(line):
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """Folder of four files: 120 texts, of which 10 twice, 10 once more with one word changed, 5 blank, 5 nothing but boilerplate, which 60 others begin with."""
+    """Four files: 120 texts, of which 10 twice, 10 once more with one word changed, 5 blank, 5 nothing but boilerplate, which 60 others begin with."""
     rng, folder = random.Random(0), tmp_path_factory.mktemp("planted")
     texts = [" ".join(rng.choices(VOCABULARY, k=rng.randrange(40, 200))) for _ in range(120)]
     near = []
@@ -249,7 +249,8 @@ def test_work_on_something_else_starts_anew(planted, tmp_path, change, write_jso
     source = tmp_path / "texts.jsonl"
     write_jsonl(source, [f"text {i}" for i in range(100)])
     data = DataConfig(source=(str(source),), validation=0, test=0, workers=1)
-    code = CODE.format(point=POINTS["before the rename"], data=data, tokenizer=TokenizerConfig(kind="bytes"), folder=str(tmp_path / "data"), dedup=DedupConfig())
+    code = CODE.format(point=POINTS["shards are written"], data=data, tokenizer=TokenizerConfig(kind="bytes"), folder=str(tmp_path / "data"),
+                       dedup=DedupConfig())
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.kill()
