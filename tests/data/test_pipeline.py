@@ -515,3 +515,14 @@ def test_runners_and_their_flags(tmp_path, capfd):
 
     assert "--runner=FastRunner is not known; allowed: DirectRunner, DataflowRunner" in fails("--runner=FastRunner")
     assert "--beam_options are for a Beam runner" in fails("--beam_options=--project=p")
+
+
+def test_position_counts_files_that_were_read_before(tmp_path):
+    paths = [str(tmp_path / name) for name in "abc"]
+    for path in paths:
+        with open(path, "wb") as file:
+            file.write(bytes(100))
+    with open(paths[1], "rb", buffering=0) as file:
+        file.read(30)
+        assert run._position(paths) == 130
+    assert run._position(paths) == 0  # none is open
