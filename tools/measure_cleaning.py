@@ -9,7 +9,6 @@ A measurement is a function (sources) -> rows; MEASUREMENTS lists them, and a ne
 """
 
 import argparse
-import dataclasses
 import gzip
 import ipaddress
 import json

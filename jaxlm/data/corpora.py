@@ -80,12 +80,6 @@ def left_out(data: DataConfig) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def size_on_disk(data: DataConfig) -> dict[str, int]:
-    """Number of files and their bytes; what Python or TFDS hold counts as none."""
-    sizes = [file.size for file in files(data) if os.path.exists(file.path)]
-    return {"files": len(sizes), "bytes": sum(sizes)}
-
-
 def documents(data: DataConfig) -> Iterator[Document]:
     """All documents of all files; see `files` and `read`."""
     for file in files(data):
