@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
 
-PEERS = ("datasets", "datatrove[io,processing]", "warcio", "tensorflow-cpu")
+PEERS = ("datasets", "datatrove[io,processing]", "warcio", "faust-cchardet", "python-magic", "tensorflow-cpu")
 SEQUENCE, BATCH = 1024, 64
 STAGES = ("read", "clean", "dedup", "tokenise", "shards", "loader")
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_list("stages", list(STAGES), f"Of {', '.join(STAGES)}.", flag_values=values)
     flags.DEFINE_integer("megabytes", 20, "Text to work on.", flag_values=values, lower_bound=1)
     flags.DEFINE_integer("rounds", 5, "How often a stage and its floor take turns.", flag_values=values, lower_bound=1)
-    flags.DEFINE_string("peers", "", "Folder of a virtual environment with other libraries, made if it is not there; without it they are left out.", flag_values=values)
+    flags.DEFINE_string("peers", "", "Folder of a virtual environment with other libraries, made if it is not there; none: leave them out.", flag_values=values)
     flags.DEFINE_string("keep", "", "Folder for the files, kept; without it, a temporary one.", flag_values=values)
     if "--help" in argv:
         sys.exit(f"{__doc__}\n{values.get_help()}")
@@ -80,13 +80,15 @@ def make_files(folder: pathlib.Path, megabytes: int) -> list[str]:
 
 def _page(text: str) -> bytes:
     paragraphs = text.replace("&", "&amp;").replace("<", "&lt;").split("\n\n")
-    return ("<html><head><title>x</title></head><body><nav>a b c</nav><article>" + "".join(f"<p>{p}</p>" for p in paragraphs) + "</article></body></html>").encode()
+    body = "".join(f"<p>{p}</p>" for p in paragraphs)
+    return f"<html><head><title>x</title></head><body><nav>a b c</nav><article>{body}</article></body></html>".encode()
 
 
 def _page_record(i: int, text: str) -> bytes:
     http = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n" + _page(text)
-    return (f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://a.org/{i}\r\nWARC-Record-ID: <urn:uuid:{i}>\r\nContent-Type: application/http; "
-            f"msgtype=response\r\nContent-Length: {len(http)}\r\n\r\n").encode() + http + b"\r\n\r\n"
+    return (f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://a.org/{i}\r\nWARC-Record-ID: <urn:uuid:{i}>\r\n"
+            f"WARC-Date: 2026-11-22T00:00:00Z\r\nContent-Type: application/http; msgtype=response\r\n"
+            f"Content-Length: {len(http)}\r\n\r\n").encode() + http + b"\r\n\r\n"
 
 
 def turns(*functions, rounds: int, clock=time.process_time) -> list[float]:
@@ -229,7 +231,8 @@ def stage_loader(folder: pathlib.Path, texts: list[str], size: int, rounds: int)
         tokens = steps * BATCH * length
         for name, clock in (("CPU", time.process_time), ("wall", time.perf_counter)):
             ours, floor = turns(load, fill, rounds=rounds, clock=clock)
-            print(f"loader, T={length}, {name:<4} {tokens / ours / 1e6:>10,.1f} M tokens/s {tokens / floor / 1e6:>10,.0f} M {floor / ours:>6.0%}   writing the five arrays of a batch")
+            print(f"loader, T={length}, {name:<4} {tokens / ours / 1e6:>10,.1f} M tokens/s {tokens / floor / 1e6:>10,.0f} M {floor / ours:>6.0%}   "
+                  "writing the five arrays of a batch")
 
 
 # --- other libraries ------------------------------------------------------------------------------------------------------------------------
@@ -250,11 +253,12 @@ def compare(folder: pathlib.Path, size: int, venv: pathlib.Path, rounds: int) ->
         for _ in range(rounds):
             theirs.append(_child(python, peer, folder, job))
             ours.append(_child(pathlib.Path(sys.executable), "jaxlm", folder, job))
-        if None in theirs:
+        if None in theirs + ours:
             print(f"{peer + ' ' + job:<34} failed")
             continue
         (cpu, wall), (our_cpu, our_wall) = ([statistics.median(column) / 1e6 for column in zip(*found)] for found in (theirs, ours))
-        print(f"{peer + ' ' + job:<24} {cpu:>10,.1f} {our_cpu:>10,.1f} {our_cpu / cpu:>8.1f}x {wall:>12,.1f} {our_wall:>10,.1f} {our_wall / wall:>8.1f}x", flush=True)
+        print(f"{peer + ' ' + job:<24} {cpu:>10,.1f} {our_cpu:>10,.1f} {our_cpu / cpu:>8.1f}x "
+              f"{wall:>12,.1f} {our_wall:>10,.1f} {our_wall / wall:>8.1f}x", flush=True)
 
 
 def _rows(corpus: pathlib.Path, folder: pathlib.Path) -> None:
@@ -301,7 +305,8 @@ def _jaxlm(folder, job):
 def _datasets(folder, job):
     import datasets
     if job == "loader":
-        rows = datasets.Dataset.from_dict({"ids": np.load(folder / "rows.npy")}, features=datasets.Features({"ids": datasets.List(datasets.Value("uint16"), SEQUENCE + 1)}))
+        features = datasets.Features({"ids": datasets.List(datasets.Value("uint16"), SEQUENCE + 1)})
+        rows = datasets.Dataset.from_dict({"ids": np.load(folder / "rows.npy")}, features=features)
         for batch in rows.shuffle(seed=0).with_format("numpy").iter(BATCH, drop_last_batch=True):
             ids = batch["ids"].astype(np.int32)
             ids[:, :-1], ids[:, 1:]

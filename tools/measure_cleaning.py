@@ -9,7 +9,6 @@ A measurement is a function (sources) -> rows; MEASUREMENTS lists them, and a ne
 """
 
 import argparse
-import dataclasses
 import gzip
 import ipaddress
 import json
@@ -86,7 +85,7 @@ def sources(shared: pathlib.Path | None) -> Sources:
     return Sources([text for text in prose if len(text.split()) >= 60], texts[:600], shared)
 
 
-# Personal data and secrets --------------------------------------------------------------------------------------------------------------------------------------
+# Personal data and secrets --------------------------------------------------------------------------------------------------------------------------
 
 def pick(rng: random.Random, alphabet: str, length: int) -> str:
     return "".join(rng.choices(alphabet, k=length))
@@ -99,14 +98,16 @@ def email(rng: random.Random) -> str:
 
 def phone(rng: random.Random) -> str:
     d = lambda n: str(rng.randint(2, 9)) + pick(rng, string.digits, n - 1)
-    return rng.choice([f"+1-{d(3)}-{d(3)}-{d(4)}", f"({d(3)}) {d(3)}-{d(4)}", f"{d(3)}-{d(3)}-{d(4)}", f"{d(3)}.{d(3)}.{d(4)}", f"+49 {d(2)} {d(7)}", f"+44 (0)20 {d(4)} {d(4)}",
+    return rng.choice([f"+1-{d(3)}-{d(3)}-{d(4)}", f"({d(3)}) {d(3)}-{d(4)}", f"{d(3)}-{d(3)}-{d(4)}", f"{d(3)}.{d(3)}.{d(4)}", f"+49 {d(2)} {d(7)}",
+        f"+44 (0)20 {d(4)} {d(4)}",
                        f"0{d(2)} {d(4)} {d(4)}", f"01 {d(2)} {d(2)} {d(2)} {d(2)}", f"+33 1 {d(2)} {d(2)} {d(2)} {d(2)}", f"+{d(2)}{d(9)}"])
 
 
 def ip(rng: random.Random) -> str:
     while True:
         address = (ipaddress.IPv4Address(rng.getrandbits(32)) if rng.random() < 0.7 else
-                   ipaddress.IPv6Address((rng.choice([0x2001, 0x2a00, 0x2606, 0x2400]) << 112) | (rng.getrandbits(48) << 64) | rng.getrandbits(rng.choice([16, 64]))))
+                   ipaddress.IPv6Address((rng.choice([0x2001, 0x2a00, 0x2606, 0x2400]) << 112) | (rng.getrandbits(48) << 64) | rng.getrandbits(rng.choice([16,
+                       64]))))
         if address.is_global and not address.is_multicast:
             return str(address)
 
@@ -131,8 +132,10 @@ def iban(rng: random.Random) -> str:
 def key(rng: random.Random) -> str:
     base62 = string.ascii_letters + string.digits
     return rng.choice([
-        "AKIA" + pick(rng, string.ascii_uppercase + string.digits, 16), "ghp_" + pick(rng, base62, 36), "sk-" + pick(rng, base62, 32), "AIza" + pick(rng, base62, 35),
-        "xoxb-" + pick(rng, string.digits, 12) + "-" + pick(rng, base62, 24), "hf_" + pick(rng, string.ascii_letters, 34), "secret = " + pick(rng, base62 + "/+", 40),
+        "AKIA" + pick(rng, string.ascii_uppercase + string.digits, 16), "ghp_" + pick(rng, base62, 36), "sk-" + pick(rng, base62, 32),
+        "AIza" + pick(rng, base62, 35),
+        "xoxb-" + pick(rng, string.digits, 12) + "-" + pick(rng, base62, 24), "hf_" + pick(rng, string.ascii_letters, 34),
+        "secret = " + pick(rng, base62 + "/+", 40),
         "api_key: \"" + pick(rng, "0123456789abcdef", 32) + "\"", pick(rng, base62, 40),
         "-----BEGIN RSA PRIVATE KEY-----\n" + "\n".join(pick(rng, base62 + "+/", 64) for _ in range(4)) + "\n-----END RSA PRIVATE KEY-----"])
 
@@ -141,12 +144,18 @@ def decoy(rng: random.Random) -> str:
     """What looks like it and is not."""
     d = lambda n: pick(rng, string.digits, n)
     return rng.choice([
-        f"version {rng.randint(1, 30)}.{rng.randint(0, 99)}.{rng.randint(0, 20)}.{rng.randint(0, 300)}", f"{rng.randint(1950, 2030)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}",
-        f"{rng.randint(1, 28):02d}.{rng.randint(1, 12):02d}.{rng.randint(1950, 2030)}", f"ISBN 978-{d(1)}-{d(4)}-{d(4)}-{d(1)}", f"ISBN {d(10)}", f"${rng.randint(1, 999)},{d(3)},{d(3)}.{d(2)}",
-        f"192.168.{rng.randint(0, 255)}.{rng.randint(1, 254)}", f"10.{rng.randint(0, 255)}.{rng.randint(0, 255)}.1", pick(rng, "0123456789abcdef", 40), f"doi 10.{d(4)}/{d(7)}",
-        f"{rng.randint(10, 99)} {d(3)} {d(3)} units", f"pp. {rng.randint(100, 400)}-{rng.randint(401, 900)}", f"x = {rng.random()}", f"order {d(16)}", f"{d(4)} {d(4)} {d(4)}",
-        "2001:db8::" + pick(rng, "0123456789abcdef", 4), f"{rng.randint(0, 23):02d}:{d(2)}:{d(2)}", f"{pick(rng, '0123456789abcdef', 8)}-{pick(rng, '0123456789abcdef', 4)}-4abc-8def-"
-        + pick(rng, "0123456789abcdef", 12), "@decorator", "std::map::iterator", "photo@2x.png", "getElementsByTagName" + d(2), f"row {d(5)}, column {d(5)}, {d(7)}"])
+        f"version {rng.randint(1, 30)}.{rng.randint(0, 99)}.{rng.randint(0, 20)}.{rng.randint(0, 300)}",
+        f"{rng.randint(1950, 2030)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}",
+        f"{rng.randint(1, 28):02d}.{rng.randint(1, 12):02d}.{rng.randint(1950, 2030)}", f"ISBN 978-{d(1)}-{d(4)}-{d(4)}-{d(1)}", f"ISBN {d(10)}",
+        f"${rng.randint(1, 999)},{d(3)},{d(3)}.{d(2)}",
+        f"192.168.{rng.randint(0, 255)}.{rng.randint(1, 254)}", f"10.{rng.randint(0, 255)}.{rng.randint(0, 255)}.1", pick(rng, "0123456789abcdef", 40),
+        f"doi 10.{d(4)}/{d(7)}",
+        f"{rng.randint(10, 99)} {d(3)} {d(3)} units", f"pp. {rng.randint(100, 400)}-{rng.randint(401, 900)}", f"x = {rng.random()}", f"order {d(16)}",
+        f"{d(4)} {d(4)} {d(4)}",
+        "2001:db8::" + pick(rng, "0123456789abcdef", 4), f"{rng.randint(0, 23):02d}:{d(2)}:{d(2)}",
+        f"{pick(rng, '0123456789abcdef', 8)}-{pick(rng, '0123456789abcdef', 4)}-4abc-8def-"
+        + pick(rng, "0123456789abcdef", 12), "@decorator", "std::map::iterator", "photo@2x.png", "getElementsByTagName" + d(2),
+            f"row {d(5)}, column {d(5)}, {d(7)}"])
 
 
 def personal_data(s: Sources) -> Iterator[Row]:
@@ -169,7 +178,7 @@ def personal_data(s: Sources) -> Iterator[Row]:
         yield Row(f'clean.pii=("{kind}",)', kind, COUNT, found, false[f"pii.{kind}"], clean_texts)
 
 
-# Characters and pages -------------------------------------------------------------------------------------------------------------------------------------------
+# Characters and pages -------------------------------------------------------------------------------------------------------------------------------
 
 ACCENTS = str.maketrans({"a": "ä", "e": "é", "o": "ö", "u": "ü", "c": "ç", "n": "ñ", "s": "š"})
 CYRILLIC = str.maketrans(dict(zip("abcdefghijklmnopqrstuvwxyz", "абцдефгхийклмнопярстувшхыз")))
@@ -203,12 +212,14 @@ def encodings(s: Sources) -> Iterator[Row]:
         texts = {}
         for code, text in udhr_paragraphs(s.shared):
             texts.setdefault(code, []).append(text)
-    for code, encoding in (("deu", "cp1252"), ("fra", "cp1252"), ("rus", "cp1251"), ("rus", "koi8-r"), ("pol", "cp1250"), ("ell_monotonic", "cp1253"), ("jpn", "shift_jis"),
+    for code, encoding in (("deu", "cp1252"), ("fra", "cp1252"), ("rus", "cp1251"), ("rus", "koi8-r"), ("pol", "cp1250"), ("ell_monotonic", "cp1253"),
+    ("jpn", "shift_jis"),
                            ("jpn", "euc_jp"), ("kor", "euc_kr"), ("cmn_hans", "gb18030"), ("fra", "utf-16"), ("rus", "utf-8")):
         if code in texts:
             raw = [text.encode(encoding, "ignore") for text in texts[code]]
             raw = [text for text in raw if not text.isascii()]
-            yield Row("(bytes)", f"paragraphs in {code.partition('_')[0]}, {encoding}, not declared", len(raw), sum(run(text).text == text.decode(encoding) for text in raw), 0, 0)
+            yield Row("(bytes)", f"paragraphs in {code.partition('_')[0]}, {encoding}, not declared", len(raw),
+                sum(run(text).text == text.decode(encoding) for text in raw), 0, 0)
 
 
 def boilerplate(s: Sources) -> Iterator[Row]:
@@ -222,7 +233,8 @@ def boilerplate(s: Sources) -> Iterator[Row]:
         article = "".join(f"<p>{p.replace('&', '&amp;').replace('<', '&lt;')}</p>" for p in text.split("\n\n"))
         comments = "".join(f"<div class='comment'><p>{' '.join(rng.choices(words, k=12))}</p></div>" for _ in range(rng.randint(0, 5)))
         pages.append((text, f"<html><head><title>x</title><script>var {rng.choice(words)} = 1;</script></head><body><header><nav><ul>{menu}</ul></nav></header>"
-                      f"<div class='sidebar'>{side}</div><main><article><h1>{rng.choice(words)}</h1>{article}</article></main><div id='comments'>{comments}</div>"
+                      f"<div class='sidebar'>{side}</div><main><article><h1>{rng.choice(words)}</h1>{article}</article></main>"
+                      f"<div id='comments'>{comments}</div>"
                       f"<footer>{' '.join(rng.choices(words, k=20))}</footer></body></html>"))
     for extractor in ("resiliparse", "trafilatura"):
         run, planted, found, false, rest = cleaner(clean={"extract": extractor}), 0, 0, 0, 0
@@ -233,14 +245,14 @@ def boilerplate(s: Sources) -> Iterator[Row]:
         yield Row(f'clean.extract="{extractor}"', "words of articles in generated pages", planted, found, false, rest)
 
 
-# Whole documents ------------------------------------------------------------------------------------------------------------------------------------------------
+# Whole documents ------------------------------------------------------------------------------------------------------------------------------------
 
 ARTICLE_1 = {
-    "de": "Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft und Gewissen begabt und sollen einander im Geist der Brüderlichkeit begegnen.",
-    "fr": "Tous les êtres humains naissent libres et égaux en dignité et en droits. Ils sont doués de raison et de conscience et doivent agir dans un esprit de fraternité.",
-    "es": "Todos los seres humanos nacen libres e iguales en dignidad y derechos y, dotados como están de razón y conciencia, deben comportarse fraternalmente.",
-    "nl": "Alle mensen worden vrij en gelijk in waardigheid en rechten geboren. Zij zijn begiftigd met verstand en geweten, en behoren zich jegens elkander te gedragen.",
-    "ru": "Все люди рождаются свободными и равными в своём достоинстве и правах. Они наделены разумом и совестью и должны поступать в духе братства.",
+    "de": "Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft und Gewissen begabt.",
+    "fr": "Tous les êtres humains naissent libres et égaux en dignité et en droits. Ils sont doués de raison et de conscience.",
+    "es": "Todos los seres humanos nacen libres e iguales en dignidad y derechos y y están dotados de razón y conciencia.",
+    "nl": "Alle mensen worden vrij en gelijk in waardigheid en rechten geboren. Zij zijn begiftigd met verstand en geweten.",
+    "ru": "Все люди рождаются свободными и равными в своём достоинстве и правах. Они наделены разумом и совестью.",
 }
 
 
@@ -273,7 +285,8 @@ def bad_pages(s: Sources) -> Iterator[Row]:
         "max_symbols_per_word": (0.1, "hash tags", lambda: sentence() + " " + " ".join("#" + word for word in some(20, 40))),
         "max_bullet_lines": (0.9, "lists of nothing but bullets", lambda: "\n".join("* " + " ".join(some(2, 9)) for _ in range(20))),
         "max_ellipsis_lines": (0.3, "teasers cut off", lambda: "\n".join(" ".join(sentence().split()[:12]) + rng.choice(["...", "…"]) for _ in range(9))),
-        "min_alphabetic_words": (0.8, "tables of numbers", lambda: "\n".join(" ".join(rng.choices([*words[:30], "12.5", "3", "-", "88%", "1,204"], [0.02] * 30 + [1] * 5, k=8)) for _ in range(20))),
+        "min_alphabetic_words": (0.8, "tables of numbers", lambda: "\n".join(" ".join(rng.choices([*words[:30], "12.5", "3", "-", "88%", "1,204"],
+        [0.02] * 30 + [1] * 5, k=8)) for _ in range(20))),
         "min_stop_words": (2, "keyword lists", lambda: ", ".join(w for w in some(80, 120) if w not in ("the", "and", "that", "have", "with"))),
         "max_duplicate_lines": (0.3, "the same lines again and again", lambda: "\n".join(rng.choices([sentence() for _ in range(6)], k=14))),
         "max_duplicate_5grams": (0.15, "templates: one sentence with other names", lambda: " ".join(
@@ -282,7 +295,9 @@ def bad_pages(s: Sources) -> Iterator[Row]:
         "lorem_ipsum": (1, "placeholder text", lambda: s.prose[rng.randrange(len(s.prose))] + "\n\nLorem ipsum dolor sit amet, consectetur adipiscing elit."),
         "curly_brackets": (1, "code and style sheets", lambda: "\n".join(f".{word} {{ margin: {rng.randint(0, 9)}px; }}" for word in some(20, 30))),
         "min_closed_lines": (0.12, "menus and captions", lambda: "\n".join(" ".join(some(2, 6)).title() for _ in range(40))),
-        "max_digits": (0.3, "logs", lambda: "\n".join(f"2024-01-{rng.randint(1, 28):02d} 12:{rng.randint(10, 59)}:{rng.randint(10, 59)} {rng.choice(words)} {rng.getrandbits(48)}" for _ in range(20))),
+        "max_digits": (0.3, "logs",
+        lambda: "\n".join(f"2024-01-{rng.randint(1, 28):02d} 12:{rng.randint(10, 59)}:{rng.randint(10, 59)} {rng.choice(words)} {rng.getrandbits(48)}"
+            for _ in range(20))),
         "max_uppercase": (0.5, "shouting", lambda: sentence().upper() + "\n\n" + sentence().upper()),
     }
     for rule, (threshold, fault, make) in kinds.items():
@@ -308,7 +323,8 @@ def leaks(s: Sources) -> Iterator[Row]:
         run = cleaner(clean={"decontaminate": (("quiz", f"{path}:question"),)})
     false = sum(bool(run(text).removed_by) for text in s.prose)
     changes = {
-        "test items as they stand": lambda t: t, "in capitals, without punctuation": lambda t: re.sub(r"[^\w\s]", "", t.upper()), "half of an item": lambda t: " ".join(t.split()[:len(t.split()) // 2]),
+        "test items as they stand": lambda t: t, "in capitals, without punctuation": lambda t: re.sub(r"[^\w\s]", "", t.upper()),
+        "half of an item": lambda t: " ".join(t.split()[:len(t.split()) // 2]),
         "every 20th word replaced": lambda t: edited(t, 20), "every 10th word replaced": lambda t: edited(t, 10)}
     for fault, change in changes.items():
         found = 0
@@ -321,21 +337,24 @@ def leaks(s: Sources) -> Iterator[Row]:
 MEASUREMENTS: tuple[Callable[[Sources], Iterator[Row]], ...] = (personal_data, mojibake, encodings, boilerplate, foreign, bad_pages, leaks)
 
 
-# Real data ------------------------------------------------------------------------------------------------------------------------------------------------------
+# Real data ------------------------------------------------------------------------------------------------------------------------------------------
 
 # Files of UDHR whose language the model knows, with its code.
-UDHR = dict(pair.split("=") for pair in """afr=af als=sq amh=am arb=ar ast=ast azj_latn=az bel=be ben=bn bod=bo bos_latn=bs bre=br bul=bg cat=ca ceb=ceb ces=cs ckb=ckb cmn_hans=zh
-cmn_hant=zh cos=co cym=cy dan=da deu=de deu_1901=de div=dv ell_monotonic=el eng=en epo=eo est=et eus=eu fin=fi fra=fr fri=fy gla=gd gle=ga glg=gl guj=gu heb=he hin=hi hrv=hr hun=hu
-hye=hy ido=io ilo=ilo ina=ia ind=id isl=is ita=it jav=jv jpn=ja kan=kn kat=ka kaz=kk khk=mn khm=km kir=ky kor=ko lao=lo lat=la lat_1=la lav=lv lit=lt ltz=lb mal=ml mar=mr mkd=mk
-mlt=mt mya=my nds=nds nep=ne nld=nl nno=nn nob=no oss=os pan=pa pes_1=fa pol=pl por_BR=pt por_PT=pt ron=ro rus=ru san=sa sah=sah slk=sk slv=sl spa=es sme=se srp_cyrl=sr sun=su swe=sv
-swh=sw tam=ta tat=tt tgk=tg tgl=tl tha=th tur=tr uig_arab=ug ukr=uk urd=ur uzn_latn=uz vie=vi war=war yor=yo ydd=yi""".split())
+UDHR = dict(pair.split("=")
+    for pair in """afr=af als=sq amh=am arb=ar ast=ast azj_latn=az bel=be ben=bn bod=bo bos_latn=bs bre=br bul=bg cat=ca ceb=ceb ces=cs ckb=ckb cmn_hans=zh
+cmn_hant=zh cos=co cym=cy dan=da deu=de deu_1901=de div=dv ell_monotonic=el eng=en epo=eo est=et eus=eu fin=fi fra=fr fri=fy gla=gd gle=ga glg=gl guj=gu heb=he
+hin=hi hrv=hr hun=hu hye=hy ido=io ilo=ilo ina=ia ind=id isl=is ita=it jav=jv jpn=ja kan=kn kat=ka kaz=kk khk=mn khm=km kir=ky kor=ko lao=lo lat=la
+lat_1=la lav=lv lit=lt ltz=lb mal=ml mar=mr mkd=mk mlt=mt mya=my nds=nds nep=ne nld=nl nno=nn nob=no oss=os pan=pa pes_1=fa pol=pl por_BR=pt por_PT=pt
+ron=ro rus=ru san=sa sah=sah slk=sk slv=sl spa=es sme=se srp_cyrl=sr sun=su swe=sv swh=sw tam=ta tat=tt tgk=tg tgl=tl tha=th tur=tr uig_arab=ug ukr=uk
+urd=ur uzn_latn=uz vie=vi war=war yor=yo ydd=yi""".split())
 
 
 def real_pages(shared: pathlib.Path) -> list[str]:
     """Token-level F1 against the extraction that mozilla/readability expects; pages a second on one core, best of three."""
     from resiliparse.parse.html import HTMLTree
     folders = sorted((shared / "html/readability").iterdir())
-    pages = [(extract.decode((f / "source.html").read_bytes(), True)[0], HTMLTree.parse((f / "expected.html").read_text(encoding="utf-8")).body.text) for f in folders]
+    pages = [(extract.decode((f / "source.html").read_bytes(), True)[0], HTMLTree.parse((f / "expected.html").read_text(encoding="utf-8")).body.text)
+        for f in folders]
     lines = [f"| `clean.extract` ({len(pages)} real pages) | F1 | precision | recall | pages/s |", "|---|---|---|---|---|"]
     for extractor in ("resiliparse", "trafilatura"):
         scores, seconds = [], []
@@ -356,11 +375,13 @@ def real_languages(shared: pathlib.Path) -> list[str]:
     identify = languages.identifier(("en",))
     rows = [(UDHR[code], text) for code, text in udhr_paragraphs(shared) if code in UDHR]
     whole = [(iso, " ".join((shared / f"text/udhr2/{code}.txt").read_text(encoding="utf-8").split())) for code, iso in UDHR.items()]
-    lines = [f"| `clean.languages` (UDHR, {len(set(UDHR.values()))} languages that the model has) | right | right where probability >= 0.65 | share of these |", "|---|---|---|---|"]
+    lines = [f"| `clean.languages` (UDHR, {len(set(UDHR.values()))} languages that the model has) | right | right where probability >= 0.65 | share of these |",
+        "|---|---|---|---|"]
     for name, texts in ((f"{len(whole)} whole texts", whole), (f"{len(rows)} paragraphs", rows)):
         results = [(iso, *identify(text)) for iso, text in texts]
         sure = [result for result in results if result[2] >= 0.65]
-        lines.append(f"| {name} | {sum(a == b for a, b, _ in results) / len(results):.3f} | {sum(a == b for a, b, _ in sure) / len(sure):.3f} | {len(sure) / len(results):.3f} |")
+        right, right_sure = (sum(a == b for a, b, _ in some) / len(some) for some in (results, sure))
+        lines.append(f"| {name} | {right:.3f} | {right_sure:.3f} | {len(sure) / len(results):.3f} |")
     return lines
 
 

@@ -31,7 +31,7 @@ def main() -> None:
     sets = {path.stem: articles(path) for path in sorted(pathlib.Path(folder).glob("articles_*.train"))} if folder else {}
     base = max(sets.values(), key=lambda found: len(found[0]))[0] if sets else invented()
     columns = {f"{rate:.0%} replaced": planted(base, rate) for rate in RATES} | sets
-    print(f"{len(base)} texts, {len(base) // 2} of them edited; precision / recall\n")
+    print(f"{len(base):,} texts; precision / recall\n")
     print(f"| dedup.shingle | dedup.near | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
     for shingle in sorted({shingle for shingle, _ in SETTINGS}):
         signed = {name: signatures(texts, shingle) for name, (texts, _) in columns.items()}

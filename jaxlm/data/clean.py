@@ -1,4 +1,4 @@
-"""What is done to each document by itself: decode, extract, repair, normalise, tell its language, filter, redact, decontaminate. Off but for HTML unless asked."""
+"""What is done to each document by itself: decode, extract, repair, normalise, tell its language, filter, redact, decontaminate."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,9 +19,9 @@ class Cleaned(NamedTuple):
 def cleaner(config: Config) -> Callable[[Document], Cleaned]:
     """The function that cleans one document, a pure one. Built once in each process, as models and evaluation sets are loaded here.
 
-    It counts, where the count is not 0: "clean.decode" (1: the bytes were not UTF-8), "clean.undecodable" (bytes that mean nothing), "clean.extract" (1: a page's
-    content was extracted), "clean.repair" (lines repaired), "clean.normalise" (unwanted characters dropped), "filter.drop_..." (lines dropped), "pii.email" ...
-    (places redacted), "decontaminate.NAME:ITEM" (item of an evaluation set found; `contamination.items_found` sums these up).
+    It counts, where the count is not 0: "clean.decode" (1: the bytes were not UTF-8), "clean.undecodable" (bytes that mean nothing), "clean.extract" (1:
+    the content of a page was extracted), "clean.repair" (lines repaired), "clean.normalise" (unwanted characters dropped), "filter.drop_..." (lines
+    dropped), "pii.email" ... (places redacted), "decontaminate.NAME:ITEM" (item of an evaluation set found; `contamination.items_found` sums these up).
 
     Raises:
       ValueError: one line: a package, file or field that is missing, a language that is not known.

@@ -56,7 +56,7 @@ def items_found(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def _index(items: Mapping[str, list[np.ndarray]], n: int):
-    """For each length of n-gram: its different hashes, sorted, with where the numbers of the items that hold each begin; those numbers; items' n-grams; names."""
+    """For each length of n-gram: its different hashes, sorted, with where its items' numbers begin; these numbers; items' n-grams; names."""
     grams, sizes, names = collections.defaultdict(list), [], []
     for name, texts in items.items():
         before = len(sizes)

@@ -15,7 +15,7 @@ from jaxlm.data import hub, mixture, python_docs, readers, tfds, web
 from jaxlm.data.readers import Fault, Keys, Record
 
 PYTHON_DOCS = "python_docs"
-_LINES = {".jsonl": readers.json_lines, ".ndjson": readers.json_lines, ".json": readers.json_lines, ".csv": readers.table, ".tsv": readers.table, ".txt": readers.text}
+_LINES = {**dict.fromkeys((".jsonl", ".ndjson", ".json"), readers.json_lines), ".csv": readers.table, ".tsv": readers.table, ".txt": readers.text}
 _READERS: dict[str, Callable[[str, Keys], Iterator[Record | Fault]]] = {
     **_LINES, **{name + packed: reader for name, reader in _LINES.items() for packed in (".gz", ".zst")},
     ".html": web.page, ".htm": web.page, ".warc": web.warc, ".warc.gz": web.warc, ".warc.wet": web.warc, ".warc.wet.gz": web.warc,
@@ -76,12 +76,6 @@ def left_out(data: DataConfig) -> dict[str, int]:
         if os.path.isdir(path) and not hub.is_dataset(path):
             counts.update(os.path.splitext(name)[1].lower() for name in _walk(path, lambda name: not _in_folder(name)))
     return dict(counts.most_common())
-
-
-def size_on_disk(data: DataConfig) -> dict[str, int]:
-    """Number of files and their bytes; what Python or TFDS hold counts as none."""
-    sizes = [file.size for file in files(data) if os.path.exists(file.path)]
-    return {"files": len(sizes), "bytes": sum(sizes)}
 
 
 def documents(data: DataConfig) -> Iterator[Document]:

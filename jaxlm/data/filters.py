@@ -220,7 +220,7 @@ def judge(cfg: FilterConfig, word_list: Iterable[str] = ()) -> Callable[[str], t
 
 
 def line_filter(cfg: FilterConfig) -> Callable[[str], tuple[str, dict[str, int]]]:
-    """A function from a text to what its lines leave, and how many lines each "filter.drop_..." rule removed. Empty lines separate: they stay, one at a time."""
+    """A function from a text to what its lines leave, and how many lines each "filter.drop_..." rule removed. Of empty lines one stays."""
     rules: dict[str, Callable[[str], bool]] = {}
     if cfg.drop_open_lines:
         rules["filter.drop_open_lines"] = lambda line: not closed(line)
@@ -259,8 +259,8 @@ def read_word_list(path: str) -> tuple[str, ...]:
         with open(path, encoding="utf-8-sig") as file:
             entries = tuple(entry for entry in map(str.strip, file) if _TOKEN.search(entry))
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"clean.word_list={path!r} cannot be read as UTF-8 text ({getattr(error, 'strerror', None) or 'not UTF-8'}): write one word or phrase a "
-                         "line") from None
+        raise ValueError(f"clean.word_list={path!r} cannot be read as UTF-8 text ({getattr(error, 'strerror', None) or 'not UTF-8'}): "
+                         "write one word or phrase a line") from None
     if not entries:
         raise ValueError(f"clean.word_list={path!r} holds no word: write one word or phrase a line")
     return entries

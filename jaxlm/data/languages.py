@@ -25,7 +25,8 @@ def identifier(wanted: tuple[str, ...]) -> Callable[[str], tuple[str, float]]:
     known = {found["lang"] for found in detector.detect("a", model="lite", k=1000, threshold=-1.0)}  # all, with the probability of each
     for code in wanted:
         if code not in known | {ANY}:
-            raise ValueError(f"clean.languages has {code!r}, which the model does not know: write ISO codes, 'en', or '*' for any; known: {' '.join(sorted(known))}")
+            raise ValueError(f"clean.languages has {code!r}, which the model does not know: write ISO codes, 'en', or '*' for any; "
+                             f"known: {' '.join(sorted(known))}")
 
     def identify(text: str) -> tuple[str, float]:
         if len(text) > _PIECES * _PIECE:

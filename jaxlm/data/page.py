@@ -24,7 +24,8 @@ nav a { margin-right: 1rem; color: var(--bar); text-decoration: none; }
 table { border-collapse: collapse; width: 100%; margin: .4rem 0 1rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; } th { color: var(--soft); font-weight: 600; font-size: .85rem; }
-td small { display: block; color: var(--soft); } td.bar { width: 30%; min-width: 8rem; } td.bar div { background: var(--bar); height: .8rem; border-radius: 2px; min-width: 1px; } td.bar.bad div { background: var(--bad); }
+td small { display: block; color: var(--soft); }
+td.bar { width: 30%; min-width: 8rem; } td.bar div { background: var(--bar); height: .8rem; border-radius: 2px; min-width: 1px; } td.bar.bad div { background: var(--bad); }
 .scroll { overflow-x: auto; }
 details { margin: .3rem 0; border: 1px solid var(--line); border-radius: .4rem; padding: .3rem .8rem; } summary { cursor: pointer; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); border-radius: .3rem; padding: .5rem .7rem; margin: .3rem 0; font-size: 12.5px; }

@@ -27,7 +27,8 @@ def _is_email(match: re.Match) -> bool:
     return match[0].rpartition(".")[2].lower() not in _NOT_DOMAINS and ".." not in match[0]
 
 
-_IP = re.compile(r"[0-9](?<![\w.-].)(?:[0-9]{0,2}(?:\.[0-9]{1,3}){3}(?![\w-]|\.\w)|(?<!:.)(?<=[23])[0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}(?![\w:]))")
+_IP = re.compile(r"[0-9](?<![\w.-].)(?:[0-9]{0,2}(?:\.[0-9]{1,3}){3}(?![\w-]|\.\w)"
+                 r"|(?<!:.)(?<=[23])[0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}(?![\w:]))")
 _VERSION = re.compile(r"(?:version|release|firmware|build|driver|update|ver|rev|v|section|sect|sec|chapter|clause|§|[A-Za-z]/)[.:]?\s{0,2}$", re.IGNORECASE)
 # Addresses that belong to nobody in particular: private networks, this machine, examples, multicast (IANA's special-purpose registries, RFC 6890).
 _SPECIAL = [ipaddress.ip_network(network) for network in (
@@ -83,7 +84,8 @@ _PHONE = re.compile(
     r"|(?P<any>(?:(?<=[^\W\d_][ .:].)|(?<=[^\W\d_][.:][ :].)|(?<=[^\W\d_]\.: .))"  # after a word that says what it is
     r"(?:(?<=\+)\(?\d|(?<=\()\d|(?<=\d))(?:[ ./()-]{0,2}\d){6,14})"
     r")(?!\w|[-.,:/]\d)")
-_PHONE_WORD = re.compile(r"(?<!\w)(?:tel|telephone|telefon|phone|mobile|mobil|cell|fax|call|text|whatsapp|sms|tél|téléphone|teléfono|handy)(?: ?(?:no|nr|number))?\.? ?:? ?$",
+_PHONE_WORD = re.compile(r"(?<!\w)(?:tel|telephone|telefon|phone|mobile|mobil|cell|fax|call|text|whatsapp|sms|tél|téléphone|teléfono|handy)"
+                         r"(?: ?(?:no|nr|number))?\.? ?:? ?$",
                          re.IGNORECASE)
 
 
@@ -99,15 +101,15 @@ def _is_phone(match: re.Match) -> bool:
 
 _KEY = re.compile(
     r"(?<![A-Za-z0-9])(?:(?:AKIA|ASIA|AGPA|AIDA|AROA|ANPA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{40,255}|glpat-[A-Za-z0-9_-]{20,64}"
-    r"|xox[abeoprs]-[A-Za-z0-9-]{10,255}|AIza[A-Za-z0-9_-]{35}|[sr]k_live_[A-Za-z0-9]{16,255}|sk-[A-Za-z0-9_-]{20,255}|hf_[A-Za-z0-9]{30,64}|npm_[A-Za-z0-9]{36}"
-    r"|pypi-[A-Za-z0-9_-]{50,255}|eyJ[A-Za-z0-9_-]{8,2000}\.eyJ[A-Za-z0-9_-]{8,2000}\.[A-Za-z0-9_-]{8,2000})(?![A-Za-z0-9])"
+    r"|xox[abeoprs]-[A-Za-z0-9-]{10,255}|AIza[A-Za-z0-9_-]{35}|[sr]k_live_[A-Za-z0-9]{16,255}|sk-[A-Za-z0-9_-]{20,255}|hf_[A-Za-z0-9]{30,64}"
+    r"|npm_[A-Za-z0-9]{36}|pypi-[A-Za-z0-9_-]{50,255}|eyJ[A-Za-z0-9_-]{8,2000}\.eyJ[A-Za-z0-9_-]{8,2000}\.[A-Za-z0-9_-]{8,2000})(?![A-Za-z0-9])"
     r"|(?<![A-Za-z0-9+/=_.-])(?P<token>[A-Za-z0-9+/_-]{24,128}={0,2})(?![A-Za-z0-9+/=_-])")
 _KEY_NAME = re.compile(r"(?:key|secret|token|passw(?:or)?d|pwd|credential|auth\w{0,20}|bearer)[\"'`]?\s{0,3}[:= ]{1,2}\s{0,3}[\"'`]?$", re.IGNORECASE)
 _PRIVATE = re.compile(r"-----BEGIN ((?:[A-Z]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?)-----")
 
 
 def _is_key(match: re.Match) -> bool:
-    """A known form; or characters as unevenly mixed as only chance mixes them: upper and lower case and digits, and near the entropy that a random string has."""
+    """A known form; or characters as unevenly mixed as only chance mixes them: both cases and digits, and near the entropy of a random string."""
     token = match["token"]
     if not token:
         return True

@@ -54,6 +54,9 @@ def prepare(data: DataConfig, tokenizer_cfg: TokenizerConfig, folder: str | Path
         shards.remove_leftover(folder)
         return _reuse(folder, made_from, config.data, log)
     files = _files(config.data, folder)
+    if unread := corpora.left_out(config.data):
+        log(f"left out: {sum(unread.values()):,} files of kinds that are not read: "
+            + ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in list(unread.items())[:10]))
     with shards.replacing(folder, [jaxlm.__version__, made_from, *_fingerprints(files, made_from)], log) as (work, out):
         workers = _workers(config.data, files)
         try:

@@ -190,7 +190,8 @@ def _id(where: str, number: int, record: Mapping[str, Any], keys: Keys) -> str:
         return ""
     value = record.get(keys.id)
     if value is None or value == "" or isinstance(value, (dict, list, bool)):
-        raise Fault(f"{where}: {'no' if keys.id not in record else 'a useless'} id {keys.id!r}; set data.id_key to a field with text or a number, or to ''", number)
+        what = "no" if keys.id not in record else "a useless"
+        raise Fault(f"{where}: {what} id {keys.id!r}; set data.id_key to a field with text or a number, or to ''", number)
     return str(value)
 
 
@@ -208,31 +209,60 @@ def table(path: str, keys: Keys) -> Iterator[Record | Fault]:
     The first row names the columns. A row is known by the line on which it begins.
     """
     csv.field_size_limit(LONGEST)  # of this process: the default, 128 KiB, is smaller than many documents
-    lines, started = _CsvLines(path), 1
+    row = _Row()
     tabs = ".tsv" in path.lower()[-8:]
+    lines = _row_lines(path, row)
     rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines, strict=True)
     names = None
     while True:
-        started, lines.size = lines.number + 1, 0
+        started, row.size, row.fault = row.last + 1, 0, None
         where = f"{path}, line {started}"
         try:
-            row = next(rows)
-            if not row:
+            cells = next(rows)
+            if row.fault:
+                raise row.fault
+            if not cells:
                 continue
             if names is None:
-                names = _columns(where, row, keys)
+                names = _columns(where, cells, keys)
                 continue
-            if len(row) != len(names):
-                raise Fault(f"{where}: {len(row)} cells, but the first line names {len(names)} columns", started)
-            record = dict(zip(names, row))
+            if len(cells) != len(names):
+                raise Fault(f"{where}: {len(cells)} cells, but the first line names {len(names)} columns", started)
+            record = dict(zip(names, cells))
             yield Record(started, joined(where, started, record, keys), _id(where, started, record, keys), record.get(keys.licence, ""))
         except StopIteration:
             return
         except csv.Error as error:
-            hint = "; is a quote not closed?" if lines.number > started else ""
-            yield Fault(f"{where}: not {'TSV' if tabs else 'CSV'} ({error}){hint}", started)
+            if row.last > started:  # what is within a cell and what is not cannot be told any more
+                raise Fault(f"{where}: not CSV ({error}); is a quote not closed?") from None
+            yield row.fault or Fault(f"{where}: not {'TSV' if tabs else 'CSV'} ({error})", started)
         except Fault as fault:
+            if names is None:
+                raise
             yield fault
+
+
+class _Row:
+    """What csv.reader has taken for the row that it is at."""
+
+    last, size, fault = 0, 0, None  # the last line's number; bytes; what was wrong with one of the lines
+
+
+def _row_lines(path: str, row: _Row) -> Iterator[str]:
+    """Lines for csv.reader, which asks for more within a quoted cell. A faulty one is empty and noted, so that the rest of its row is passed over with it."""
+    for row.last, line in _lines(path):
+        if isinstance(line, Fault):
+            row.fault = line
+            yield ""
+            continue
+        row.size += len(line)
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            row.fault, text = _not_utf8(f"{path}, line {row.last}", row.last, error), ""
+        if row.size > LONGEST:
+            raise csv.Error(f"a row longer than {LONGEST:,} bytes, the most that one document may have")
+        yield text
 
 
 def _columns(where: str, names: list[str], keys: Keys) -> list[str]:
@@ -241,28 +271,6 @@ def _columns(where: str, names: list[str], keys: Keys) -> list[str]:
             raise Fault(f"{where}: {'no' if name not in names else 'more than one'} column {name!r}; its columns: "
                         f"{', '.join(map(repr, names[:20]))}; set data.{option}") from None
     return names
-
-
-class _CsvLines:
-    """The lines of a file for csv.reader, which asks for more within a quoted cell; counts them, and bounds what one row takes."""
-
-    def __init__(self, path: str):
-        self.path, self.number, self.size, self._lines = path, 0, 0, _lines(path)
-
-    def __iter__(self) -> "_CsvLines":
-        return self
-
-    def __next__(self) -> str:
-        self.number, line = next(self._lines)
-        if isinstance(line, Fault):
-            raise line
-        self.size += len(line)
-        if self.size > LONGEST:
-            raise csv.Error(f"a row of more than {LONGEST:,} bytes")
-        try:
-            return line.decode()
-        except UnicodeDecodeError as error:
-            raise _not_utf8(f"{self.path}, line {self.number}", self.number, error) from None
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes | Fault]]:

@@ -41,8 +41,8 @@ def undo_mojibake(text: str) -> tuple[str, int]:
 def normalise(text: str) -> tuple[str, int]:
     """One form of every character, line end and space, and the number of characters that were dropped as unwanted.
 
-    Line ends become "\\n", all spaces but the tab become " ", space at the end of a line goes, and so do empty lines at both ends of the text and all but two of
-    a run of them (code has two between functions). Space inside a line and before it stays: there it is indentation, a table or a verse. Then Unicode NFC.
+    Line ends become "\\n", all spaces but the tab become " ", space at the end of a line goes, and so do empty lines at both ends of the text and all but two
+    of a run of them (code has two between functions). Space inside a line and before it stays: there it is indentation, a table or a verse. Then Unicode NFC.
     """
     text = _LINE_ENDS.sub("\n", text)
     if _SURROGATES.search(text):

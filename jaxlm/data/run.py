@@ -108,7 +108,7 @@ class _Progress:
 
     def __init__(self, work: Work, log: Callable[[str], None]):
         self._work, self._log = work, log
-        self._documents = self._bytes = self._read = 0
+        self._documents = self._bytes = self._read = self._position = 0
         self._unit = None
         self._total = sum(map(work.size, work.units))
         self._started = self._shown = time.monotonic()
@@ -126,20 +126,25 @@ class _Progress:
         now = time.monotonic()
         if now - self._shown >= _SECONDS:
             seconds, self._shown = now - self._started, now
-            read = self._read + (sum(map(_position, self._work.reading(self._unit))) if self._unit is not None else 0)
+            self._position = max(self._position, self._read + (_position(list(self._work.reading(self._unit))) if self._unit is not None else 0))
+            read = self._position
             left = f", {read / self._total:.0%}, {_duration(seconds * (self._total - read) / read)} left" if 0 < read < self._total else ""
             self._log(f"{self._work.verb} {self._documents:,} documents, {self._bytes / 1e6:,.1f} MB "
                       f"({self._documents / seconds:,.0f} documents/s, {self._bytes / seconds / 1e6:.1f} MB/s{left})")
 
 
-def _position(path: str) -> int:
-    """How far this process has read a file that it has open, as Linux knows; 0 elsewhere."""
+def _position(paths: list[str]) -> int:
+    """How far this process has read files that it opens one after the other, in bytes, as Linux knows; 0 elsewhere, and between two files."""
+    opened = {}
     with contextlib.suppress(OSError):
         for descriptor in os.listdir("/proc/self/fd"):
             with contextlib.suppress(OSError):
-                if os.path.samefile(f"/proc/self/fd/{descriptor}", path):
-                    with open(f"/proc/self/fdinfo/{descriptor}") as info:
-                        return int(info.readline().split()[1])
+                opened[os.readlink(f"/proc/self/fd/{descriptor}")] = descriptor
+    for number, path in reversed(list(enumerate(paths))):
+        with contextlib.suppress(OSError):
+            if descriptor := opened.get(os.path.realpath(path)):
+                with open(f"/proc/self/fdinfo/{descriptor}") as info:
+                    return int(info.readline().split()[1]) + sum(os.path.getsize(before) for before in paths[:number] if os.path.exists(before))
     return 0
 
 

@@ -1,9 +1,9 @@
 """The prepared corpus on disk: documents of token ids in ArrayRecord shards, found by number. Home of array_record.
 
 A folder holds, for each split, shards and two indexes (lengths, with source and licence, and ids), the tokenizer's file, two files that make it a TFDS
-data set, and `manifest.json`, which lists every other file (but the reports) with its size and sha256. A record holds up to `RECORD_TOKENS` ids of one document: a row of
-training that needs a part of a very long document reads that part only. Every record carries a checksum of its own and says what it is (records.py), so
-no damage, exchange or truncation of a file is ever read as different tokens. The folder appears whole or not at all.
+data set, and `manifest.json`, which lists every other file (but the reports) with its size and sha256. A record holds up to `RECORD_TOKENS` ids of one
+document: a row of training that needs a part of a very long document reads that part only. Every record carries a checksum of its own and says what it is
+(records.py), so no damage, exchange or truncation of a file is ever read as different tokens. The folder appears whole or not at all.
 """
 
 import contextlib
@@ -89,7 +89,8 @@ class ShardWriter:
                  record_begins=np.array(self._begins, np.int64), record_sizes=np.array(self._sizes, np.int32))
         np.savez(self._folder / ids, text=np.frombuffer(bytes(self._ids), np.uint8), ends=np.array(self._id_ends, np.int64))
         totals = {key: sum(shard[key] for shard in self._shards) for key in ("documents", "tokens", "text_bytes")}
-        return totals | {"sources": self._by_source(), "licences": list(self._licence_numbers), "lengths": file_entry(self._folder / lengths), "ids": file_entry(self._folder / ids), "shards": self._shards}
+        return totals | {"sources": self._by_source(), "licences": list(self._licence_numbers), "lengths": file_entry(self._folder / lengths),
+                         "ids": file_entry(self._folder / ids), "shards": self._shards}
 
     def _by_source(self) -> dict[str, dict[str, Any]]:
         """Of each source, in the order of their numbers: documents, tokens, bytes of text, and documents of each licence."""

@@ -47,7 +47,7 @@ def page(path: str, keys: Keys) -> Iterator[Record | Fault]:
 
 
 def warc(path: str, keys: Keys) -> Iterator[Record | Fault]:
-    """Answers with status 2xx, resources and conversions (WET) of type text/html or text/plain, with or without gzip. The id is the address and the record's id.
+    """Answers with status 2xx, resources and conversions (WET) of type text/html or text/plain, packed or not; the id is the address and the record's id.
 
     A page whose answer names the character set that it is in is decoded here, because the page itself need not name it.
 

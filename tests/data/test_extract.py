@@ -25,9 +25,11 @@ def page(paragraphs=PARAGRAPHS, charset="utf-8"):
 
 
 @pytest.mark.parametrize("text, encoding, expected", [
-    (GERMAN, "utf-8", "utf-8"), (GERMAN, "utf-8-sig", "utf-8"), (GERMAN, "utf-16", "utf-16-le"), (GERMAN, "utf-16-be", "utf-16-be"), (GERMAN, "utf-16-le", "utf-16-le"),
+    (GERMAN, "utf-8", "utf-8"), (GERMAN, "utf-8-sig", "utf-8"), (GERMAN, "utf-16", "utf-16-le"), (GERMAN, "utf-16-be", "utf-16-be"),
+    (GERMAN, "utf-16-le", "utf-16-le"),
     (GERMAN, "utf-32", "utf-32-le"), (GERMAN, "cp1252", None), (RUSSIAN, "cp1251", None), (RUSSIAN, "koi8-r", None), (JAPANESE, "shift_jis", None),
-    (JAPANESE, "euc_jp", None), (JAPANESE, "iso2022_jp", None), (KOREAN, "euc_kr", None), ("plain ASCII", "ascii", "utf-8"), ("", "ascii", "utf-8"), ("x", "ascii", "utf-8")])
+    (JAPANESE, "euc_jp", None), (JAPANESE, "iso2022_jp", None), (KOREAN, "euc_kr", None), ("plain ASCII", "ascii", "utf-8"), ("", "ascii", "utf-8"),
+    ("x", "ascii", "utf-8")])
 def test_encodings_are_told_from_the_bytes_alone(text, encoding, expected):
     decoded, name = extract.decode(text.encode(encoding), html=False)
     assert decoded == text and (expected is None or name == expected)
@@ -74,7 +76,8 @@ def test_content_without_menus_scripts_and_comments(extractor):
 
 
 @pytest.mark.parametrize("extractor", ["resiliparse", "trafilatura"])
-@pytest.mark.parametrize("html", ["", " ", "<", "<html>", "<p>", "\0", "\ud800<p>half \udfff</p>", "<!-- " + "x" * 1000, "<div>" * 20_000, "<div>x" * 20_000 + "</div>" * 20_000, "<a " * 20_000,
+@pytest.mark.parametrize("html", ["", " ", "<", "<html>", "<p>", "\0", "\ud800<p>half \udfff</p>", "<!-- " + "x" * 1000, "<div>" * 20_000,
+    "<div>x" * 20_000 + "</div>" * 20_000, "<a " * 20_000,
                                   "<script>var x = 1;</script>", "<table><tr><td>" * 500, "&#0;&#xD800;&bogus;", "<p>" + "word " * 100_000])
 def test_broken_pages_give_text_or_nothing(extractor, html):
     pytest.importorskip(extractor)

@@ -31,7 +31,8 @@ AROUND = {
     "max_top_2gram": (0.5, "a b c d a b e f", "a b c a b d", 4 / 6),
     "max_top_3gram": (0.5, "a b c 1 2 3 a b c 4 5 6", "a b c x a b c", 6 / 7),
     "max_top_4gram": (0.5, "a b c d 1 2 3 4 a b c d 5 6 7 8", "a b c d x a b c d", 8 / 9),
-    **{f"max_duplicate_{n}grams": (0.4, " ".join("abcdefghij"[:n] + "ABCDEFGHIJ"[:n] + "abcdefghij"[:n]), " ".join("abcdefghij"[:n] + "x" + "abcdefghij"[:n]), n / (2 * n + 1))
+    **{f"max_duplicate_{n}grams": (0.4, " ".join("abcdefghij"[:n] + "ABCDEFGHIJ"[:n] + "abcdefghij"[:n]), " ".join("abcdefghij"[:n] + "x" + "abcdefghij"[:n]),
+        n / (2 * n + 1))
        for n in range(5, 11)},
     "min_sentences": (2, "One. Two!", "Only one at example.com", 0),
     "lorem_ipsum": (1, "lorem", "Lorem ipsum dolor", 1),
@@ -118,7 +119,8 @@ def test_repeated_ngrams_against_a_plain_count():
 
 
 @pytest.mark.parametrize("cfg, before, after, counts", [
-    (FilterConfig(drop_open_lines=True), "A menu\nA sentence.\n\nHome | About\n\n\"Quoted.\"\nmore...\nIs it?", "A sentence.\n\n\"Quoted.\"\nIs it?", {"drop_open_lines": 3}),
+    (FilterConfig(drop_open_lines=True), "A menu\nA sentence.\n\nHome | About\n\n\"Quoted.\"\nmore...\nIs it?", "A sentence.\n\n\"Quoted.\"\nIs it?",
+    {"drop_open_lines": 3}),
     (FilterConfig(drop_short_lines=3), "one two\none two three\n\nx", "one two three", {"drop_short_lines": 2}),
     (FilterConfig(drop_javascript_lines=True), "Enable JavaScript!\nText.", "Text.", {"drop_javascript_lines": 1}),
     (FilterConfig(drop_open_lines=True, drop_short_lines=3), "x\nOne two three.\nTwo.", "One two three.", {"drop_open_lines": 1, "drop_short_lines": 1}),

@@ -49,7 +49,8 @@ def test_the_document_has_the_table(tool):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not here")
 def test_real_pages_and_languages(tool):
-    rows = {cells[0]: [float(cell) for cell in cells[1:]] for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in tool.real_pages(SHARED)[2:])}
+    rows = {cells[0]: [float(cell) for cell in cells[1:]] for cells in ([cell.strip() for cell in line.strip("|").split("|")]
+        for line in tool.real_pages(SHARED)[2:])}
     assert rows["resiliparse"][0] > 0.955 and rows["trafilatura"][0] > 0.94 and rows["resiliparse"][3] > 3 * rows["trafilatura"][3]
     whole, paragraphs = ([float(cell) for cell in line.split("|")[2:5]] for line in tool.real_languages(SHARED)[2:])
     assert whole[0] > 0.9 and whole[1] > 0.97 and paragraphs[0] > 0.86 and paragraphs[1] > 0.94

@@ -220,3 +220,13 @@ def test_the_verbs(tmp_path, source, capfd, monkeypatch):
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
     assert manifest["tokenizer"]["vocab_size"] == 400 and manifest["splits"]["test"]["documents"] > 0
     assert manifest["source"] == {"files": 1, "bytes": os.path.getsize(source)}
+
+
+def test_files_that_are_not_read_are_named(tmp_path):
+    source = tmp_path / "pile"
+    source.mkdir()
+    for name in ("a.txt", "b.png", "c.png", "README"):
+        (source / name).write_text("Some words. " * 20)
+    said = []
+    prepare.prepare(DataConfig(source=(str(source),), validation=0.0, test=0.0), TokenizerConfig(kind="bytes"), tmp_path / "out", log=said.append)
+    assert "left out: 3 files of kinds that are not read: 2 .png, 1 without a suffix" in said

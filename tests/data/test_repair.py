@@ -33,8 +33,10 @@ def test_missing_ftfy_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("before, after", [
-    ("a\r\nb\rc\u2028d\x85e\x0cf", "a\nb\nc\nd\ne\nf"), ("a \t \nb", "a\nb"), ("\n\n  a\n\n", "  a"), ("a\n\n\nb", "a\n\n\nb"), ("a\n\n\n\nb", "a\n\n\nb"), ("a\n \n\n\t\n\nb", "a\n\n\nb"),
-    ("a\u00a0b\u2003c\u3000d", "a b c d"), ("e\u0301", "é"), ("\u212b", "\u00c5"), ("a\0b\x1b[0mc\x7f", "ab[0mc"), ("soft\u00adhyphen zero\u200bwidth \ufeffmark", "softhyphen zerowidth mark"),
+    ("a\r\nb\rc\u2028d\x85e\x0cf", "a\nb\nc\nd\ne\nf"), ("a \t \nb", "a\nb"), ("\n\n  a\n\n", "  a"), ("a\n\n\nb", "a\n\n\nb"), ("a\n\n\n\nb", "a\n\n\nb"),
+    ("a\n \n\n\t\n\nb", "a\n\n\nb"),
+    ("a\u00a0b\u2003c\u3000d", "a b c d"), ("e\u0301", "é"), ("\u212b", "\u00c5"), ("a\0b\x1b[0mc\x7f", "ab[0mc"),
+    ("soft\u00adhyphen zero\u200bwidth \ufeffmark", "softhyphen zerowidth mark"),
     ("e\u200b\u0301", "é"),  # composed only after what stood between is gone
     ("می\u200cخواهم 👩\u200d👩", "می\u200cخواهم 👩\u200d👩"), ("\ud83d\ude00 \ud800", "😀 \ufffd"), ("\uffff\ufdd0\U0001ffff\ue000", ""),
     ("def f():\n    if x:\n\t\treturn 1  # comment\n\n\ndef g(): pass", "def f():\n    if x:\n\t\treturn 1  # comment\n\n\ndef g(): pass"), ("", "")])

@@ -203,7 +203,8 @@ def named(tmp_path_factory, write_jsonl):
     lines = [{"text": f"web {i} " * (i % 7 + 1), "license": "CC0-1.0" if i % 3 else None} for i in range(60)]
     (folder / "web.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     books = write_jsonl(folder / "books.jsonl", [f"book {i} " * (2000 if i == 4 else 3) for i in range(30)])
-    data = DataConfig(source=(f"web={folder}/web.jsonl", f"books={books}", f"{folder}/web.jsonl"), licence_key="license", licences=(("web", "MIT"), ("books", "PD")),
+    source = f"web={folder}/web.jsonl", f"books={books}", f"{folder}/web.jsonl"
+    data = DataConfig(source=source, licence_key="license", licences=(("web", "MIT"), ("books", "PD")),
                       validation=0.2, test=0.1, shard_bytes=3000)
     return prepare.prepare(data, TokenizerConfig(kind="bytes"), folder / "data", log=lambda line: None)
 
@@ -234,7 +235,8 @@ for split in builder.info.splits:
     source = builder.as_data_source(split=split)
     assert len(source) == builder.info.splits[split].num_examples
     for e in source:
-        found.append([split, int(e["document"]), int(e["start"]), int(e["text_bytes"]), e["id"].decode(), e["source"].decode(), str(e["tokens"].dtype), e["tokens"].tolist()])
+        found.append([split, *(int(e[key]) for key in ("document", "start", "text_bytes")), e["id"].decode(), e["source"].decode(),
+                      str(e["tokens"].dtype), e["tokens"].tolist()])
 assert "tensorflow" not in sys.modules
 print(json.dumps(found))
 """

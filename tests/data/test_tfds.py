@@ -16,7 +16,8 @@ class Reviews(tensorflow_datasets.core.GeneratorBasedBuilder):
 
     def _info(self):
         return tensorflow_datasets.core.DatasetInfo(builder=self, features=tensorflow_datasets.features.FeaturesDict({
-            "text": tensorflow_datasets.features.Text(), "label": tensorflow_datasets.features.ClassLabel(num_classes=2), "number": tensorflow_datasets.features.Scalar(np.int64)}))
+            "text": tensorflow_datasets.features.Text(), "label": tensorflow_datasets.features.ClassLabel(num_classes=2),
+            "number": tensorflow_datasets.features.Scalar(np.int64)}))
 
     def _split_generators(self, manager):
         return {"train": self._examples(40), "test": self._examples(3)}
@@ -106,7 +107,7 @@ def metadata(folder, name, features, splits):
 
 
 @pytest.mark.parametrize("name, features, shards", [
-    ("tiny_shakespeare", ("text",), 1), ("imdb_reviews", ("text", "label"), 1), ("wiki40b/en", ("text", "version_id", "wikidata_id"), 16), ("c4/en", ("text", "url"), 64)])
+    ("tiny_shakespeare", ("text",), 1), ("imdb_reviews", ("text", "label"), 1), ("wiki40b/en", ("text", "version_id"), 16), ("c4/en", ("text", "url"), 64)])
 def test_the_well_known_data_sets_with_mock_data(tmp_path, name, features, shards):
     metadata(tmp_path, name, features, {"train": shards, "validation": 1})
     with tensorflow_datasets.testing.mock_data(num_examples=5, data_dir=str(tmp_path)):

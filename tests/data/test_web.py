@@ -16,7 +16,8 @@ def answer(i, body=None, *, media="text/html", fields="", status="200 OK"):
 
 
 def record(i, content, kind, media):
-    head = f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: http://a.org/{i}\r\nWARC-Record-ID: <urn:uuid:{i}>\r\nContent-Type: {media}\r\nContent-Length: {len(content)}"
+    head = (f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: http://a.org/{i}\r\nWARC-Record-ID: <urn:uuid:{i}>\r\n"
+            f"Content-Type: {media}\r\nContent-Length: {len(content)}")
     return head.encode() + b"\r\n\r\n" + content + b"\r\n\r\n"
 
 
@@ -35,7 +36,8 @@ ZIPPED = b"".join(map(gzip.compress, RECORDS))
 def test_plain_and_packed_archives_give_the_same_pages(tmp_path):
     plain, skipped = read(tmp_path / "a.warc", b"".join(RECORDS))
     assert skipped == [] and len(plain) == 200
-    assert plain[7] == corpora.Document("http://a.org/7 <urn:uuid:7>", str(tmp_path / "a.warc"), b"<html><body>page 7 " + b"word " * 7 + b"</body></html>", "", True)
+    page = b"<html><body>page 7 " + b"word " * 7 + b"</body></html>"
+    assert plain[7] == corpora.Document("http://a.org/7 <urn:uuid:7>", str(tmp_path / "a.warc"), page, "", True)
     for data in (ZIPPED, gzip.compress(b"".join(RECORDS)), b"".join(RECORDS)):
         pages, skipped = read(tmp_path / "b.warc.gz", data)
         assert skipped == [] and [page[2:] for page in pages] == [page[2:] for page in plain]
@@ -57,7 +59,8 @@ def test_what_is_a_page_and_what_is_not(tmp_path):
     ]))
     assert skipped == []
     assert {int(page.id.split("/")[3].split()[0]): (page.text, page.html) for page in pages} == {
-        4: ("café", False), 5: ("é", False), 6: ("<p>?", True), 7: (b"<p>\xe9", True), 8: ("WET é", False), 9: (b"<p>x", True), 10: (b"<p>zip", True), 11: (b"<p>unzipped", True),
+        4: ("café", False), 5: ("é", False), 6: ("<p>?", True), 7: (b"<p>\xe9", True), 8: ("WET é", False), 9: (b"<p>x", True), 10: (b"<p>zip", True),
+        11: (b"<p>unzipped", True),
         12: (b"<p>deflate", True), 13: (b"<p>chun", True), 14: (b"<p>not chunked", True), 15: (b"<p>x", True), 16: ("WARC/1.0 is a format", False)}
 
 
@@ -102,7 +105,8 @@ def test_an_archive_that_is_cut_off(tmp_path):
     whole = {page.text for page in read(tmp_path / "a.warc.gz", ZIPPED)[0]}
     for cut in (1, 9, 60, len(gzip.compress(RECORDS[-1])) - 1):
         pages, skipped = read(tmp_path / "a.warc.gz", ZIPPED[:-cut])
-        assert len(pages) in ((200,) if cut < 9 else (199, 200)) and {page.text for page in pages} <= whole and len(skipped) == 1 and "its compressed data is damaged or cut off" in skipped[0], cut
+        assert len(pages) in ((200,) if cut < 9 else (199, 200)) and {page.text for page in pages} <= whole, cut
+        assert len(skipped) == 1 and "its compressed data is damaged or cut off" in skipped[0], cut
     pages, skipped = read(tmp_path / "b.warc", b"".join(RECORDS)[:-50])
     assert len(pages) == 199 and skipped == [f"{tmp_path}/b.warc, record 200: the file ends in the middle of it"]
     pages, skipped = read(tmp_path / "c.warc", b"no archive at all")

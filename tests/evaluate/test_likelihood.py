@@ -83,7 +83,7 @@ def test_a_limit_takes_documents_from_all_over_the_split_and_progress_reaches_th
 
 def test_an_empty_split_is_one_line(model, params, corpus):
     none = np.zeros(0, np.int64)
-    empty = Corpus(corpus.folder, corpus.manifest, {**corpus.splits, "test": Split(none, none, np.zeros(1, np.int64), none)})
+    empty = Corpus(corpus.folder, corpus.manifest, {**corpus.splits, "test": Split(*(none,) * 4, np.zeros(1, np.int64), none, none, ())})
     with pytest.raises(ValueError, match="the test split in .* has no documents"):
         score(model, params, empty, split="test")
 
