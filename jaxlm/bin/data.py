@@ -1,4 +1,4 @@
-"""jaxlm data audit: proves which documents a checkpoint has seen, how often and when
+"""jaxlm data: audit proves which documents a checkpoint has seen, how often and when
 
   jaxlm data audit runs/mine                                   the newest whole checkpoint
   jaxlm data audit runs/mine --step=2000                       an older one; also: jaxlm data audit runs/mine/checkpoints/2000

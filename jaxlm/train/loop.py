@@ -175,8 +175,8 @@ def _sources(parts: setup.Setup, corpus: shards.Corpus, task: rows.Task) -> list
     total = parts.total * parts.config.data.batch_size
     taken = streams.passes(streams.build(corpus, "train", task), total)
     unused = [name for name in corpus.sources if name not in [part[0] for part in taken]]
-    return [*(f"source {name!r}: {count / total:.2%} of the rows, {report.count(targets)} tokens, {epochs:.2f} epochs" for name, count, targets, epochs in taken),
-            *(f"source {name!r} is not in the mixture" for name in unused)]
+    return [*(f"source {name!r}: {count / total:.2%} of the rows, {report.count(targets)} tokens, {epochs:.2f} epochs"
+              for name, count, targets, epochs in taken), *(f"source {name!r} is not in the mixture" for name in unused)]
 
 
 def _introduction(parts: setup.Setup, epoch: pack.EpochSize, state: State, start: int, peak_source: str, notes: list[str]) -> str:

@@ -90,7 +90,8 @@ def test_passes_are_those_that_are_delivered(mixed):
 
 
 @pytest.mark.parametrize("asked, words", [
-    (Mixture(weights=(("wbe", 1),)), "data.weights names the source 'wbe', which data.source does not have: did you mean 'web'[?] sources: 'web', 'books', 'code'"),
+    (Mixture(weights=(("wbe", 1),)), "data.weights names the source 'wbe', which data.source does not have: did you mean 'web'[?] "
+     "sources: 'web', 'books', 'code'"),
     (Mixture(epochs=(("tiny", 1),)), "data.epochs names the source 'tiny', which data.source does not have"),
     (Mixture(temperature=2.0), r"the source 'tiny' in .* has 3 training tokens, less than a row of data.sequence_length=24"),
     (Mixture(weights=(("none", 1),)), r"the source 'none' in .* has 0 training tokens"),

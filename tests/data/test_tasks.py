@@ -320,8 +320,8 @@ def test_pairs_with_one_input_fall_to_one_split(tmp_path):
 
 def test_a_pair_is_cleaned_on_each_side(tmp_path):
     import json
-    lines = [{"question": "write to a@b.org", "answer": "c@d.org does"}, {"question": "", "answer": "nothing was asked"}, {"question": "kept", "answer": "\u200b"},
-             {"question": "{", "answer": "none of this side"}, {"question": "kept", "answer": "kept"}, {"question": "kept", "answer": "kept"}]
+    lines = [{"question": "write to a@b.org", "answer": "c@d.org does"}, {"question": "", "answer": "nothing was asked"},
+             {"question": "kept", "answer": "\u200b"}, {"question": "{", "answer": "none of this side"}, {"question": "kept", "answer": "kept"}, {"question": "kept", "answer": "kept"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = DataConfig(source=(str(tmp_path / "a.jsonl"),), text_key="answer", input_key="question", validation=0, test=0)
     corpus = prepare.prepare(data, TokenizerConfig(kind="bytes"), tmp_path / "data", clean=CleanConfig(pii=("email",), normalise=True),
