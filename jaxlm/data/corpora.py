@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxlm.config import DataConfig
-from jaxlm.data import hub, python_docs, readers, tfds, web
+from jaxlm.data import hub, mixture, python_docs, readers, tfds, web
 from jaxlm.data.readers import Fault, Keys, Record
 
 PYTHON_DOCS = "python_docs"
@@ -64,10 +64,8 @@ def files(data: DataConfig) -> list[SourceFile]:
         name, given = _name(entry)
         for path, size in _expand(given, data):
             found.setdefault(path if size is None else os.path.realpath(path), SourceFile(name, path, size or 0))
-    names = sources(data)
-    for name, _ in data.licences:
-        if name not in names:
-            raise ValueError(f"data.licences names the source {name!r}, which data.source does not have: {', '.join(map(repr, names[:10]))}")
+    for key in ("licences", "weights", "epochs"):
+        mixture.known(f"data.{key}", getattr(data, key), sources(data))
     return list(found.values())
 
 

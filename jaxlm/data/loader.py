@@ -11,25 +11,30 @@ from collections.abc import Callable, Iterator
 
 import grain
 
-from jaxlm.data import pack
+from jaxlm.data import mixture, pack
 from jaxlm.data import rows as of_rows
+from jaxlm.data import stream as streams
 from jaxlm.data.rows import Task
 from jaxlm.data.shards import Corpus
 from jaxlm.data.tasks import Batch
 
 
 def epoch_size(corpus: Corpus, split: str, task: Task, batch_size: int) -> pack.EpochSize:
-    """Rows, targets and padding of an epoch, which has rows / batch_size steps: a batch may end one epoch and begin the next.
+    """Rows, targets and padding of an epoch, or of one pass of a mixture, which has rows / batch_size steps: a batch may end one and begin the next.
 
     Raises:
-      ValueError: the split is smaller than one batch, which would have to repeat itself.
+      ValueError: the split is smaller than one batch, which would have to repeat itself; see `stream.build`.
     """
-    size = of_rows.epoch_size(task, corpus.splits[split])
-    if size.rows < batch_size:
+    return _checked(streams.build(corpus, split, task), corpus, split, task, batch_size).size
+
+
+def _checked(stream: streams.Stream, corpus: Corpus, split: str, task: Task, batch_size: int) -> streams.Stream:
+    size = stream.size
+    if task.mixture == mixture.Mixture() and size.rows < batch_size:
         raise ValueError(
             f"the {split} split in {corpus.folder} is smaller than one batch: its {size.targets} tokens fill {size.rows} rows of "
             f"data.sequence_length={task.sequence_length}, data.batch_size={batch_size} needs more: lower one of them, or give more text")
-    return size
+    return stream
 
 
 def batches(corpus: Corpus, split: str, task: Task, *, batch_size: int, seed: int, start_step: int, stop_step: int, rows: tuple[int, int] | None = None,
@@ -49,15 +54,16 @@ def batches(corpus: Corpus, split: str, task: Task, *, batch_size: int, seed: in
     Raises:
       ValueError: see `epoch_size`; while iterating, a damaged shard (see `Corpus.read`).
     """
-    per_epoch = epoch_size(corpus, split, task, batch_size).rows
+    stream = _checked(streams.build(corpus, split, task), corpus, split, task, batch_size)
     begin, end = rows or (0, batch_size)
     lock = threading.Lock()
-    cached = functools.lru_cache(2)(lambda epoch: of_rows.plan(task, corpus.splits[split], seed, epoch))
+    cached = [functools.lru_cache(2)(functools.partial(streams.plan, stream, corpus, split, task, seed, part)) for part in range(len(stream.parts))]
 
-    def row(index: int) -> list[pack.Piece]:
+    def row(number: int) -> list[pack.Piece]:
+        part, epoch, index = streams.place(stream, number)
         with lock:  # a plan is large and takes a second for ten million documents: one thread makes it, the others wait
-            plan = cached(index // per_epoch)
-        return pack.row(plan, index % per_epoch)
+            plan = cached[part](epoch)
+        return pack.row(plan, index)
 
     def batch(step: int) -> tuple[int, Batch]:
         first = step * batch_size + begin

@@ -5,6 +5,7 @@ numbers alone, so row i of the mixture is known to be row j of source s without 
 runs through epochs of its own.
 """
 
+import difflib
 import heapq
 import math
 from collections.abc import Sequence
@@ -14,6 +15,47 @@ from typing import NamedTuple
 import numpy as np
 
 LONGEST = 1 << 20  # rows of a table; shares that need more are rounded to this
+
+
+class Mixture(NamedTuple):
+    """What is asked for; see data.weights, data.temperature and data.epochs. Of nothing: no mixture."""
+    weights: tuple[tuple[str, float], ...] = ()
+    temperature: float = 0.0
+    epochs: tuple[tuple[str, float], ...] = ()
+
+
+def known(key: str, named: Sequence[tuple[str, object]], sources: Sequence[str]) -> None:
+    """Raises ValueError, one line, for a name that no source has."""
+    for name, _ in named:
+        if name not in sources:
+            guess = difflib.get_close_matches(name, sources, n=1)
+            raise ValueError(f"{key} names the source {name!r}, which data.source does not have: {f'did you mean {guess[0]!r}? ' if guess else ''}"
+                             f"sources: {', '.join(map(repr, sources[:10]))}")
+
+
+def used(mixture: Mixture, sources: Sequence[str]) -> list[str]:
+    """The sources of a mixture, in the order of the corpus: those with a weight, else all."""
+    for key in ("weights", "epochs"):
+        known(f"data.{key}", getattr(mixture, key), sources)
+    return [name for name in sources if not mixture.weights or name in dict(mixture.weights)]
+
+
+def shares(mixture: Mixture, names: Sequence[str], rows: Sequence[int], tokens: Sequence[int]) -> list[Fraction]:
+    """How many rows of each source belong together, as multiples of anything.
+
+    Args:
+      names: of the sources that are used.
+      rows: of one epoch of each.
+      tokens: likewise.
+    """
+    if mixture.weights:
+        return [Fraction(str(dict(mixture.weights)[name])) for name in names]
+    if mixture.epochs:
+        return [Fraction(str(dict(mixture.epochs).get(name, 1))) * count for name, count in zip(names, rows)]
+    # Rounded to 0.01 %, so that it is the same on machines whose powers differ in the last digit.
+    heaviest = max(tokens)
+    scaled = [(count / heaviest) ** (1 / mixture.temperature) for count in tokens]
+    return [Fraction(max(round(10_000 * share / sum(scaled)), 1)) for share in scaled]
 
 
 class Turns(NamedTuple):
@@ -54,6 +96,12 @@ def place(order: Turns, row: int) -> tuple[int, int]:
     cycle, slot = divmod(row, len(order.source))
     s = int(order.source[slot])
     return s, cycle * int(order.counts[s]) + int(order.before[slot])
+
+
+def rows_of(order: Turns, source: int, numbers: np.ndarray) -> np.ndarray:
+    """The inverse of `place`: the rows of the mixture that are these rows of a source, int64 [numbers]."""
+    cycle, turn = np.divmod(numbers, order.counts[source])
+    return cycle * len(order.source) + np.flatnonzero(order.source == source)[turn]
 
 
 def rows_until(order: Turns, row: int) -> np.ndarray:

@@ -61,13 +61,14 @@ def epoch_size(lengths: np.ndarray, sequence_length: int) -> EpochSize:
     return EpochSize(rows, targets, rows * sequence_length - targets, rows * sequence_length)
 
 
-def epoch_plan(lengths: np.ndarray, sequence_length: int, seed: int, epoch: int) -> EpochPlan:
-    """The rows of one epoch over documents of `lengths` tokens [documents]; a pure function of its arguments, on every machine."""
-    documents = shuffled(len(lengths), "documents", seed, epoch)
+def epoch_plan(lengths: np.ndarray, sequence_length: int, *key: object) -> EpochPlan:
+    """The rows of one epoch over documents of `lengths` tokens [documents], shuffled by `key`: (seed, epoch), and the source's name in a mixture. A pure
+    function of its arguments, on every machine."""
+    documents = shuffled(len(lengths), "documents", *key)
     targets = lengths[documents].astype(np.int64) - 1
     documents, targets = documents[targets > 0], targets[targets > 0]
     rows = epoch_size(lengths, sequence_length).rows
-    return EpochPlan(sequence_length, documents, np.cumsum(targets), shuffled(rows, "rows", seed, epoch))
+    return EpochPlan(sequence_length, documents, np.cumsum(targets), shuffled(rows, "rows", *key))
 
 
 def row(plan: Plan, index: int) -> list[Piece]:

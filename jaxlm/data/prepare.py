@@ -24,7 +24,8 @@ from jaxlm.data import corpora, page, readers, run, shards, stages, summary, tok
 from jaxlm.data.survivors import SPLITS, Survey
 
 TIMINGS = "timings.json"
-_KEYS = ("source", "text_key", "input_key", "id_key", "licence_key", "licences", "on_error", "validation", "test", "shard_bytes")  # of data: those that the bytes depend on
+# Of data: those that the bytes depend on.
+_KEYS = ("source", "text_key", "input_key", "id_key", "licence_key", "licences", "on_error", "validation", "test", "shard_bytes")
 
 
 def prepare(data: DataConfig, tokenizer_cfg: TokenizerConfig, folder: str | Path, *, clean: CleanConfig = CleanConfig(), filter: FilterConfig = FilterConfig(),

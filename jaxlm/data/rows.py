@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxlm.config import Config, ObjectiveConfig
 from jaxlm.data import pack, tasks
+from jaxlm.data.mixture import Mixture
 from jaxlm.data.pack import EpochSize, Piece, Plan
 from jaxlm.data.shards import Corpus, Split
 from jaxlm.data.tasks import Batch
@@ -21,6 +22,7 @@ class Task(NamedTuple):
     objective: ObjectiveConfig = ObjectiveConfig()
     packing: str = "stream"
     masking: tasks.Masking | None = None  # objective masked_token
+    mixture: Mixture = Mixture()  # of sources, in training
     # Objectives of encoder-decoders:
     target_length: int = 0  # the decoder's row; sequence_length is then the encoder's
     start: int = 0  # id with which the decoder begins
@@ -48,8 +50,8 @@ def build(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> Task:
     if (name == "seq2seq") != (corpus.splits["train"].inputs is not None):
         raise ValueError(f"{corpus.folder} was prepared without data.input_key and holds no pairs: prepare it with that key for objective.name=seq2seq"
                          if name == "seq2seq" else f"{corpus.folder} holds pairs (data.input_key): they are for objective.name=seq2seq, not {name}")
-    task = Task(data.sequence_length, config.objective, data.packing, tasks.masking(config.objective, tokenizer), data.target_length,
-                config.model.decoder_start, tokenizer.eos)
+    task = Task(data.sequence_length, config.objective, data.packing, tasks.masking(config.objective, tokenizer),
+                Mixture(data.weights, data.temperature, data.epochs), data.target_length, config.model.decoder_start, tokenizer.eos)
     if name == "seq2seq":
         task = task._replace(target_length=data.target_length or data.sequence_length)
     if name == "span_corruption":
@@ -112,18 +114,38 @@ def _items(task: Task, split: Split, documents: np.ndarray | None) -> tuple[np.n
     return np.stack([documents[of], start, stop, np.zeros_like(of)], axis=1), sizes
 
 
-def plan(task: Task, split: Split, seed: int, epoch: int) -> Plan:
-    """The rows of one epoch of training; a pure function of its arguments."""
-    if not task.fitted:
-        return pack.epoch_plan(split.tokens, task.sequence_length, seed, epoch)
-    return pack.fitted_plan(*_items(task, split, None), task.room, seed, epoch)
+def piece_tokens(task: Task, split: Split, pieces: np.ndarray) -> np.ndarray:
+    """Tokens of its document that each piece, int64 [pieces, 4], brings into a row: targets; of a text for span corruption all that can be hidden; of a pair
+    both sides, as far as they are not cut. int64 [pieces]."""
+    if task.objective.name != "seq2seq":
+        return pieces[:, 2] - pieces[:, 1]
+    read, whole = split.inputs[pieces[:, 0]].astype(np.int64), split.tokens[pieces[:, 0]].astype(np.int64)
+    return np.minimum(read, task.room[0]) + np.minimum(whole - read, task.room[1])
 
 
-def epoch_size(task: Task, split: Split) -> EpochSize:
+def document_tokens(task: Task, split: Split, documents: np.ndarray) -> np.ndarray:
+    """The same of whole documents, int64 [documents]."""
+    lengths = split.tokens[documents].astype(np.int64)
+    bare = 2 if task.objective.name == "span_corruption" else 1  # bos and eos, or the first token, which is no target
+    whole = np.stack([documents, np.zeros_like(lengths), np.maximum(lengths - bare, 0), np.zeros_like(lengths)], axis=1)
+    return piece_tokens(task, split, whole)
+
+
+def plan(task: Task, split: Split, key: tuple, documents: np.ndarray | None = None) -> Plan:
+    """The rows of one epoch of training over the documents (all, or those numbered), shuffled by `key`; a pure function of its arguments."""
+    if task.fitted:
+        return pack.fitted_plan(*_items(task, split, documents), task.room, *key)
+    if documents is None:
+        return pack.epoch_plan(split.tokens, task.sequence_length, *key)
+    found = pack.epoch_plan(split.tokens[documents], task.sequence_length, *key)
+    return found._replace(documents=documents[found.documents])
+
+
+def epoch_size(task: Task, split: Split, documents: np.ndarray | None = None) -> EpochSize:
     """Rows, targets, padding and positions of an epoch, the same for each."""
     if not task.fitted:
-        return pack.epoch_size(split.tokens, task.sequence_length)
-    _, sizes = _items(task, split, None)
+        return pack.epoch_size(split.tokens if documents is None else split.tokens[documents], task.sequence_length)
+    _, sizes = _items(task, split, documents)
     rows = int(pack.best_fit(sizes, task.room).max(initial=-1)) + 1
     return EpochSize(rows, int(sizes[:, -1].sum()), rows * sum(task.room) - int(sizes.sum()), rows * sum(task.room))
 

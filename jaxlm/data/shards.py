@@ -281,6 +281,12 @@ class Corpus:
         text, ends = self._ids(split)
         return bytes(text[ends[document - 1] if document else 0:ends[document]]).decode("utf-8", "surrogateescape")
 
+    def document_ids(self, split: str) -> list[str]:
+        """Where each document came from."""
+        text, ends = self._ids(split)
+        data, ends = text.tobytes(), ends.tolist()
+        return [data[start:end].decode("utf-8", "surrogateescape") for start, end in zip([0, *ends], ends)]
+
     def licence(self, split: str, document: int) -> str:
         """The licence of a document, "" where none is known."""
         return self.manifest["splits"][split]["licences"][self.splits[split].licences[document]]

@@ -15,7 +15,8 @@ from jaxlm import config as configs
 from jaxlm import sharding, trees
 from jaxlm import metrics as figures
 from jaxlm.config import Config
-from jaxlm.data import loader, pack, prepare, rows, shards
+from jaxlm.data import ledger, loader, mixture, pack, prepare, rows, shards
+from jaxlm.data import stream as streams
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.evaluate import compression, likelihood
 from jaxlm.train import checkpoint, evaluation, initial, report, setup
@@ -86,8 +87,8 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
     config, total, primary = parts.config, parts.total, jax.process_index() == 0
     corpus, tokenizer, task = subject.corpus, subject.tokenizer, subject.task
     note = progress.note if primary else lambda line: None
-    start, state = _start(parts, corpus, workdir, note)
-    note(_introduction(parts, epoch, state, start, peak[1], rows.notes(task, corpus.splits["train"])))
+    start, state, history = _start(parts, corpus, task, workdir, note)
+    note(_introduction(parts, epoch, state, start, peak[1], [*_sources(parts, corpus, task), *rows.notes(task, corpus.splits["train"])]))
     finished = workdir / "FINISHED"
     if start >= total and finished.exists():
         note(f"this run is finished (step {start}); jaxlm eval and jaxlm generate use it; for a longer one choose another --workdir")
@@ -102,8 +103,8 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
     files = {"config.json": configs.to_json(config).encode(), tokenizer.filename: tokenizer.model}
 
     def save(step: int, state: State, loss: float | None) -> None:
-        position = {"step": step, "dir": str(corpus.folder.absolute()), "manifest": corpus.fingerprint}
-        checkpoints.save(step, state, files | {"data.json": json.dumps(position).encode()}, loss)
+        entry = ledger.entry(corpus, step, config.data.seed, config.data.batch_size, history)
+        checkpoints.save(step, state, files | {ledger.FILE: json.dumps(entry).encode()}, loss)
 
     # Compiled before any data is read: a request to stop that came meanwhile is seen before the first step.
     step_fn = parts.step.lower(state, parts.batch).compile()
@@ -149,17 +150,33 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
     return stop.exit_code
 
 
-def _start(parts: setup.Setup, corpus: shards.Corpus, workdir: pathlib.Path, note: Callable[[str], None]) -> tuple[int, State]:
-    """The step to go on from and its state: the newest whole checkpoint, or step 0 with new or given parameters."""
+def _start(parts: setup.Setup, corpus: shards.Corpus, task: rows.Task, workdir: pathlib.Path,
+           note: Callable[[str], None]) -> tuple[int, State, list[dict[str, Any]]]:
+    """The step to go on from and its state: the newest whole checkpoint, or step 0 with new or given parameters; and what those had been trained on."""
     start = checkpoint.newest(workdir, log=note) or 0
     if not start:
         origin = parts.config.train.init_from
-        return 0, parts.begin(initial.params(origin, parts.target.params, log=note)) if origin else parts.init()
-    saved = json.loads(checkpoint.read_file(workdir, start, "data.json"))
-    if saved["manifest"] != corpus.fingerprint:
-        raise ValueError(f"{corpus.folder} holds another corpus than the run in {workdir} was trained on until step {start}: bring that one back, "
-                         "or choose another --workdir")
-    return start, checkpoint.restore(workdir, start, parts.target)
+        if not origin:
+            return 0, parts.init(), []
+        params, history = initial.params(origin, parts.target.params, log=note)
+        return 0, parts.begin(params), history
+    saved = json.loads(checkpoint.read_file(workdir, start, ledger.FILE))
+    regrouped = task.mixture != mixture.Mixture() and saved["sources"] != ledger.sources_sha256(corpus)
+    if saved["manifest"] != corpus.fingerprint or regrouped:
+        raise ValueError(f"{corpus.folder} holds another corpus than the run in {workdir} was trained on until step {start}" + " (other sources)" * regrouped +
+                         ": bring that one back, or choose another --workdir")
+    return start, checkpoint.restore(workdir, start, parts.target), saved.get("history", [])
+
+
+def _sources(parts: setup.Setup, corpus: shards.Corpus, task: rows.Task) -> list[str]:
+    """Of a mixture what the run takes of each source."""
+    if task.mixture == mixture.Mixture():
+        return []
+    total = parts.total * parts.config.data.batch_size
+    taken = streams.passes(streams.build(corpus, "train", task), total)
+    unused = [name for name in corpus.sources if name not in [part[0] for part in taken]]
+    return [*(f"source {name!r}: {count / total:.2%} of the rows, {report.count(targets)} tokens, {epochs:.2f} epochs"
+              for name, count, targets, epochs in taken), *(f"source {name!r} is not in the mixture" for name in unused)]
 
 
 def _introduction(parts: setup.Setup, epoch: pack.EpochSize, state: State, start: int, peak_source: str, notes: list[str]) -> str:

@@ -108,8 +108,8 @@ def overview(params: Any) -> str:
 
 def flops_per_token(cfg: TransformerConfig, params: int, sequence_length: int, target_length: int = 0) -> float:
     """Floating-point operations of one training step per token: `6 N + 6 L T N_heads H` (Chowdhery et al. 2022, appendix B, with the causal half of
-    attention counted once; encoders have both halves; encoder-decoders: `_flops_of_pair`). `N` are the parameters that multiply: all but the embedding tables when these are only looked up, and the experts that a token does not
-    pass."""
+    attention counted once; encoders have both halves; encoder-decoders: `_flops_of_pair`). `N` are the parameters that multiply: all but the embedding
+    tables when these are only looked up, and the experts that a token does not pass."""
     cfg = cfg.filled()
     if cfg.encoder_layers:
         return _flops_of_pair(cfg, sequence_length, target_length) / (sequence_length + target_length)

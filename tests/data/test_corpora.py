@@ -270,7 +270,7 @@ def test_sources_have_names_and_licences(tmp_path, monkeypatch):
     data = DataConfig(source=(f"web={tmp_path}/web", f"{tmp_path}/e.html"))
     assert corpora.sources(data) == ("web", f"{tmp_path}/e.html")
     assert [(file.source, file.size) for file in corpora.files(data)] == [("web", 77), (f"{tmp_path}/e.html", 4)]
-    with pytest.raises(ValueError, match="data.licences names the source 'wbe', which data.source does not have: 'web'"):
+    with pytest.raises(ValueError, match="data.licences names the source 'wbe', which data.source does not have: did you mean 'web'"):
         read(f"web={tmp_path}/web", licences=(("wbe", "CC0"),))
 
 

@@ -159,7 +159,7 @@ def test_an_epoch_of_span_corruption_has_every_token_once(corpus, spans):
     whole = b"".join(bytes(corpus.read("train", i)[1:-1].tolist()) for i in range(len(split.tokens)))
     fills = []
     for epoch in (0, 1):
-        plan = rows.plan(spans, split, 5, epoch)
+        plan = rows.plan(spans, split, (5, epoch))
         assert len(plan.rows) == size.rows
         batch = rows.fill(spans, [pack.row(plan, i) for i in range(size.rows)], corpus, "train", epoch * size.rows, 5)
         found = list(texts_of(batch))
@@ -204,7 +204,7 @@ def test_best_fit_keeps_documents_whole(corpus, name):
     size = rows.epoch_size(task, split)
     found = []
     for epoch in (0, 1):
-        plan = rows.plan(task, split, 3, epoch)
+        plan = rows.plan(task, split, (3, epoch))
         planned = [pack.row(plan, i) for i in range(size.rows)]
         pieces = sorted(piece for row in planned for piece in row)
         ends = {piece.document: piece.stop for piece in pieces}
@@ -257,7 +257,7 @@ def test_pairs_on_disk(pairs):
 def test_rows_of_pairs(pairs):
     corpus = pairs[0]
     task, split = rows.Task(64, ObjectiveConfig(name="seq2seq"), eos=258, target_length=40), corpus.splits["train"]
-    plan = rows.plan(task, split, 0, 0)
+    plan = rows.plan(task, split, (0, 0))
     batch = rows.fill(task, [pack.row(plan, i) for i in range(len(plan.rows))], corpus, "train", 0)
     of = [(row, segment) for row in range(len(plan.rows)) for segment in range(1, batch["segments"][row].max() + 1)]
     assert len(of) == len(split.tokens) and rows.notes(task, split) == []
@@ -276,7 +276,7 @@ def test_what_is_too_long_is_cut_and_counted(pairs):
     assert min(long) > 0
     assert rows.notes(task, split) == [f"cut: {long[0]} inputs are longer than data.sequence_length=30 and {long[1]} targets than data.target_length=20 "
                                        "tokens; what is beyond is left out"]
-    plan = rows.plan(task, split, 0, 0)
+    plan = rows.plan(task, split, (0, 0))
     batch = rows.fill(task, [pack.row(plan, i) for i in range(len(plan.rows))], corpus, "train", 0)
     assert batch["weights"].sum() == np.minimum(targets, 20).sum() and (batch["encoder_tokens"] == 258).sum() == len(split.tokens)
     assert (batch["targets"] == 258).sum() == len(split.tokens) - long[1]
@@ -320,8 +320,8 @@ def test_pairs_with_one_input_fall_to_one_split(tmp_path):
 
 def test_a_pair_is_cleaned_on_each_side(tmp_path):
     import json
-    lines = [{"question": "write to a@b.org", "answer": "c@d.org does"}, {"question": "", "answer": "nothing was asked"}, {"question": "kept", "answer": "\u200b"},
-             {"question": "{", "answer": "none of this side"}, {"question": "kept", "answer": "kept"}, {"question": "kept", "answer": "kept"}]
+    lines = [{"question": "write to a@b.org", "answer": "c@d.org does"}, {"question": "", "answer": "nothing was asked"},
+             {"question": "kept", "answer": "\u200b"}, {"question": "{", "answer": "none of this side"}, {"question": "kept", "answer": "kept"}, {"question": "kept", "answer": "kept"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = DataConfig(source=(str(tmp_path / "a.jsonl"),), text_key="answer", input_key="question", validation=0, test=0)
     corpus = prepare.prepare(data, TokenizerConfig(kind="bytes"), tmp_path / "data", clean=CleanConfig(pii=("email",), normalise=True),
