@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import TransformerConfig
+from jaxlm.models.attend import attend
 from jaxlm.ops import attention, moe, positions
 from jaxlm.sharding import constrain, divides, per_device, ways
 
@@ -135,9 +136,7 @@ class Attention(nn.Module):
             cache = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), slots.start, axis=1)
                      for name, new in (("k", key), ("v", value))}
             key, value = cache["k"].astype(q.dtype), cache["v"].astype(q.dtype)
-        kernel = attention.choose(cfg.attention, cached=cache is not None, causal=cfg.causal, biased=slots.bias is not None)
-        out_BTNH = kernel(q, key, value, slots.queries, slots.keys, window=window, causal=cfg.causal, softcap=cfg.attention_softcap,
-                          scale=(cfg.query_scale or h) ** -0.5, **({} if slots.bias is None else {"bias_BNTS": slots.bias}))
+        out_BTNH = attend(cfg, q, key, value, slots.queries, slots.keys, window=window, cached=cache is not None, bias_BNTS=slots.bias)
         out = project(out_BTNH, self.param("o", initialiser(cfg, n * h, d, into_residual=True), (n, h, d), jnp.float32), inputs=2)
         if cfg.bias:
             out = out + self.param("o_bias", nn.initializers.zeros, (d,), jnp.float32)

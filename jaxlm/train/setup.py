@@ -11,10 +11,30 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import optim, sharding, trees
 from jaxlm.config import Config, steps_of
-from jaxlm.models import decoder, kinds
+from jaxlm.models import attend, decoder, kinds, pipeline
 from jaxlm.objectives import KINDS, OBJECTIVES
 from jaxlm.train.state import State
 from jaxlm.train.step import init_state, train_step
+
+
+def layout(config: Config, mesh: Mesh) -> str:
+    """How attention and layers are laid out on the mesh, in a few words for the run's introduction.
+
+    Raises:
+      ValueError: one line, for what kernel, heads, layers or rows do not allow.
+    """
+    cfg, found = config.model.filled(), []
+    found.append(f"attention {attend.check(cfg, mesh, config.data.sequence_length)}")
+    if mesh.shape["expert"] > 1 and not cfg.experts:
+        raise ValueError(f"mesh.expert={mesh.shape['expert']} splits the experts of a mixture, and model.experts=0: give these devices to mesh.fsdp")
+    if mesh.shape["stage"] > 1:
+        rows = config.data.batch_size // (config.train.microbatches * sharding.ways("batch", mesh))
+        plan = pipeline.plan(cfg, mesh.shape["stage"], rows)
+        if cfg.pipeline_microbatches and plan.microbatches != cfg.pipeline_microbatches:
+            raise ValueError(f"model.pipeline_microbatches={cfg.pipeline_microbatches} must divide the {rows} rows of a device: try {plan.microbatches}")
+        found.append(f"pipeline of {plan.stages} stages x {plan.repeats} groups of {plan.layers} layers, {plan.microbatches} microbatches, "
+                     f"bubble {plan.bubble:.0%} of the time")
+    return ", ".join(found)
 
 
 class Setup(NamedTuple):
@@ -59,6 +79,7 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
                          f"try {max(1, round(rows / (parts * ways))) * parts * ways}")
     if mesh.shape["sequence"] > 1:
         sharding.zigzag(mesh.shape["sequence"], config.data.sequence_length)  # refuses what does not divide
+    layout(config, mesh)
     tokens_per_step = rows * config.data.sequence_length
     total = steps_of("train.steps", config.train.steps, tokens_per_step=tokens_per_step, tokens_per_epoch=tokens_per_epoch)
     if total < 1:
