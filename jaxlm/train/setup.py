@@ -14,7 +14,7 @@ from jaxlm.config import Config, steps_of
 from jaxlm.models import attend, decoder, kinds, pipeline
 from jaxlm.objectives import KINDS, OBJECTIVES
 from jaxlm.train.state import State
-from jaxlm.train.step import init_state, train_step
+from jaxlm.train.step import init_state, mean_gradient, train_step
 
 
 def layout(config: Config, mesh: Mesh) -> str:
@@ -48,6 +48,7 @@ class Setup(NamedTuple):
     init: Callable[[], State]
     begin: Callable[[Any], State]  # the state before step 0 with these parameters, which are donated
     step: Callable[[State, dict[str, jax.Array]], tuple[State, dict[str, Any]]]  # jitted, donates the state
+    gradient: Callable[[Any, dict[str, jax.Array]], tuple[Any, Any]]  # jitted: parameters, batch -> the first step's gradient of those trained, and its sums
     steps: Callable[[str, str], int]  # (config key, duration) -> steps
 
 
@@ -107,7 +108,13 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
     batch = {key: tokens for key in ("tokens", "targets", "positions", "segments")} | {"weights": tokens.update(dtype=jnp.float32)}
     objective = functools.partial(OBJECTIVES[config.objective.name], config.objective, model)
     step = functools.partial(train_step, objective=objective, tx=tx, rate=rate, trainable=trainable, microbatches=parts, ema=config.optim.ema)
+
+    def gradient(params: Any, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
+        key = jax.random.fold_in(jax.random.split(jax.random.key(config.train.seed))[1], 0)
+        return mean_gradient(*trees.split(params, trainable), batch, key, objective, parts)
+
     return Setup(config, mesh, model, total, target, batch,
                  lambda: jax.jit(init, out_shardings=state_places)(jax.random.key(config.train.seed)),
                  lambda params: jax.jit(init, out_shardings=state_places, donate_argnums=1)(jax.random.key(config.train.seed), params),
-                 jax.jit(step, donate_argnums=0, out_shardings=(state_places, whole)), steps)
+                 jax.jit(step, donate_argnums=0, out_shardings=(state_places, whole)),
+                 jax.jit(gradient, out_shardings=(trees.split(places, trainable)[0], whole)), steps)
