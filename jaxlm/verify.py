@@ -93,9 +93,10 @@ def shrink(config: Config, steps: int) -> Config:
     dense = tuple(i for i in old.dense_layers if i < layers)
     head_size = next(n for n in range(8, 65, 8) if int(n * old.rotary_fraction) % 2 == 0 and int(n * old.rotary_fraction) > 0)
     model = dataclasses.replace(
-        old, vocab_size=VOCABULARY, context=32, layers=layers, width=32, kv_heads=kv_heads, heads=kv_heads * min(old.heads // old.kv_heads, 2), head_size=head_size,
-        feedforward=64, windows=tuple(small[size] for size in sizes), experts=min(old.experts, 8), experts_per_token=min(old.experts_per_token, max(old.experts, 1), 2),
-        expert_feedforward=32, shared_feedforward=32 if old.shared_feedforward else 0, dense_layers=dense if len(dense) < layers else dense[:1],
+        old, vocab_size=VOCABULARY, context=32, layers=layers, width=32, kv_heads=kv_heads, heads=kv_heads * min(old.heads // old.kv_heads, 2),
+        head_size=head_size, feedforward=64, windows=tuple(small[size] for size in sizes), experts=min(old.experts, 8),
+        experts_per_token=min(old.experts_per_token, max(old.experts, 1), 2), expert_feedforward=32,
+        shared_feedforward=32 if old.shared_feedforward else 0, dense_layers=dense if len(dense) < layers else dense[:1],
         dropout=0.0, dtype="float32", init="normal", init_std=0.1, attention="auto", pipeline_microbatches=0, encoder_layers=4 if old.encoder_layers else 0)
     parts = min(config.train.microbatches, 2)
     balance = {"moe_balance": 0.0, "moe_z": 0.0} if parts > 1 else {}

@@ -35,8 +35,8 @@ def test_xla_equals_reference(options):
     compare(attention.KERNELS["xla"], length=64, size=8, options=options)
 
 
-@pytest.mark.parametrize("options, windows", [({}, (0,)), ({"window": jnp.int32(50), "softcap": 3.0}, (50,)), ({"window": jnp.int32(0)}, (0, 30)), ({"window": jnp.int32(30)}, (0, 30))],
-                         ids=str)
+@pytest.mark.parametrize("options, windows", [
+    ({}, (0,)), ({"window": jnp.int32(50), "softcap": 3.0}, (50,)), ({"window": jnp.int32(0)}, (0, 30)), ({"window": jnp.int32(30)}, (0, 30))], ids=str)
 def test_splash_equals_reference(options, windows):
     """Interpreted, since there is no TPU here."""
     compare(attention.splash, length=128, size=128, options=options, kernel_options={"interpret": True, "windows": windows})
@@ -57,7 +57,8 @@ def test_what_a_model_gets(change, backend, length, expected):
     ({"attention": "cudnn", "dtype": "bfloat16", "head_size": 256}, "gpu", "a multiple of 8 and at most 128, not 256"),
     ({"attention": "cudnn", "dtype": "bfloat16", "attention_softcap": 3.0}, "gpu", "has no soft-cap"),
     ({"attention": "blocked", "causal": False, "kind": "encoder"}, "cpu", "is for causal models; here auto, reference, xla work"),
-    ({"attention": "blocked", "positions": "relative", "encoder_layers": 2}, "cpu", "adds no bias to the scores, which relative positions are; here auto, reference work")])
+    ({"attention": "blocked", "positions": "relative", "encoder_layers": 2}, "cpu",
+     "adds no bias to the scores, which relative positions are; here auto, reference work")])
 def test_a_forced_kernel_refuses_what_it_cannot(change, backend, words):
     with pytest.raises(ValueError, match=words) as caught:
         attention.choose(dataclasses.replace(CFG, **change), 512, backend)

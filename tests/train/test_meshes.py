@@ -51,16 +51,18 @@ ULYSSES, TWICE = {"model__sequence_attention": "all_to_all"}, {"model__pipeline_
     case({"fsdp": 2, "tensor": 2, "stage": 2}, "deep", slow=False, **TWICE), case({"fsdp": 2, "expert": 4}, "moe", slow=False),
     *(case({axis: n}, "") for axis in ("slice", "data", "fsdp", "sequence") for n in (2, 4)), case({"tensor": 2}, ""), case({"stage": 2}, ""),
     case({"stage": 4}, "deep"), case({"stage": 2}, "deep", **TWICE), case({"stage": 2}, "knobs", model__remat="full", train__microbatches=2),
-    case({"stage": 2}, "deep", **TWICE, model__pipeline_microbatches=1), case({"expert": 2}, "moe"), case({"expert": 4}, "moe"), case({"tensor": 2, "expert": 2}, "moe"),
-    case({"stage": 2, "expert": 2, "sequence": 2}, "moe"), case({"stage": 2, "fsdp": 2}, "moe"), case({"sequence": 2, "tensor": 2, "fsdp": 2}, "knobs"),
-    case({"sequence": 2, "tensor": 2}, "knobs", **ULYSSES), case({"sequence": 4, "fsdp": 2}, "", objective__chunk_rows=48), case({"slice": 2, "fsdp": 4}, "knobs"),
+    case({"stage": 2}, "deep", **TWICE, model__pipeline_microbatches=1), case({"expert": 2}, "moe"), case({"expert": 4}, "moe"),
+    case({"tensor": 2, "expert": 2}, "moe"), case({"stage": 2, "expert": 2, "sequence": 2}, "moe"), case({"stage": 2, "fsdp": 2}, "moe"),
+    case({"sequence": 2, "tensor": 2, "fsdp": 2}, "knobs"), case({"sequence": 2, "tensor": 2}, "knobs", **ULYSSES),
+    case({"sequence": 4, "fsdp": 2}, "", objective__chunk_rows=48), case({"slice": 2, "fsdp": 4}, "knobs"),
     case({"fsdp": 4, "tensor": 2}, "knobs", model__remat="dots"), case({"stage": 2, "sequence": 2, "fsdp": 2}, "knobs")])
 def test_a_mesh_computes_what_one_device_does(mesh, kind, options):
     loss, grads = difference(mesh, kind, **options)
     assert loss < 1e-5 and grads < 1e-5, (loss, grads)
 
 
-@pytest.mark.parametrize("mesh, options", [case({"fsdp": 2, "sequence": 2, "stage": 2}, slow=False), case({"tensor": 2, "fsdp": 4}), case({"sequence": 4}, **ULYSSES)])
+@pytest.mark.parametrize("mesh, options", [
+    case({"fsdp": 2, "sequence": 2, "stage": 2}, slow=False), case({"tensor": 2, "fsdp": 4}), case({"sequence": 4}, **ULYSSES)])
 def test_in_bfloat16_to_two_percent(mesh, options):
     loss, grads = difference(mesh, "bf16", **options)
     assert loss < 2e-2 and grads < 2e-2, (loss, grads)
@@ -87,12 +89,13 @@ def test_a_checkpoint_of_one_mesh_fits_five_others(tmp_path):
 @pytest.mark.parametrize("changes, words", [
     ({"mesh__expert": 2}, "mesh.expert=2 splits the experts of a mixture, and model.experts=0: give these devices to mesh.fsdp"),
     ({"mesh__stage": 4}, r"model.layers=2 cannot be split over mesh.stage=4 x model.pipeline_repeats=1: .* stages that work are \[1, 2\]"),
-    ({"mesh__stage": 2, "model__pipeline_repeats": 2}, r"model.layers=2 cannot be split over mesh.stage=2 x model.pipeline_repeats=2: .*stages that work are \[1\]"),
+    ({"mesh__stage": 2, "model__pipeline_repeats": 2}, r"layers=2 cannot be split over mesh.stage=2 x model.pipeline_repeats=2: .*stages that work are \[1\]"),
     ({"mesh__stage": 2, "model__pipeline_microbatches": 3}, "model.pipeline_microbatches=3 must divide the 8 rows of a device: try 2"),
     ({"mesh__stage": 2, **MOE, "model__dense_layers": (0,), "model__layers": 4}, r"groups of 2 layers .* differ in which have experts"),
     ({"mesh__expert": 8, **MOE}, r"expert=4 cannot be split over mesh.expert=8; sizes that work: \[1, 2, 4\]"),
     ({"mesh__sequence": 4, "data__sequence_length": 30, "model__context": 30}, "rows of 30 tokens cannot be split over mesh.sequence=4"),
-    ({"mesh__sequence": 8, "model__sequence_attention": "all_to_all"}, r"splits the 4 query and 2 key heads of a device over mesh.sequence=8: sizes that work are \[1, 2, 4\]"),
+    ({"mesh__sequence": 8, "model__sequence_attention": "all_to_all"},
+     r"splits the 4 query and 2 key heads of a device over mesh.sequence=8: sizes that work are \[1, 2, 4\]"),
     ({"mesh__sequence": 2, "model__attention": "blocked"}, "model.attention=blocked needs whole rows, and mesh.sequence=2 splits them"),
     ({"model__attention": "cudnn"}, "model.attention=cudnn runs on NVIDIA GPUs; here auto, reference, blocked, xla work"),
     ({"model__attention": "xla", "model__attention_softcap": 2.0}, "model.attention=xla has no soft-cap; here auto, reference, blocked work"),
