@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 VERBS = {
-    "prepare": "read text, split it, train a tokenizer, write token shards",
+    "prepare": "read, clean and de-duplicate text, split it, train a tokenizer, write token shards and a report",
     "tokenizer": "train a tokenizer alone, or look at what one does to a text",
     "train": "train a model, or resume the run in a workdir",
     "eval": "loss, perplexity and bits per byte of a checkpoint; --watch follows a run",

@@ -112,13 +112,14 @@ def _step(workdir: str, log: Callable[[str], None] = print) -> int:
 
 
 def _merge(asked: TransformerConfig, given: TransformerConfig, origin: str) -> TransformerConfig:
-    """The model that is given, computed as asked. What the recipe leaves at its default is not asked for."""
+    """The model that is given, computed as asked. What the recipe leaves at its default is not asked for: dropout of 0 leaves that of the model."""
     default, given = TransformerConfig(), given.filled()
     for field in dataclasses.fields(asked):
         value, name = getattr(asked, field.name), field.name
         if name not in COMPUTED and value != getattr(default, name) and value != getattr(given, name):
             raise ValueError(f"model.{name}={value!r}, but the model in {origin} has {getattr(given, name)!r}: leave the key out, or train from nothing")
-    return dataclasses.replace(given, **{name: getattr(asked, name) for name in COMPUTED})
+    rates = {name: getattr(asked, name) or getattr(given, name) for name in ("dropout", "attention_dropout")}
+    return dataclasses.replace(given, **{name: getattr(asked, name) for name in COMPUTED} | rates)
 
 
 def params(origin: str, target: Any, *, log: Callable[[str], None] = print) -> Any:
@@ -143,7 +144,7 @@ def import_model(path: pathlib.Path, workdir: pathlib.Path, *, dtype: str = "flo
     tokenizer = source.tokenizer()
     cfg = dataclasses.replace(source.cfg, dtype=dtype)
     config = Config(model=decoder.vocabulary(cfg, tokenizer.vocab_size), data=DataConfig(sequence_length=min(1024, cfg.context)),
-                    objective=ObjectiveConfig(name="masked_token" if cfg.kind == "encoder" else "next_token"))
+                    objective=ObjectiveConfig(name="masked_token" if cfg.kind == "encoder" else "seq2seq" if cfg.encoder_layers else "next_token"))
     if checkpoint.steps(workdir) or (workdir / "config.json").exists():
         raise ValueError(f"{workdir} holds a run already: choose another --to")
     log(f"{source.name}:\n{source.mapping()}")
