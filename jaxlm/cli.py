@@ -17,6 +17,7 @@ VERBS = {
     "generate": "continue prompts with a checkpoint",
     "data": "which documents a checkpoint has seen, how often and when (data audit)",
     "import": "turn a Hugging Face directory into a checkpoint",
+    "verify": "compare a config's training on many meshes with one device",
     "export": "write a checkpoint as a Hugging Face directory",
 }
 

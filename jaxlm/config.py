@@ -246,7 +246,10 @@ class TransformerConfig:
     init_depth_scaled: bool = True  # divide the std of projections into the residual stream by sqrt(2 x layers), as GPT-2 does; not under "t5"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are always float32
     remat: Literal["none", "full", "dots"] = "none"  # keep all activations, only the layers' inputs, or these and matrix products
-    attention: Literal["auto", "reference", "blocked"] = "auto"  # kernel
+    attention: Literal["auto", "reference", "blocked", "xla", "cudnn", "splash"] = "auto"  # kernel; cudnn: NVIDIA GPUs, splash: TPUs
+    sequence_attention: Literal["ring", "all_to_all"] = "ring"  # with mesh.sequence: keys go round the devices, or tokens are exchanged for heads
+    pipeline_microbatches: int = 0  # with mesh.stage: parts in which a batch (a part of train.microbatches) passes; 0: up to 4 for each stage
+    pipeline_repeats: int = 1  # with mesh.stage: groups of layers of a stage, which a part passes in turn: a smaller bubble for more traffic
     encoder_layers: int = 0  # layers of an encoder whose output the decoder's layers attend to (T5); 0: no encoder
     decoder_start: int = 0  # with an encoder: id with which the decoder begins (T5: padding)
     relative_buckets: int = 32  # relative positions: distances told apart, half of them exactly, the rest in logarithmic steps
@@ -256,7 +259,8 @@ class TransformerConfig:
     def __post_init__(self):
         for key in ("context", "layers", "width", "heads"):
             _need(getattr(self, key) > 0, f"model.{key}={getattr(self, key)} must be positive")
-        for key in ("vocab_size", "kv_heads", "head_size", "feedforward", "labels", "token_types", "position_offset"):
+        _need(self.pipeline_repeats > 0, f"model.pipeline_repeats={self.pipeline_repeats} must be positive")
+        for key in ("vocab_size", "kv_heads", "head_size", "feedforward", "labels", "token_types", "position_offset", "pipeline_microbatches"):
             _need(getattr(self, key) >= 0, f"model.{key}={getattr(self, key)} must not be negative")
         _need(self.kind == "decoder" or not self.causal, "model.kind=encoder sees the tokens on both sides: set model.causal=false")
         _need(self.kind == "encoder" or self.output == "tokens", f"model.output={self.output} is an encoder's: set model.kind=encoder, or leave it out")
@@ -333,7 +337,7 @@ class ObjectiveConfig:
     span_rate: float = 0.15  # span_corruption: share of a text's tokens that is hidden
     span_length: float = 3.0  # span_corruption: mean length of a hidden span in tokens
     z_loss: float = 0.0  # weight of log(Z)^2, which keeps the logits from drifting (PaLM uses 1e-4)
-    chunk_rows: int = 0  # tokens whose logits exist at one time, the rest is recomputed in the backward pass; 0: all
+    chunk_rows: int = 0  # about so many tokens' logits exist at one time, the rest is recomputed in the backward pass; 0: all
     moe_balance: float = 0.01  # mixture of experts: weight of the loss that spreads tokens over the experts (Switch, Mixtral)
     moe_z: float = 0.001  # mixture of experts: weight of log(Z)^2 of the router (ST-MoE)
 
@@ -350,9 +354,13 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
+    slice: int = 1  # groups of devices with a slow network between them (TPU slices, GPU nodes): copies of the model, only gradients cross
     data: int = 1  # copies of the model, each with its share of the batch
     fsdp: int = -1  # likewise, with parameters and optimiser state split too; -1: the devices that are left (one axis may say so)
+    stage: int = 1  # pipeline: the layers in so many parts, one after the other; see model.pipeline_*
+    sequence: int = 1  # each row's tokens split, so that a context longer than one device holds trains; see model.sequence_attention
     tensor: int = 1  # each matrix split by heads, feed-forward or vocabulary
+    expert: int = 1  # mixture of experts: the experts split; the rows of the batch too
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, S keys, D width, N query heads, K key heads, H head size, F feed-forward, V vocabulary, L layers, E experts.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import TransformerConfig
+from jaxlm.models.attend import attend
 from jaxlm.ops import attention, moe, positions
-from jaxlm.sharding import constrain
+from jaxlm.sharding import constrain, divides, per_device, ways
 
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False), "gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu,
@@ -40,10 +42,13 @@ class Slots(NamedTuple):
 def project(x: jax.Array, w: jax.Array, inputs: int = 1) -> jax.Array:
     """Contracts the last `inputs` axes of `x` with the first of `w`, as one 2-D matrix product.
 
-    On XLA:CPU a 2-D product is 1.4x a 3-D `dot_general` over a whole train step; elsewhere they are the same.
+    On XLA:CPU a 2-D product is 1.4x a 3-D `dot_general` over a whole train step; elsewhere they are the same. Where devices share a row, rows and tokens
+    cannot be one axis: the compiler would gather them.
     """
     lead, outputs = x.shape[:x.ndim - inputs], w.shape[inputs:]
     size = math.prod(w.shape[:inputs])
+    if ways("sequence") > 1:
+        return (x.reshape(*lead, size) @ w.reshape(size, -1)).reshape(*lead, *outputs)
     return (x.reshape(-1, size) @ w.reshape(size, -1)).reshape(*lead, *outputs)
 
 
@@ -133,10 +138,8 @@ class Attention(nn.Module):
             cache = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), slots.start, axis=1)
                      for name, new in (("k", key), ("v", value))}
             key, value = cache["k"].astype(q.dtype), cache["v"].astype(q.dtype)
-        kernel = attention.choose(cfg.attention, cached=cache is not None, causal=cfg.causal, biased=slots.bias is not None,
-                                  dropped=dropout_key is not None)
-        out_BTNH = kernel(q, key, value, slots.queries, slots.keys, window=window, causal=cfg.causal, softcap=cfg.attention_softcap,
-                          scale=(cfg.query_scale or h) ** -0.5, **({} if slots.bias is None else {"bias_BNTS": slots.bias}), **_dropping(cfg, dropout_key))
+        out_BTNH = attend(cfg, q, key, value, slots.queries, slots.keys, window=window, cached=cache is not None, bias_BNTS=slots.bias,
+                          **_dropping(cfg, dropout_key))
         out = project(out_BTNH, self.param("o", initialiser(cfg, n * h, d, into_residual=True), (n, h, d), jnp.float32), inputs=2)
         if cfg.bias:
             out = out + self.param("o_bias", nn.initializers.zeros, (d,), jnp.float32)
@@ -207,21 +210,35 @@ class Moe(nn.Module):
     def __call__(self, x_BTD: jax.Array, counted_BT: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The output, and the sums over the tokens that count (`counted_BT`, bool) of what `moe.statistics` makes of the router."""
         cfg, d, e, f = self.cfg, x_BTD.shape[-1], self.cfg.experts, self.cfg.expert_feedforward
-        x_RD = x_BTD.reshape(-1, d)
-        router = self.param("router", initialiser(cfg, d, e), (d, e), jnp.float32)
-        logits_RE = (x_RD @ router).astype(jnp.float32)
-        weights_RK, chosen_RK = moe.route(logits_RE, cfg.experts_per_token, renormalise=cfg.expert_renormalise)
+        logits_BTE = project(x_BTD, self.param("router", initialiser(cfg, d, e), (d, e), jnp.float32)).astype(jnp.float32)
+        weights_BTK, chosen_BTK = moe.route(logits_BTE, cfg.experts_per_token, renormalise=cfg.expert_renormalise)
         gate = self.param("gate", initialiser(cfg, d, f), (e, d, f), jnp.float32)
         up = self.param("up", initialiser(cfg, d, f), (e, d, f), jnp.float32)
         down = self.param("down", initialiser(cfg, f, d, into_residual=True), (e, f, d), jnp.float32)
-        act = ACTIVATIONS[cfg.activation]
-        out = moe.dispatch(x_RD, weights_RK, chosen_RK, e, lambda rows, multiply: multiply(act(multiply(rows, gate)) * multiply(rows, up), down))
+        out = _experts(cfg, x_BTD, weights_BTK, chosen_BTK, gate, up, down)
         if cfg.shared_feedforward:
-            shared = Mlp(cfg, cfg.shared_feedforward, name="shared")(x_RD[None])[0]
+            shared = Mlp(cfg, cfg.shared_feedforward, name="shared")(x_BTD)
             if cfg.shared_gate:
-                shared = shared * jax.nn.sigmoid(x_RD @ self.param("shared_gate", initialiser(cfg, d, 1), (d,), jnp.float32))[:, None]
+                shared = shared * jax.nn.sigmoid(x_BTD @ self.param("shared_gate", initialiser(cfg, d, 1), (d,), jnp.float32))[..., None]
             out = out + shared
-        return out.reshape(x_BTD.shape), moe.statistics(logits_RE, chosen_RK, counted_BT.reshape(-1))
+        return out, moe.statistics(logits_BTE, chosen_BTK, counted_BT)
+
+
+def _experts(cfg: TransformerConfig, x_BTD, weights_BTK, chosen_BTK, gate, up, down) -> jax.Array:
+    """The weighted sum of each token's experts. On a mesh each device sorts its own tokens: over `expert` they travel to their experts, over `tensor`
+    each device has a part of every expert's inner size, whose results are added."""
+    def local(x, weights, chosen, gate, up, down, **over):
+        act, flat = ACTIVATIONS[cfg.activation], lambda a: a.reshape(-1, a.shape[-1])
+        mlp = lambda rows, multiply: multiply(act(multiply(rows, gate)) * multiply(rows, up), down)
+        dispatch = functools.partial(moe.dispatch_over, **over) if over else moe.dispatch
+        return dispatch(flat(x), flat(weights), flat(chosen), cfg.experts, mlp).reshape(x.shape)
+
+    tokens, wide = ("batch", "sequence", None), ("expert", None, "feedforward")
+    if not divides(x_BTD, *tokens):
+        return local(x_BTD, weights_BTK, chosen_BTK, gate, up, down)
+    over = {"axis": "expert", "parts": ways("expert"), "everywhere": jax.sharding.get_abstract_mesh().axis_names}
+    device = lambda *arrays: jax.lax.psum(local(*arrays, **over), "tensor")
+    return per_device(device, (tokens, tokens, tokens, wide, wide, ("expert", "feedforward", None)), tokens)(x_BTD, weights_BTK, chosen_BTK, gate, up, down)
 
 
 class Block(nn.Module):
@@ -245,7 +262,7 @@ class Block(nn.Module):
         mixed, cache = self._branch("attn", attn, x_BTD, keys[0])
         if cfg.parallel_residual:
             hidden, statistics = self._branch("mlp", mlp, x_BTD, keys[1])
-            return constrain(x_BTD + mixed + hidden, "batch", "sequence", "residual"), cache, statistics
+            return constrain(x_BTD + mixed + hidden, "batch", "tokens", "residual"), cache, statistics
         x_BTD = self._join("attn", x_BTD, mixed)
         if crossed:
             mixed, made = self._branch("cross", lambda x: CrossAttention(cfg, name="cross")(x, slots, given, inner[2]), x_BTD, keys[2])
@@ -256,11 +273,12 @@ class Block(nn.Module):
     def _branch(self, name: str, f: Callable, x_BTD: jax.Array, key: jax.Array | None):
         """What a branch adds to the residual stream, and what else `f` returns."""
         cfg, at = self.cfg, self.cfg.norm_position
-        out, other = f(Norm(cfg, name=f"{name}_norm")(x_BTD) if at in ("pre", "sandwich") else x_BTD)
+        given = Norm(cfg, name=f"{name}_norm")(x_BTD) if at in ("pre", "sandwich") else x_BTD
+        out, other = f(constrain(given, "batch", "sequence", "residual"))
         if at in ("branch", "sandwich"):
             out = Norm(cfg, name=f"{name}_norm" if at == "branch" else f"{name}_out_norm")(out)
         return dropout(out, cfg.dropout, key), other
 
     def _join(self, name: str, x_BTD: jax.Array, branch: jax.Array) -> jax.Array:
-        x_BTD = constrain(x_BTD + branch, "batch", "sequence", "residual")
+        x_BTD = constrain(x_BTD + branch, "batch", "tokens", "residual")
         return Norm(self.cfg, name=f"{name}_norm")(x_BTD) if self.cfg.norm_position == "post" else x_BTD
