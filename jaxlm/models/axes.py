@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+import jax
+
 from jaxlm import trees
 from jaxlm.config import TransformerConfig
 from jaxlm.sharding import constrain
@@ -19,8 +21,11 @@ def whole(cfg: TransformerConfig, layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def gathered(w: Any, *axes: str) -> Any:
-    """A weight with its logical axes, whole in `embed`."""
-    return constrain(w, *(None if axis == "embed" else axis for axis in axes))
+    """A weight with its logical axes, whole in `embed`; its gradient is split again where it arises, before the layers' gradients are stacked."""
+    whole = lambda w: constrain(w, *(None if axis == "embed" else axis for axis in axes))
+    gather = jax.custom_vjp(whole)
+    gather.defvjp(lambda w: (whole(w), None), lambda _, gradient: (constrain(gradient, *axes),))
+    return gather(constrain(w, *axes))
 
 
 def encoder_axes(cfg: TransformerConfig) -> Axes:

@@ -70,6 +70,16 @@ def test_fsdp_gathers_one_layer_at_a_time():
     assert all(size(shape) <= largest and LAYERS not in shape for shape in gathered), gathered
 
 
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_fsdp_keeps_no_whole_weights(remat):
+    """Neither gathered weights nor gradients of all layers lie whole on a device, for the backward pass or the optimiser."""
+    parts = build((1, 8, 1), model__layers=LAYERS, model__remat=remat)
+    with jax.set_mesh(parts.mesh):
+        text = parts.step.lower(parts.target, parts.batch).compile().as_text()
+    assert f"f32[{LAYERS},8,256]" in text or f"f32[{LAYERS},1,8,256]" in text
+    assert f"f32[{LAYERS},64,256]" not in text and f"f32[{LAYERS},256,64]" not in text
+
+
 def test_only_gradients_leave_a_slice():
     """Hybrid FSDP: weights are gathered inside a slice; between slices there are sums alone."""
     found = collectives(build((1, 4, 1), mesh__slice=2, model__layers=LAYERS))
