@@ -1,0 +1,239 @@
+"""Verdicts on a config and a topology: compiled or by formula, the largest batch that fits, and a search for better settings."""
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxlm import sharding, trees
+from jaxlm.aot import compiler, formula, roofline
+from jaxlm.aot.chips import Topology
+from jaxlm.aot.hlo import Collective
+from jaxlm.config import Config
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a step needs and costs on a topology. All of it is predicted: "compiled" from a program of the real compiler, "formula" from shapes alone."""
+    topology: Topology
+    config: Config
+    method: str  # "compiled" or "formula"
+    mesh: dict[str, int]
+    memory: dict[str, int]  # bytes of one device
+    fits: bool
+    flops: float  # of one device
+    useful: float  # of all devices
+    traffic: float
+    collectives: tuple[Collective, ...]
+    time: roofline.Roofline | None  # None for a program that does not fit: the compiler gave none
+    compile_seconds: float = 0.0
+    error: str = ""
+    largest_rows: int | None = None  # rows of a batch on one device that fit
+    largest_how: str = ""
+
+    @property
+    def total(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def margin(self) -> float:
+        """Bytes left (negative: missing)."""
+        return self.topology.chip.usable - self.total
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch on one device."""
+        return self.config.data.batch_size // math.prod(self.mesh[axis] for axis in sharding.RULES["batch"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values with their units in the names; `predicted` is always true."""
+        config, chip = self.config, self.topology.chip
+        return {
+            "predicted": True, "method": self.method, "topology": self.topology.name, "num_slices": self.topology.slices, "chips": self.topology.chips,
+            "mesh": self.mesh, "batch_size": config.data.batch_size, "sequence_length": config.data.sequence_length, "microbatches": config.train.microbatches,
+            "remat": config.model.remat, "rows_per_device": self.rows, "memory_bytes": self.memory, "memory_total_bytes": self.total,
+            "memory_limit_bytes": int(chip.usable), "fits": self.fits, "margin_bytes": int(self.margin), "largest_rows_per_device": self.largest_rows,
+            "largest_rows_per_device_is": self.largest_how, "flops_per_device": self.flops, "model_flops": self.useful, "hbm_traffic_bytes": self.traffic,
+            "collectives": [{"kind": c.kind, "axes": c.axes, "devices": c.devices, "bytes": c.bytes, "arrays": [str(a) for a in c.arrays], "times": c.times,
+                             "loop": c.loop, "source": c.source} for c in self.collectives],
+            "time": None if self.time is None else dataclasses.asdict(self.time), "compile_seconds": round(self.compile_seconds, 1), "error": self.error,
+            "chip": dataclasses.asdict(chip)}
+
+
+def judge(config: Config, topology: Topology, quick: bool = False, text: Say = lambda program: None) -> Verdict:
+    """Compiles the step for TPUs, reckons it for GPUs.
+
+    Raises:
+      ValueError: a config that cannot run on the topology.
+    """
+    config = on_slices(config, topology)
+    if topology.chip.platform == "gpu":
+        return by_formula(config, topology)
+    mesh = dict(compiler.abstract_mesh(config.mesh, topology.chips).shape)
+    parts = compiler.build(compiler.for_platform(config, "tpu"), compiler.abstract_mesh(config.mesh, topology.chips))  # refuses before libtpu is asked
+    found = compiler.compile_step(config, topology, quick, text)
+    need = formula.needs(parts.config, mesh, _sizes(parts))
+    time = None
+    if found.collectives or found.traffic:
+        ici, dcn = roofline.communication(topology, found.collectives, found.links)
+        time = roofline.roofline(topology, flops=found.flops, useful=need.useful, traffic=found.traffic, ici=ici, dcn=dcn,
+                                 tokens=config.data.batch_size * config.data.sequence_length, bubble=need.bubble)
+    return Verdict(topology, config, "compiled", mesh, found.memory, found.fits, found.flops, need.useful, found.traffic, found.collectives, time,
+                   found.seconds, found.error)
+
+
+def by_formula(config: Config, topology: Topology, size: formula.Sizes | None = None) -> Verdict:
+    """The verdict without a compiler."""
+    config = on_slices(config, topology)
+    mesh = dict(compiler.abstract_mesh(config.mesh, topology.chips).shape)
+    if size is None:
+        parts = compiler.build(compiler.for_platform(config, topology.chip.platform), compiler.abstract_mesh(config.mesh, topology.chips))
+        config, size = parts.config, _sizes(parts)
+    need = formula.needs(config, mesh, size)
+    ici, dcn = roofline.communication(topology, need.collectives, roofline.formula_links(topology, mesh))
+    time = roofline.roofline(topology, flops=need.flops, useful=need.useful, traffic=need.traffic, ici=ici, dcn=dcn,
+                             tokens=config.data.batch_size * config.data.sequence_length, bubble=need.bubble)
+    fits = sum(need.memory.values()) <= topology.chip.usable
+    return Verdict(topology, config, "formula", mesh, need.memory, fits, need.flops, need.useful, need.traffic, need.collectives, time)
+
+
+def on_slices(config: Config, topology: Topology) -> Config:
+    """The config with `mesh.slice` set for several slices, unless it says so itself."""
+    if topology.slices == 1 or config.mesh.slice != 1:
+        return config
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slice=topology.slices))
+
+
+def _sizes(parts) -> formula.Sizes:
+    shapes = {path: leaf.shape for path, leaf in trees.flatten(parts.target.params).items()}
+    return formula.sizes(parts.config, shapes, compiler.state_bytes(parts))
+
+
+def with_rows(verdict: Verdict, rows: int) -> Config:
+    """The verdict's config with so many rows of a batch on each device."""
+    config = verdict.config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows * verdict.config.data.batch_size // verdict.rows))
+
+
+def largest_batch(verdict: Verdict, quick: bool = False, confirm: bool = False, say: Say = lambda line: None) -> Verdict:
+    """The verdict with the most rows that one device holds, a multiple of the microbatches.
+
+    Temporaries grow with the rows along a line (checked by tests on a small model): one more compilation gives the second point; `confirm` compiles the
+    answer and goes down until the compiler accepts it. By formula the same line is drawn without compiling.
+    """
+    step = verdict.config.train.microbatches
+    compiled = verdict.method == "compiled"
+    judge_at = lambda rows: (judge(with_rows(verdict, rows), verdict.topology, quick) if compiled else by_formula(with_rows(verdict, rows), verdict.topology))
+    part = "activations and temporaries"
+    fixed = verdict.total - verdict.memory[part]
+    if fixed >= verdict.topology.chip.usable:
+        return dataclasses.replace(verdict, largest_rows=0, largest_how="the state alone is too large")
+    near = int(verdict.rows * (verdict.topology.chip.usable - fixed) / max(1, verdict.memory[part])) // step * step
+    second = max(step, near if near != verdict.rows else verdict.rows + step)
+    if second == verdict.rows:
+        return dataclasses.replace(verdict, largest_rows=verdict.rows if verdict.fits else 0, largest_how="the fewest rows there can be")
+    say(f"{verdict.topology}: the same with {second} rows on each device, for the largest batch")
+    other = judge_at(second)
+    slope = (other.memory[part] - verdict.memory[part]) / (second - verdict.rows)
+    if slope <= 0:
+        return dataclasses.replace(verdict, largest_rows=max(v.rows for v in (verdict, other) if v.fits) if verdict.fits or other.fits else 0,
+                                   largest_how="at least; memory did not grow between two compilations")
+    rows = max(0, int(verdict.rows + verdict.margin / slope) // step * step)
+    seen = {verdict.rows: verdict.fits, second: other.fits}
+    how = "extrapolated from two compilations" if compiled else "by formula"
+    if not compiled or not confirm:
+        known = max((r for r, fits in seen.items() if fits), default=0)
+        return dataclasses.replace(verdict, largest_rows=max(rows, known), largest_how="compiled" if compiled and seen.get(max(rows, known)) else how)
+    while rows > 0 and not seen.get(rows, False):
+        if rows not in seen:
+            say(f"{verdict.topology}: compiling {rows} rows on each device to confirm")
+            seen[rows] = judge_at(rows).fits
+        rows -= 0 if seen[rows] else step
+    return dataclasses.replace(verdict, largest_rows=rows, largest_how="confirmed by the compiler")
+
+
+def search(config: Config, topology: Topology, top: int = 3, quick: bool = False, say: Say = lambda line: None) -> list[Verdict]:
+    """Meshes, remat policies, microbatches and batch sizes, best first: all by formula, then the `top` of those that should fit compiled.
+
+    The batch is halved and doubled too: with another batch size the training is another one, with the rest it is not.
+
+    Returns:
+      The compiled ones by tokens per second, those that do not fit after those that do, then the others by formula.
+    """
+    config = on_slices(config, topology)
+    parts = _first_that_builds(config, topology)
+    size = _sizes(parts)
+    ranked = sorted((by_formula(candidate, topology, size) for candidate in candidates(parts.config, topology)), key=_rank)
+    say(f"{topology}: {len(ranked)} settings by formula, {sum(v.fits for v in ranked)} should fit")
+    if topology.chip.platform == "gpu":
+        return ranked
+    compiled, tried = [], []
+    for verdict in ranked:
+        if len(compiled) == top or not verdict.fits:
+            break
+        say(f"{topology}: compiling {describe(verdict)}")
+        tried.append(verdict)
+        try:
+            compiled.append(judge(verdict.config, topology, quick))
+        except ValueError as error:  # what only the model's own checks know does not divide
+            say(f"  cannot run: {error}")
+    return sorted(compiled, key=_rank) + [v for v in ranked if v not in tried]
+
+
+def _first_that_builds(config: Config, topology: Topology):
+    error = None
+    for mesh in (config.mesh, *(c.mesh for c in candidates(config, topology))):
+        try:
+            return compiler.build(compiler.for_platform(dataclasses.replace(config, mesh=mesh), topology.chip.platform), compiler.abstract_mesh(mesh, topology.chips))
+        except ValueError as raised:
+            error = error or raised
+    raise error
+
+
+def _rank(verdict: Verdict) -> tuple:
+    """Those that fit first, by tokens per second, equal ones by the time without overlap."""
+    if verdict.time is None:
+        return (True, 0.0, 0.0)
+    tokens = verdict.config.data.batch_size * verdict.config.data.sequence_length
+    return (not verdict.fits, -round(verdict.time.tokens_per_second, -2), verdict.time.serial_seconds / tokens)
+
+
+def candidates(config: Config, topology: Topology) -> Iterator[Config]:
+    """Settings that can run: every mesh that divides the model's sizes, with each remat policy, number of microbatches and batch size."""
+    model, base = config.model.filled(), config.data.batch_size
+    for mesh in meshes(config, topology):
+        ways = math.prod(getattr(mesh, axis) for axis in sharding.RULES["batch"])
+        for remat, passes, batch in itertools.product(("none", "dots", "full"), (1, 2, 4, 8), (base // 2, base, base * 2)):
+            if batch and batch % (ways * passes) == 0 and (mesh.stage == 1 or passes >= mesh.stage):
+                yield dataclasses.replace(config, mesh=mesh, model=dataclasses.replace(model, remat=remat), train=dataclasses.replace(config.train, microbatches=passes),
+                                          data=dataclasses.replace(config.data, batch_size=batch))
+
+
+def meshes(config: Config, topology: Topology) -> Iterator[Any]:
+    """Meshes over one topology that the model's sizes divide; `mesh.slice` is the number of slices."""
+    model, chips = config.model.filled(), topology.chips // topology.slices
+    divides = {"data": lambda n: True, "fsdp": lambda n: model.width % n == 0,
+               "tensor": lambda n: not any(size % n for size in (model.heads, model.kv_heads, model.feedforward, model.vocab_size or n)),
+               "sequence": lambda n: n == 1 or (config.data.sequence_length % (2 * n) == 0 and config.data.sequence_length // n >= 1024),
+               "stage": lambda n: model.layers % n == 0, "expert": lambda n: n == 1 or (model.experts and model.experts % n == 0)}
+    axes = [axis for axis in sharding.AXES if axis != "slice"]
+    options = [[n for n in range(1, chips + 1) if chips % n == 0 and divides[axis](n)] for axis in axes]
+    for numbers in itertools.product(*options):
+        if math.prod(numbers) == chips:
+            yield dataclasses.replace(config.mesh, slice=topology.slices, **dict(zip(axes, numbers)))
+
+
+def describe(verdict: Verdict) -> str:
+    """Its settings as flags."""
+    mesh = " ".join(f"mesh.{axis}={n}" for axis, n in verdict.mesh.items() if n > 1) or "one device"
+    return f"{mesh} model.remat={verdict.config.model.remat} train.microbatches={verdict.config.train.microbatches} data.batch_size={verdict.config.data.batch_size}"
+
+
+def dump(verdicts: Sequence[Verdict]) -> str:
+    return json.dumps([v.to_json() for v in verdicts], indent=1) + "\n"
