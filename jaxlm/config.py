@@ -202,7 +202,7 @@ class ObjectiveConfig:
     mask_keep: float = 0.1  # of these, share that is left as it is
     mask_whole_words: bool = False  # a word's pieces are told together (Cui et al. 2019)
     z_loss: float = 0.0  # weight of log(Z)^2, which keeps the logits from drifting (PaLM uses 1e-4)
-    chunk_rows: int = 0  # tokens whose logits exist at one time, the rest is recomputed in the backward pass; 0: all
+    chunk_rows: int = 0  # about so many tokens' logits exist at one time, the rest is recomputed in the backward pass; 0: all
     moe_balance: float = 0.01  # mixture of experts: weight of the loss that spreads tokens over the experts (Switch, Mixtral)
     moe_z: float = 0.001  # mixture of experts: weight of log(Z)^2 of the router (ST-MoE)
 
@@ -217,9 +217,13 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
+    slice: int = 1  # groups of devices with a slow network between them (TPU slices, GPU nodes): copies of the model, only gradients cross
     data: int = 1  # copies of the model, each with its share of the batch
     fsdp: int = -1  # likewise, with parameters and optimiser state split too; -1: the devices that are left (one axis may say so)
+    stage: int = 1  # pipeline: the layers in so many parts, one after the other; see model.pipeline_*
+    sequence: int = 1  # each row's tokens split, so that a context longer than one device holds trains; see model.sequence_attention
     tensor: int = 1  # each matrix split by heads, feed-forward or vocabulary
+    expert: int = 1  # mixture of experts: the experts split; the rows of the batch too
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)

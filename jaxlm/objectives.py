@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxlm.config import ObjectiveConfig
 from jaxlm.models.decoder import Model
 from jaxlm.ops import losses, moe
+from jaxlm.sharding import constrain, ways
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -19,9 +20,8 @@ Sums = dict[str, tuple[jax.Array, jax.Array]]
 def token_nll(model: Model, params: Any, batch: Mapping[str, jax.Array], key: jax.Array | None = None, chunk_rows: int = 0):
     """Per token, each float32 `[B, T]`: `-log p(target)` in nats, `log Z`, and whether the target ranks first; and the routers' statistics."""
     hidden, _, routing = model.apply(params, batch, key=key)
-    shape = batch["targets"].shape
-    parts = losses.token_losses(lambda h: model.head(params, h), hidden.reshape(-1, hidden.shape[-1]), batch["targets"].reshape(-1), chunk_rows)
-    return *(part.reshape(shape) for part in parts), routing
+    hidden = constrain(hidden, "batch", "sequence", "residual")
+    return *losses.token_losses(lambda h: model.head(params, h), hidden, batch["targets"], chunk_rows, ways("sequence")), routing
 
 
 def next_token(cfg: ObjectiveConfig, model: Model, params: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> Sums:

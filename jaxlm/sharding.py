@@ -4,6 +4,7 @@ Model code names logical axes ("batch", "heads"); only this table knows what the
 """
 
 import contextlib
+import functools
 import math
 import os
 import urllib.request
@@ -12,29 +13,32 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import trees
 from jaxlm.config import MeshConfig
 
-AXES = ("data", "fsdp", "tensor")
+# From the slowest network to the fastest, in the order in which neighbours are laid out.
+AXES = ("slice", "data", "fsdp", "stage", "sequence", "tensor", "expert")
 
 # Logical axis -> mesh axes. A logical axis missing here is an error; None is whole on every device.
 RULES: Mapping[str, tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),  # rows of a batch
-    "layers": None,
+    "batch": ("slice", "data", "fsdp", "expert"),  # rows of a batch
+    "layers": ("stage",),
     "embed": ("fsdp",),  # the residual axis of a weight
-    "vocab": ("tensor",),
+    "vocab": ("stage", "tensor"),  # embedding and output belong to no stage: all share them
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "feedforward": ("tensor",),
-    "expert": None,
+    "expert": ("expert",),
+    "routes": None,  # experts as outputs of a router
     "head_size": None,
     "positions": None,
     "types": None,  # kinds of tokens, as of BERT
     "labels": None,
-    "sequence": None,  # tokens of an activation
+    "sequence": ("sequence",),  # tokens of an activation
+    "tokens": ("sequence", "tensor"),  # likewise, of the residual stream between blocks: what each device adds and norms is then its own
     "residual": None,  # the residual axis of an activation
 }
 
@@ -70,35 +74,69 @@ def _cluster_size() -> int:
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices.
+    """The mesh over all devices, of `AXES`.
+
+    Devices that know their slice (TPUs, GPUs with a fabric) are laid out so that only the axis `slice` leaves one.
 
     Raises:
-      ValueError: sizes whose product is not the number of devices, with one that would work.
+      ValueError: sizes whose product is not the number of devices, or slices that are not there, with sizes that would work.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {axis: getattr(cfg, axis) for axis in AXES}
     fixed = math.prod(n for n in sizes.values() if n != -1)
-    text = " x ".join(f"{axis} {n}" for axis, n in sizes.items())
     if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
-        raise ValueError(f"mesh {text} does not fit {len(devices)} devices: the axes must multiply to {len(devices)}; "
-                         f"try --config.mesh.data=1 --config.mesh.fsdp=-1 --config.mesh.tensor={math.gcd(len(devices), max(1, sizes['tensor']))}")
+        text = " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n != 1) or "of 1"
+        raise ValueError(f"mesh {text} does not fit {len(devices)} devices: the axes must multiply to {len(devices)}; try {_fitting(sizes, len(devices))}")
     sizes = {axis: len(devices) // fixed if n == -1 else n for axis, n in sizes.items()}
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["slice"] == 1 or slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+    if slices != sizes["slice"]:
+        raise ValueError(f"mesh.slice={sizes['slice']}, but the {len(devices)} devices form {slices} slices: set --config.mesh.slice={slices}")
+    inside, across = [1, *list(sizes.values())[1:]], [slices, *[1] * (len(AXES) - 1)]
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
 
 
-def spec(axes: Sequence[str | None]) -> PartitionSpec:
-    """Logical axes -> the partition of an array, by `RULES`."""
-    parts = [None if axis is None else RULES[axis] for axis in axes]
-    used = [name for part in parts if part for name in part]
-    assert len(used) == len(set(used)), f"{axes} use a mesh axis twice: {parts}"
+def _fitting(sizes: Mapping[str, int], devices: int) -> str:
+    """Flags of a mesh near `sizes` that fits: each given axis cut to what divides the devices left, the rest to the axis with -1, else fsdp."""
+    rest = next((axis for axis, n in sizes.items() if n == -1), "fsdp")
+    found = {}
+    for axis in (axis for axis in reversed(AXES) if axis != rest and sizes[axis] != 1):
+        found[axis] = math.gcd(devices, sizes[axis])
+        devices //= found[axis]
+    return " ".join(f"--config.mesh.{axis}={n}" for axis, n in (*reversed(found.items()), (rest, -1)))
+
+
+def spec(axes: Sequence[str | None], rules: Mapping[str, tuple[str, ...] | None] = RULES) -> PartitionSpec:
+    """Logical axes -> the partition of an array.
+
+    Raises:
+      ValueError: two axes of the array want the same mesh axis.
+    """
+    parts = [None if axis is None else rules[axis] for axis in axes]
+    owner: dict[str, str] = {}
+    for axis, names in zip(axes, parts):
+        for name in names or ():
+            if name in owner:
+                raise ValueError(f"axes {owner[name]!r} and {axis!r} of {tuple(axes)} both want mesh.{name}: an array is split over a mesh axis once; give "
+                                 "one of them another rule, or None")
+            owner[name] = axis
     return PartitionSpec(*parts)
 
 
+def ways(axis: str, mesh: Any = None) -> int:
+    """Into how many parts `mesh` (None: that of the surrounding `jax.set_mesh`) splits a logical axis."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in RULES[axis] or ())
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tells the compiler how an activation is split; no effect outside a mesh."""
+    """Tells the compiler how an activation is split; no effect outside a mesh. An axis with fewer elements than parts (the one token of a step of
+    generation) stays whole."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes))
+    return jax.lax.with_sharding_constraint(x, spec([None if axis is None or n < ways(axis) else axis for n, axis in zip(x.shape, axes, strict=True)]))
 
 
 def params_shardings(mesh: Mesh, axes: Sequence[tuple[str, tuple[str, ...]]], shapes: Any) -> Any:
@@ -118,10 +156,11 @@ def params_shardings(mesh: Mesh, axes: Sequence[tuple[str, tuple[str, ...]]], sh
         names = table[path]
         assert len(names) == leaf.ndim, f"{path} has shape {leaf.shape} but axes {names}"
         for size, name in zip(leaf.shape, names):
-            ways = math.prod(mesh.shape[axis] for axis in RULES[name] or ())
-            if size % ways:
-                works = [n for n in range(1, ways + 1) if size % n == 0 and ways % n == 0]
-                raise ValueError(f"{path}: {name}={size} cannot be split over mesh.{'+'.join(RULES[name])}={ways}; sizes that work: {works}")
+            parts = ways(name, mesh)
+            if size % parts:
+                works = [n for n in range(1, parts + 1) if size % n == 0 and parts % n == 0]
+                over = [axis for axis in RULES[name] if mesh.shape[axis] > 1]
+                raise ValueError(f"{path}: {name}={size} cannot be split over mesh.{'+'.join(over)}={parts}; sizes that work: {works}")
         return NamedSharding(mesh, spec(names))
 
     return trees.map_paths(place, shapes)
@@ -136,8 +175,15 @@ def like_params(mesh: Mesh, tree: Any, shardings: Any, shapes: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp, tokens whole."""
+    """Of arrays [B, T]."""
     return NamedSharding(mesh, spec(("batch", "sequence")))
+
+
+def over(axis: str, mesh: Mesh) -> str:
+    """The axes of the mesh that split a logical axis, with their sizes: "data x fsdp = 2 x 4"."""
+    names = [name for name in RULES[axis] or () if mesh.shape[name] > 1] or ["fsdp"]
+    sizes = f"mesh.{' x mesh.'.join(names)} = {ways(axis, mesh)}"
+    return sizes if len(names) == 1 else sizes.replace(" = ", f" = {' x '.join(str(mesh.shape[name]) for name in names)} = ")
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
@@ -146,20 +192,48 @@ def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     Raises:
       ValueError: rows that do not divide over the devices, with the nearest number that does.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % ways:
-        raise ValueError(f"{batch_size} rows do not divide over data x fsdp = {ways} devices; use a multiple of {ways}, such as "
-                         f"{max(1, round(batch_size / ways)) * ways}")
-    slices = [index[0].indices(batch_size)[:2] for index in batch_sharding(mesh).addressable_devices_indices_map((batch_size, 1)).values()]
+    parts = ways("batch", mesh)
+    if batch_size % parts:
+        raise ValueError(f"{batch_size} rows do not divide over {over('batch', mesh)} devices; use a multiple of {parts}, such as "
+                         f"{max(1, round(batch_size / parts)) * parts}")
+    slices = [index[0].indices(batch_size)[:2] for index in batch_sharding(mesh).addressable_devices_indices_map((batch_size, mesh.shape["sequence"])).values()]
     start, stop = min(a for a, _ in slices), max(b for _, b in slices)
     assert sum(b - a for a, b in set(slices)) == stop - start, "a process's rows must be one piece"
     return start, stop
 
 
+def zigzag(parts: int, length: int) -> np.ndarray:
+    """The order in which tokens lie when `parts` devices share a row: int64 `[length]`, the token in each slot.
+
+    Of 2 x `parts` equal pieces device i holds number i and number 2 parts - 1 - i, so that under causal attention, where late tokens see more, all have
+    the same work (as in Llama 3's training, Grattafiori et al. 2024, section 3.3.2).
+
+    Raises:
+      ValueError: a length that does not divide.
+    """
+    if length % (2 * parts):
+        raise ValueError(f"rows of {length} tokens cannot be split over mesh.sequence={parts}: make data.sequence_length a multiple of 2 x {parts}, such as "
+                         f"{max(1, round(length / (2 * parts))) * 2 * parts}")
+    pieces = np.arange(length).reshape(2 * parts, -1)
+    return np.concatenate([pieces[[i, 2 * parts - 1 - i]].reshape(-1) for i in range(parts)])
+
+
 def to_device(mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-    """This process's rows `[b, T]` -> global arrays `[batch_size, T]`."""
-    place = batch_sharding(mesh)
-    return {key: jax.make_array_from_process_local_data(place, rows, (batch_size, *rows.shape[1:])) for key, rows in batch.items()}
+    """This process's rows `[b, T]` -> global arrays `[batch_size, T]`.
+
+    Where devices share a row its tokens lie in zig-zag order, in all arrays alike. Nothing on the devices depends on the order: positions and segments
+    say what a token sees, and what is computed for each token lies where the token does.
+    """
+    place, parts = batch_sharding(mesh), mesh.shape["sequence"]
+    if parts == 1:
+        return {key: jax.make_array_from_process_local_data(place, rows, (batch_size, *rows.shape[1:])) for key, rows in batch.items()}
+    start = local_rows(mesh, batch_size)[0]
+
+    def piece(rows: np.ndarray, index: tuple[slice, slice]) -> np.ndarray:
+        first, last, _ = index[0].indices(batch_size)
+        return rows[first - start:last - start, zigzag(parts, rows.shape[1])[index[1]]]
+
+    return {key: jax.make_array_from_callback((batch_size, rows.shape[1]), place, functools.partial(piece, rows)) for key, rows in batch.items()}
 
 
 def together(work: Callable[[], int | None]) -> int | None:

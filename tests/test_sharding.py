@@ -11,17 +11,72 @@ from jaxlm import sharding
 from jaxlm.config import MeshConfig
 
 
+def sizes(**given):
+    return dict.fromkeys(sharding.AXES, 1) | given
+
+
 def test_minus_one_takes_what_is_left():
-    assert dict(sharding.make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(sharding.make_mesh(MeshConfig()).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(sharding.make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2)).shape) == sizes(data=2, fsdp=2, tensor=2)
+    assert dict(sharding.make_mesh(MeshConfig()).shape) == sizes(fsdp=8)
+    assert dict(sharding.make_mesh(MeshConfig(slice=2, stage=-1, fsdp=1, expert=2)).shape) == sizes(slice=2, stage=2, expert=2)
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"fsdp": 3}, "mesh fsdp 3 does not fit 8 devices: the axes must multiply to 8; try --config.mesh.fsdp=-1"),
+    ({"fsdp": 1}, "mesh of 1 does not fit 8 devices"),
+    ({"fsdp": -1, "tensor": 6}, "mesh fsdp -1 x tensor 6 does not fit 8 devices: .*; try --config.mesh.tensor=2 --config.mesh.fsdp=-1"),
+    ({"fsdp": 2, "stage": 4, "expert": 4}, "try --config.mesh.stage=2 --config.mesh.expert=4 --config.mesh.fsdp=-1"),
+    ({"data": -1, "fsdp": 1, "sequence": 5}, "try --config.mesh.sequence=1 --config.mesh.data=-1")])
+def test_a_mesh_that_does_not_fit_says_which_would(given, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        sharding.make_mesh(MeshConfig(**given))
+    assert "\n" not in str(caught.value)
+    flags = str(caught.value).partition("try ")[2].split()
+    proposed = {"fsdp": 1} | {flag.partition("=")[0].removeprefix("--config.mesh."): int(flag.partition("=")[2]) for flag in flags}
+    assert sharding.make_mesh(MeshConfig(**proposed)).size == 8
+
+
+class Chip:
+    """A device with a slice, as far as laying out a mesh goes."""
+    platform, device_kind, process_index = "made up", "made up", 0
+
+    def __init__(self, number):
+        self.id, self.slice_index = number, number % 2
+
+
+def test_slices_are_the_outermost_axis():
+    mesh = sharding.make_mesh(MeshConfig(slice=2, fsdp=2, tensor=2), [Chip(i) for i in range(8)])
+    assert dict(mesh.shape) == sizes(slice=2, fsdp=2, tensor=2)
+    assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
+    with pytest.raises(ValueError, match="mesh.slice=4, but the 8 devices form 2 slices: set --config.mesh.slice=2"):
+        sharding.make_mesh(MeshConfig(slice=4, fsdp=2), [Chip(i) for i in range(8)])
 
 
 def test_logical_axes():
-    assert sharding.spec(("layers", "embed", "heads", "head_size")) == PartitionSpec(None, ("fsdp",), ("tensor",), None)
-    with pytest.raises(AssertionError, match="twice"):
+    assert sharding.spec(("layers", "embed", "heads", "head_size")) == PartitionSpec(("stage",), ("fsdp",), ("tensor",), None)
+    with pytest.raises(ValueError, match="axes 'heads' and 'vocab' of .* both want mesh.tensor"):
         sharding.spec(("heads", "vocab"))
     with pytest.raises(KeyError):
         sharding.spec(("no_such_axis",))
+
+
+def test_zigzag_gives_all_the_same_work():
+    for parts, length in ((1, 4), (2, 16), (4, 32), (3, 18)):
+        order = sharding.zigzag(parts, length)
+        np.testing.assert_array_equal(np.sort(order), np.arange(length))
+        seen = (order + 1).reshape(parts, -1).sum(1)  # keys that the queries of each device see
+        assert len(set(seen.tolist())) == 1
+    np.testing.assert_array_equal(sharding.zigzag(2, 8), [0, 1, 6, 7, 2, 3, 4, 5])
+    with pytest.raises(ValueError, match="rows of 20 tokens cannot be split over mesh.sequence=4: make .* a multiple of 2 x 4, such as 16"):
+        sharding.zigzag(4, 20)
+
+
+def test_tokens_reach_the_devices_in_zigzag_order():
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, sequence=2, tensor=2))
+    rows = np.arange(32, dtype=np.int32).reshape(4, 8)
+    placed = sharding.to_device(mesh, {"tokens": rows}, 4)["tokens"]
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 4)}
+    np.testing.assert_array_equal(placed, rows[:, sharding.zigzag(2, 8)])
 
 
 def test_constrain_without_a_mesh_is_nothing():
@@ -36,7 +91,7 @@ def test_rows_reach_the_devices_in_order():
     placed = sharding.to_device(mesh, {"tokens": rows}, 8)["tokens"]
     np.testing.assert_array_equal(placed, rows)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 4)}
-    with pytest.raises(ValueError, match="6 rows do not divide over data x fsdp = 4 devices; use a multiple of 4, such as 8"):
+    with pytest.raises(ValueError, match="6 rows do not divide over mesh.data x mesh.fsdp = 2 x 2 = 4 devices; use a multiple of 4, such as 8"):
         sharding.local_rows(mesh, 6)
 
 

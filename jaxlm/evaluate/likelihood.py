@@ -63,7 +63,7 @@ def score_documents(score: Scorer, params: Any, mesh: Mesh, corpus: Corpus, spli
       ValueError: one line, for a split without documents or a damaged shard.
     """
     index = corpus.splits[split]
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = sharding.ways("batch", mesh)
     batch_size = -(-batch_size // ways) * ways
     documents = len(index.tokens)
     expected = min(limit_documents or documents, documents)

@@ -1,8 +1,26 @@
 """Logical axes of every parameter: what sharding, optimisers and reports know of a weight."""
 
+import re
+from typing import Any
+
+from jaxlm import trees
 from jaxlm.config import TransformerConfig
+from jaxlm.sharding import constrain
 
 Axes = tuple[tuple[str, tuple[str, ...]], ...]
+
+
+def whole(cfg: TransformerConfig, layer: dict[str, Any]) -> dict[str, Any]:
+    """One layer's weights, whole in the axis that FSDP splits: said where a layer computes, so that one layer is gathered at a time, in the compute
+    dtype, and weights rather than activations are moved."""
+    rules = [(path.rpartition("layers/")[2], axes[1:]) for path, axes in (encdec_axes if cfg.encoder_layers else decoder_axes)(cfg) if "layers/" in path]
+    axes = lambda path: next((axes for rule, axes in rules if re.fullmatch(rule, path)), None)
+    return trees.map_paths(lambda path, w: gathered(w, *axes(path)) if axes(path) else w, layer)
+
+
+def gathered(w: Any, *axes: str) -> Any:
+    """A weight with its logical axes, whole in `embed`."""
+    return constrain(w, *(None if axis == "embed" else axis for axis in axes))
 
 
 def encoder_axes(cfg: TransformerConfig) -> Axes:
@@ -53,7 +71,7 @@ def decoder_axes(cfg: TransformerConfig) -> Axes:
         (dense, "layers/mlp/down", ("layers", "feedforward", "embed")),
         (dense and cfg.bias, f"layers/mlp/{matrix}_bias", ("layers", "feedforward")),
         (dense and cfg.bias, "layers/mlp/down_bias", ("layers", "embed")),
-        (cfg.experts > 0, "layers/moe/router", ("layers", "embed", "expert")),
+        (cfg.experts > 0, "layers/moe/router", ("layers", "embed", "routes")),
         (cfg.experts > 0, "layers/moe/(up|gate)", ("layers", "expert", "embed", "feedforward")),
         (cfg.experts > 0, "layers/moe/down", ("layers", "expert", "feedforward", "embed")),
         (shared, "layers/moe/shared/(up|gate)", ("layers", "embed", "feedforward")),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import TransformerConfig
 from jaxlm.models import stack
-from jaxlm.models.axes import decoder_axes
+from jaxlm.models.axes import decoder_axes, gathered
 from jaxlm.models.layers import Norm, Slots, dropout, initialiser, project
 from jaxlm.ops import attention, positions
 from jaxlm.sharding import constrain
@@ -75,11 +75,11 @@ def init_layers(cfg: TransformerConfig, key: jax.Array) -> dict:
 
 def embed(cfg: TransformerConfig, params: dict, inputs: dict, dtype: jnp.dtype) -> jax.Array:
     """`[B, T, D]`: tokens, and learned positions where there are."""
-    x = params["embed"]["tokens"].astype(dtype)[inputs["tokens"]]
+    x = gathered(params["embed"]["tokens"].astype(dtype), "vocab", "embed")[inputs["tokens"]]
     if cfg.embedding_scale != 1:
         x = x * jnp.asarray(cfg.embedding_scale, dtype)
     if cfg.positions == "learned":
-        x = x + params["embed"]["positions"].astype(dtype)[inputs["positions"] + cfg.position_offset]
+        x = x + gathered(params["embed"]["positions"].astype(dtype), "positions", "embed")[inputs["positions"] + cfg.position_offset]
     return x
 
 
@@ -125,7 +125,7 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: dict | 
     slots = make_slots(cfg, inputs, cache)
     k_embed, k_layers = (None, None) if key is None or cfg.dropout == 0 else jax.random.split(key)
     x = embed(cfg, params, inputs, dtype)
-    x = constrain(dropout(x, cfg.dropout, k_embed), "batch", "sequence", "residual")
+    x = constrain(dropout(x, cfg.dropout, k_embed), "batch", "tokens", "residual")
     x, kv, routing = stack.run(cfg, params["layers"], x, slots, None if cache is None else {"k": cache["k"], "v": cache["v"]}, k_layers, view)
     if cfg.norm_position != "post":
         x = Norm(cfg).apply({"params": params["final_norm"]}, x)
@@ -136,9 +136,9 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: dict | 
 
 def _head(cfg: TransformerConfig, params: dict, hidden: jax.Array) -> jax.Array:
     """Logits `[..., V]` float32 of hidden states `[..., D]`."""
-    kernel = params["embed"]["tokens"].T if cfg.tied else params["head"]["kernel"]
+    kernel = gathered((params["embed"]["tokens"].T if cfg.tied else params["head"]["kernel"]).astype(hidden.dtype), "embed", "vocab")
     hidden = hidden if cfg.logit_scale == 1 else hidden * jnp.asarray(cfg.logit_scale, hidden.dtype)
-    logits = project(hidden, kernel.astype(hidden.dtype)).astype(jnp.float32)
+    logits = project(hidden, kernel).astype(jnp.float32)
     return cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap) if cfg.final_softcap else logits
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import TransformerConfig
 from jaxlm.models import decoder, stack
-from jaxlm.models.axes import encdec_axes
+from jaxlm.models.axes import encdec_axes, gathered
 from jaxlm.models.layers import Memory, Norm, Slots, dropout, initialiser
 from jaxlm.ops import attention, positions
 from jaxlm.sharding import constrain
@@ -63,7 +63,7 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: dict | 
     dtype = jnp.dtype(cfg.dtype)
     view = view or (lambda layer: jax.tree.map(lambda w: w.astype(dtype), layer))
     k_encoder, k_decoder = (None, None) if key is None or cfg.dropout == 0 else jax.random.split(key)
-    run = functools.partial(_stack, embedding=params["embed"]["tokens"].astype(dtype), view=view)
+    run = functools.partial(_stack, embedding=gathered(params["embed"]["tokens"].astype(dtype), "vocab", "embed"), view=view)
     if "encoder_tokens" in inputs:
         read = dict(zip(("tokens", "positions", "segments"), (inputs[name] for name in ENCODER_INPUTS)))
         memory = Memory(run(_encoder(cfg), params["encoder"], read, None, None, k_encoder)[0], inputs["encoder_segments"])
@@ -88,7 +88,7 @@ def _stack(cfg: TransformerConfig, params: dict, inputs: dict, memory: Memory | 
     x = embedding[inputs["tokens"]]
     if cfg.embedding_scale != 1:
         x = x * jnp.asarray(cfg.embedding_scale, x.dtype)
-    x = constrain(dropout(x, cfg.dropout, k_embed), "batch", "sequence", "residual")
+    x = constrain(dropout(x, cfg.dropout, k_embed), "batch", "tokens", "residual")
     of_layers = None if cache is None else {name: leaf for name, leaf in cache.items() if name in ("k", "v", "cross_k", "cross_v")}
     x, kv, _ = stack.run(cfg, params["layers"], x, slots, of_layers, k_layers, view)
     x = dropout(Norm(cfg).apply({"params": params["final_norm"]}, x), cfg.dropout, k_final)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import TransformerConfig
+from jaxlm.models.axes import gathered
 from jaxlm.models.layers import ACTIVATIONS, Norm, initialiser, project
 
 POOLER_ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
@@ -27,8 +28,8 @@ def masked(cfg: TransformerConfig, params: dict, table: jax.Array, hidden: jax.A
     if cfg.bias:
         x = x + params["dense_bias"].astype(x.dtype)
     x = Norm(cfg).apply({"params": params["norm"]}, ACTIVATIONS[cfg.activation](x))
-    kernel = table.T if cfg.tied else params["kernel"]
-    logits = project(x, kernel.astype(x.dtype)).astype(jnp.float32)
+    kernel = gathered((table.T if cfg.tied else params["kernel"]).astype(x.dtype), "embed", "vocab")
+    logits = project(x, kernel).astype(jnp.float32)
     return logits + params["bias"] if cfg.bias else logits
 
 

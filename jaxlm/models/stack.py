@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import TransformerConfig
+from jaxlm.models import axes
 from jaxlm.models.layers import Block, Slots
 
 View = Callable[[Any], Any]  # one layer's weights -> the weights to compute with (cast, dequantise, add LoRA)
@@ -56,7 +57,7 @@ def run(cfg: TransformerConfig, layers: dict, x_BTD: jax.Array, slots: Slots, ca
         per_layer["key"] = jax.random.split(key, cfg.layers)
 
     def one(sparse, x, layer, own):
-        params = view(layer["params"] | {_KINDS[sparse]: own})
+        params = axes.whole(cfg, view(layer["params"] | {_KINDS[sparse]: own}))
         x, cache, statistics = Block(cfg, sparse).apply({"params": params}, x, slots, layer.get("window"), layer.get("cache"), layer.get("key"))
         return x, (cache, statistics)
 

@@ -53,10 +53,12 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
     if config.model.encoder_layers:
         raise ValueError(f"model.encoder_layers={config.model.encoder_layers}: `jaxlm train` trains decoders only; set it to 0, or write the step with "
                          "models/encdec.py")
-    rows, parts, ways = config.data.batch_size, config.train.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
+    rows, parts, ways = config.data.batch_size, config.train.microbatches, sharding.ways("batch", mesh)
     if rows % (parts * ways):
-        raise ValueError(f"data.batch_size={rows} must be a multiple of train.microbatches x mesh.data x mesh.fsdp = {parts} x {ways} = {parts * ways}: "
+        raise ValueError(f"data.batch_size={rows} must be a multiple of train.microbatches={parts} times {sharding.over('batch', mesh)}: "
                          f"try {max(1, round(rows / (parts * ways))) * parts * ways}")
+    if mesh.shape["sequence"] > 1:
+        sharding.zigzag(mesh.shape["sequence"], config.data.sequence_length)  # refuses what does not divide
     tokens_per_step = rows * config.data.sequence_length
     total = steps_of("train.steps", config.train.steps, tokens_per_step=tokens_per_step, tokens_per_epoch=tokens_per_epoch)
     if total < 1:

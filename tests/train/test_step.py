@@ -25,8 +25,8 @@ def build(mesh=(1, 1, 1), **changes):
     for key, value in changes.items():
         part, name = key.split("__")
         tree.setdefault(part, {})[name] = value
-    count = math.prod(mesh)
-    tree["mesh"] = dict(zip(("data", "fsdp", "tensor"), mesh))
+    tree["mesh"] = dict(zip(("data", "fsdp", "tensor"), mesh)) | tree.get("mesh", {})
+    count = math.prod(tree["mesh"].values())
     cfg = config.build(tree)
     return setup.build(cfg, sharding.make_mesh(cfg.mesh, jax.devices()[:count]), 128)
 
@@ -176,7 +176,7 @@ def test_dropout_is_a_function_of_seed_and_step():
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"data__batch_size": 6, "mesh": (4, 1, 1)}, "must be a multiple of train.microbatches x mesh.data x mesh.fsdp = 1 x 4 = 4: try 8"),
+    ({"data__batch_size": 6, "mesh": (4, 1, 1)}, "must be a multiple of train.microbatches=1 times mesh.data = 4: try 8"),
     ({"mesh": (1, 1, 8)}, r"kv_heads=2 cannot be split over mesh.tensor=8; sizes that work: \[1, 2\]"),
     ({"model__vocab_size": 64}, "smaller than the tokenizer's 128"),
     ({"optim__warmup": 30}, "longer than the run of 20"),
@@ -198,4 +198,4 @@ def test_bad_input(changes, words):
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (1, 1, 1), (2, -1, 3)])
 def test_mesh_that_does_not_fit(sizes):
     with pytest.raises(ValueError, match="does not fit 8 devices"):
-        sharding.make_mesh(config.MeshConfig(*sizes))
+        sharding.make_mesh(config.MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes))))
