@@ -169,7 +169,7 @@ def search(config: Config, topology: Topology, top: int = 3, quick: bool = False
     config = on_slices(config, topology)
     parts = _first_that_builds(config, topology)
     size = _sizes(parts)
-    ranked = sorted((by_formula(candidate, topology, size) for candidate in candidates(parts.config, topology)), key=_rank)
+    ranked = sorted((by_formula(candidate, topology, size) for candidate in candidates(parts.config, topology)), key=rank)
     say(f"{topology}: {len(ranked)} settings by formula, {sum(v.fits for v in ranked)} should fit")
     if topology.chip.platform == "gpu":
         return ranked
@@ -183,7 +183,7 @@ def search(config: Config, topology: Topology, top: int = 3, quick: bool = False
             compiled.append(judge(verdict.config, topology, quick))
         except ValueError as error:  # what only the model's own checks know does not divide
             say(f"  cannot run: {error}")
-    return sorted(compiled, key=_rank) + [v for v in ranked if v not in tried]
+    return sorted(compiled, key=rank) + [v for v in ranked if v not in tried]
 
 
 def _first_that_builds(config: Config, topology: Topology):
@@ -196,7 +196,7 @@ def _first_that_builds(config: Config, topology: Topology):
     raise error
 
 
-def _rank(verdict: Verdict) -> tuple:
+def rank(verdict: Verdict) -> tuple:
     """Those that fit first, by tokens per second, equal ones by the time without overlap."""
     if verdict.time is None:
         return (True, 0.0, 0.0)
