@@ -96,6 +96,17 @@ def known() -> str:
     return f"known: {tpus} (v5e:4x4); {', '.join(f'gpu:{c.name}xN' for c in CHIPS.values() if c.platform == 'gpu')}"
 
 
+def like(device_kind: str, devices: int) -> str:
+    """The known topology nearest to `devices` devices of that kind, as `jax.Device` names it; v5e where the kind is not known."""
+    kind = device_kind.lower()
+    gpu = next((name for name in ("h200", "h100", "a100") if name in kind), None)
+    if gpu or "nvidia" in kind:
+        return f"gpu:{gpu or 'h100'}x{devices}"
+    name = next((name for mark, name in (("v6", "v6e"), ("v5 lite", "v5e"), ("v5e", "v5e"), ("v5", "v5p"), ("v4", "v4")) if mark in kind), "v5e")
+    count = lambda shape: math.prod(int(n) for n in shape.split("x"))
+    return f"{name}:{min(SHAPES[name], key=lambda shape: (abs(count(shape) - devices), -count(shape)))}"
+
+
 def read_prices(path: str | pathlib.Path) -> dict[str, Chip]:
     """The table with the figures of a JSON file `{"v5e": {"dollars_per_hour": 0.7, "watts": 180}}` put in.
 

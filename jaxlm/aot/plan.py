@@ -1,13 +1,12 @@
 """Verdicts on a config and a topology: compiled or by formula, the largest batch that fits, and a search for better settings."""
 
+import bisect
 import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-
-import jax
 
 from jaxlm import sharding, trees
 from jaxlm.aot import compiler, formula, roofline
@@ -124,38 +123,35 @@ def with_rows(verdict: Verdict, rows: int) -> Config:
 def largest_batch(verdict: Verdict, quick: bool = False, confirm: bool = False, say: Say = lambda line: None) -> Verdict:
     """The verdict with the most rows that one device holds, a multiple of the microbatches.
 
-    Temporaries grow with the rows along a line (checked by tests on a small model): one more compilation gives the second point; `confirm` compiles the
-    answer and goes down until the compiler accepts it. By formula the same line is drawn without compiling.
+    Compiled: temporaries grow with the rows along a line, for which one more compilation gives the second point; near the limit the compiler recomputes
+    more by itself and accepts some rows beyond the line. `confirm` compiles the answer and goes down until the compiler accepts it. By formula: bisected.
     """
-    step = verdict.config.train.microbatches
-    compiled = verdict.method == "compiled"
-    judge_at = lambda rows: (judge(with_rows(verdict, rows), verdict.topology, quick) if compiled else by_formula(with_rows(verdict, rows), verdict.topology))
-    part = "activations and temporaries"
+    step, limit, part = verdict.config.train.microbatches, verdict.topology.chip.usable, "activations and temporaries"
+    answer = lambda rows, how: dataclasses.replace(verdict, largest_rows=rows, largest_how=how)
+    if verdict.total - verdict.memory[part] >= limit:
+        return answer(0, "the state alone is too large")
+    if verdict.method == "formula":
+        fits = lambda count: by_formula(with_rows(verdict, count * step), verdict.topology).fits
+        return answer(step * bisect.bisect_left(range(1, 2**24), True, key=lambda count: not fits(count)), "by formula")
     fixed = verdict.total - verdict.memory[part]
-    if fixed >= verdict.topology.chip.usable:
-        return dataclasses.replace(verdict, largest_rows=0, largest_how="the state alone is too large")
-    near = int(verdict.rows * (verdict.topology.chip.usable - fixed) / max(1, verdict.memory[part])) // step * step
+    near = int(verdict.rows * (limit - fixed) / max(1, verdict.memory[part])) // step * step
     second = max(step, near if near != verdict.rows else verdict.rows + step)
     if second == verdict.rows:
-        return dataclasses.replace(verdict, largest_rows=verdict.rows if verdict.fits else 0, largest_how="the fewest rows there can be")
-    say(f"{verdict.topology}: the same with {second} rows on each device, for the largest batch")
-    other = judge_at(second)
+        return answer(verdict.rows if verdict.fits else 0, "the fewest rows there can be")
+    say(f"{verdict.topology}: compiling {second} rows on each device, for the largest batch")
+    other = judge(with_rows(verdict, second), verdict.topology, quick)
+    seen = {verdict.rows: verdict.fits, second: other.fits}
+    known = max((rows for rows, fits in seen.items() if fits), default=0)
     slope = (other.memory[part] - verdict.memory[part]) / (second - verdict.rows)
     if slope <= 0:
-        return dataclasses.replace(verdict, largest_rows=max(v.rows for v in (verdict, other) if v.fits) if verdict.fits or other.fits else 0,
-                                   largest_how="at least; memory did not grow between two compilations")
-    rows = max(0, int(verdict.rows + verdict.margin / slope) // step * step)
-    seen = {verdict.rows: verdict.fits, second: other.fits}
-    how = "extrapolated from two compilations" if compiled else "by formula"
-    if not compiled or not confirm:
-        known = max((r for r, fits in seen.items() if fits), default=0)
-        return dataclasses.replace(verdict, largest_rows=max(rows, known), largest_how="compiled" if compiled and seen.get(max(rows, known)) else how)
-    while rows > 0 and not seen.get(rows, False):
+        return answer(known, "at least: memory did not grow between two compilations")
+    rows = max(known, int(verdict.rows + verdict.margin / slope) // step * step)
+    while confirm and rows > 0 and not seen.get(rows, False):
         if rows not in seen:
             say(f"{verdict.topology}: compiling {rows} rows on each device to confirm")
-            seen[rows] = judge_at(rows).fits
+            seen[rows] = judge(with_rows(verdict, rows), verdict.topology, quick).fits
         rows -= 0 if seen[rows] else step
-    return dataclasses.replace(verdict, largest_rows=rows, largest_how="confirmed by the compiler")
+    return answer(rows, "confirmed by the compiler" if seen.get(rows) else "extrapolated from two compilations")
 
 
 def search(config: Config, topology: Topology, top: int = 3, quick: bool = False, say: Say = lambda line: None) -> list[Verdict]:
