@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -105,6 +105,8 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> setup.Setup:
     if config.model.vocab_size == 0 and config.tokenizer.path:
         raise ValueError(f"tokenizer.path={config.tokenizer.path} is of unknown size here: set --config.model.vocab_size")
     pieces = 259 if config.tokenizer.kind == "bytes" else config.model.vocab_size if config.tokenizer.path else config.tokenizer.vocab_size
+    # Some steps: how long a run is changes nothing here, and with a batch many times larger it may be shorter than its own warm-up.
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps="100_000_000 steps"))
     return setup.build(config, mesh, pieces, tokens_per_epoch=10**9)
 
 

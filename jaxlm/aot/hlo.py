@@ -286,7 +286,7 @@ def replica_groups(attributes: str, devices: int) -> list[list[int]]:
         return _iota(iota[2], iota[3]).reshape(_ints(iota[1])).tolist()
     named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=\(([^{]*)\))?\s*\{([^}]*)\}", attributes)
     if named:
-        sizes = dict((axis.strip("' "), int(size)) for axis, size in (item.split("=") for item in named[1].split(",")))
+        sizes = {axis.strip("' "): int(size) for axis, size in (item.split("=") for item in named[1].split(","))}
         ids = _grid(tuple(sizes.values())).ravel()
         if named[2]:
             order = re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", named[2])

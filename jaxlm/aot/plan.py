@@ -131,8 +131,12 @@ def largest_batch(verdict: Verdict, quick: bool = False, confirm: bool = False, 
     if verdict.total - verdict.memory[part] >= limit:
         return answer(0, "the state alone is too large")
     if verdict.method == "formula":
-        fits = lambda count: by_formula(with_rows(verdict, count * step), verdict.topology).fits
-        return answer(step * bisect.bisect_left(range(1, 2**24), True, key=lambda count: not fits(count)), "by formula")
+        size = _sizes(compiler.build(verdict.config, compiler.abstract_mesh(verdict.config.mesh, verdict.topology.chips)))
+        fits = lambda count: by_formula(with_rows(verdict, count * step), verdict.topology, size).fits
+        end = 1
+        while fits(end):
+            end *= 2
+        return answer(step * bisect.bisect_left(range(1, end), True, key=lambda count: not fits(count)), "by formula")
     fixed = verdict.total - verdict.memory[part]
     near = int(verdict.rows * (limit - fixed) / max(1, verdict.memory[part])) // step * step
     second = max(step, near if near != verdict.rows else verdict.rows + step)

@@ -133,7 +133,7 @@ def jaxpr_flops(jaxpr) -> float:
 def _equation_flops(equation) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
-        (contract, _), (batch, _) = params["dimension_numbers"]
+        contract = params["dimension_numbers"][0][0]
         left = equation.invars[0].aval.shape
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contract)
     if name in ("ragged_dot", "ragged_dot_general"):

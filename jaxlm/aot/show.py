@@ -64,7 +64,7 @@ def table(verdicts: Sequence[Verdict], most: int = 12) -> str:
         t = v.time
         figures = f"{t.step_seconds:>8.4f} {t.bound:<8} {t.mfu:>4.0%} {t.tokens_per_second:>11,.0f} {t.dollars_per_billion:>8.2f} {t.kwh_per_billion:>8.2f}" \
             if t else f"{'':>8} {'':<8} {'':>4} {'':>11} {'':>8} {'':>8}"
-        lines.append(f"{rank:>4} {str(v.topology):<14} {v.method:<9} {gib(v.total):>7} {'yes' if v.fits else 'no':<5} {figures}  {describe(v)}")
+        lines.append(f"{rank:>4} {v.topology!s:<14} {v.method:<9} {gib(v.total):>7} {'yes' if v.fits else 'no':<5} {figures}  {describe(v)}")
     if len(verdicts) > most:
         lines.append(f"     and {len(verdicts) - most} more with --json")
     return "\n".join([*lines, "     all predicted: the step's time is a lower bound, the rest follows from it"])
