@@ -17,6 +17,7 @@ VERBS = {
     "eval": "loss, perplexity and bits per byte of a checkpoint; --watch follows a run",
     "generate": "continue prompts with a checkpoint",
     "import": "turn a Hugging Face directory into a checkpoint",
+    "verify": "compare a config's training on many meshes with one device",
     "export": "write a checkpoint as a Hugging Face directory",
 }
 

@@ -126,7 +126,10 @@ class TransformerConfig:
     init_depth_scaled: bool = True  # divide the std of projections into the residual stream by sqrt(2 x layers), as GPT-2 does
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are always float32
     remat: Literal["none", "full", "dots"] = "none"  # keep all activations, only the layers' inputs, or these and matrix products
-    attention: Literal["auto", "reference", "blocked"] = "auto"  # kernel
+    attention: Literal["auto", "reference", "blocked", "xla", "cudnn", "splash"] = "auto"  # kernel; cudnn: NVIDIA GPUs, splash: TPUs
+    sequence_attention: Literal["ring", "all_to_all"] = "ring"  # with mesh.sequence: keys go round the devices, or tokens are exchanged for heads
+    pipeline_microbatches: int = 0  # with mesh.stage: parts in which a batch (a part of train.microbatches) passes; 0: up to 4 for each stage
+    pipeline_repeats: int = 1  # with mesh.stage: groups of layers of a stage, which a part passes in turn: a smaller bubble for more traffic
     encoder_layers: int = 0  # layers of an encoder whose output the decoder's layers attend to (T5); 0: no encoder
     decoder_start: int = 0  # with an encoder: id with which the decoder begins (T5: padding)
     relative_buckets: int = 32  # relative positions: distances told apart, half of them exactly, the rest in logarithmic steps
@@ -136,7 +139,8 @@ class TransformerConfig:
     def __post_init__(self):
         for key in ("context", "layers", "width", "heads"):
             _need(getattr(self, key) > 0, f"model.{key}={getattr(self, key)} must be positive")
-        for key in ("vocab_size", "kv_heads", "head_size", "feedforward", "labels", "token_types", "position_offset"):
+        _need(self.pipeline_repeats > 0, f"model.pipeline_repeats={self.pipeline_repeats} must be positive")
+        for key in ("vocab_size", "kv_heads", "head_size", "feedforward", "labels", "token_types", "position_offset", "pipeline_microbatches"):
             _need(getattr(self, key) >= 0, f"model.{key}={getattr(self, key)} must not be negative")
         _need(self.kind == "decoder" or not self.causal, "model.kind=encoder sees the tokens on both sides: set model.causal=false")
         _need(self.kind == "encoder" or self.output == "tokens", f"model.output={self.output} is an encoder's: set model.kind=encoder, or leave it out")

@@ -136,7 +136,31 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     generation) stays whole."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec([None if axis is None or n < ways(axis) else axis for n, axis in zip(x.shape, axes, strict=True)]))
+    part = spec([None if axis is None or n < ways(axis) else axis for n, axis in zip(x.shape, axes, strict=True)])
+    try:
+        return jax.lax.with_sharding_constraint(x, part)
+    except NotImplementedError:  # jax before 0.8 inside a pipeline's stage: the compiler decides there
+        return x
+
+
+def per_device(f: Callable, inputs: Sequence[Sequence[str | None]], outputs: Any) -> Callable:
+    """`f` as each device runs it on its own parts of the arrays, with collectives over the names in `AXES`.
+
+    Args:
+      inputs: logical axes of each argument (or of all leaves of one); `f` gets whole what no axis splits.
+      outputs: logical axes of the result, or a tuple of those of each.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
+    several = any(isinstance(axes, tuple) for axes in outputs)
+    return jax.shard_map(f, in_specs=tuple(spec(axes) for axes in inputs), out_specs=tuple(spec(a) for a in outputs) if several else spec(outputs),
+                         axis_names=free, check_vma=False)
+
+
+def divides(x: jax.Array, *axes: str | None) -> bool:
+    """Whether the surrounding mesh has more than one device and splits `x` evenly."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1 and all(axis is None or n % ways(axis) == 0 for n, axis in zip(x.shape, axes))
 
 
 def params_shardings(mesh: Mesh, axes: Sequence[tuple[str, tuple[str, ...]]], shapes: Any) -> Any:

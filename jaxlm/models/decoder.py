@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import TransformerConfig
-from jaxlm.models import stack
+from jaxlm.models import pipeline, stack
 from jaxlm.models.axes import decoder_axes, gathered
 from jaxlm.models.layers import Norm, Slots, dropout, initialiser, project
 from jaxlm.ops import attention, positions
@@ -126,7 +126,7 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: dict | 
     k_embed, k_layers = (None, None) if key is None or cfg.dropout == 0 else jax.random.split(key)
     x = embed(cfg, params, inputs, dtype)
     x = constrain(dropout(x, cfg.dropout, k_embed), "batch", "tokens", "residual")
-    x, kv, routing = stack.run(cfg, params["layers"], x, slots, None if cache is None else {"k": cache["k"], "v": cache["v"]}, k_layers, view)
+    x, kv, routing = pipeline.run(cfg, params["layers"], x, slots, None if cache is None else {"k": cache["k"], "v": cache["v"]}, k_layers, view)
     if cfg.norm_position != "post":
         x = Norm(cfg).apply({"params": params["final_norm"]}, x)
     if cache is not None:

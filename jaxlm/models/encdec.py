@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import TransformerConfig
-from jaxlm.models import decoder, stack
+from jaxlm.models import decoder, pipeline, stack
 from jaxlm.models.axes import encdec_axes, gathered
 from jaxlm.models.layers import Memory, Norm, Slots, dropout, initialiser
 from jaxlm.ops import attention, positions
@@ -90,7 +90,7 @@ def _stack(cfg: TransformerConfig, params: dict, inputs: dict, memory: Memory | 
         x = x * jnp.asarray(cfg.embedding_scale, x.dtype)
     x = constrain(dropout(x, cfg.dropout, k_embed), "batch", "tokens", "residual")
     of_layers = None if cache is None else {name: leaf for name, leaf in cache.items() if name in ("k", "v", "cross_k", "cross_v")}
-    x, kv, _ = stack.run(cfg, params["layers"], x, slots, of_layers, k_layers, view)
+    x, kv, _ = pipeline.run(cfg, params["layers"], x, slots, of_layers, k_layers, view)
     x = dropout(Norm(cfg).apply({"params": params["final_norm"]}, x), cfg.dropout, k_final)
     if cache is not None:
         cache = {**kv, "positions": keys.positions, "segments": keys.segments, "length": cache["length"] + inputs["tokens"].shape[1]}

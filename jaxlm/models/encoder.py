@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import TransformerConfig
-from jaxlm.models import decoder, heads, stack
+from jaxlm.models import decoder, heads, pipeline, stack
 from jaxlm.models.axes import encoder_axes
 from jaxlm.models.layers import Norm, dropout, initialiser
 from jaxlm.sharding import constrain
@@ -55,7 +55,7 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: None = 
         x = x + (types[inputs["types"]] if "types" in inputs else types[0])
     x = dropout(Norm(cfg).apply({"params": params["embed_norm"]}, x), cfg.dropout, k_embed)
     x = constrain(x, "batch", "tokens", "residual")
-    x, _, routing = stack.run(cfg, params["layers"], x, decoder.make_slots(cfg, inputs), None, k_layers, view)
+    x, _, routing = pipeline.run(cfg, params["layers"], x, decoder.make_slots(cfg, inputs), None, k_layers, view)
     if cfg.norm_position != "post":
         x = Norm(cfg).apply({"params": params["final_norm"]}, x)
     return x, None, routing

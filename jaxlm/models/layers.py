@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, S keys, D width, N query heads, K key heads, H head size, F feed-forward, V vocabulary, L layers, E experts.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import TransformerConfig
+from jaxlm.models.attend import attend
 from jaxlm.ops import attention, moe, positions
-from jaxlm.sharding import constrain, ways
+from jaxlm.sharding import constrain, divides, per_device, ways
 
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False), "gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu,
@@ -134,9 +136,7 @@ class Attention(nn.Module):
             cache = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), slots.start, axis=1)
                      for name, new in (("k", key), ("v", value))}
             key, value = cache["k"].astype(q.dtype), cache["v"].astype(q.dtype)
-        kernel = attention.choose(cfg.attention, cached=cache is not None, causal=cfg.causal, biased=slots.bias is not None)
-        out_BTNH = kernel(q, key, value, slots.queries, slots.keys, window=window, causal=cfg.causal, softcap=cfg.attention_softcap,
-                          scale=(cfg.query_scale or h) ** -0.5, **({} if slots.bias is None else {"bias_BNTS": slots.bias}))
+        out_BTNH = attend(cfg, q, key, value, slots.queries, slots.keys, window=window, cached=cache is not None, bias_BNTS=slots.bias)
         out = project(out_BTNH, self.param("o", initialiser(cfg, n * h, d, into_residual=True), (n, h, d), jnp.float32), inputs=2)
         if cfg.bias:
             out = out + self.param("o_bias", nn.initializers.zeros, (d,), jnp.float32)
@@ -201,21 +201,35 @@ class Moe(nn.Module):
     def __call__(self, x_BTD: jax.Array, counted_BT: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The output, and the sums over the tokens that count (`counted_BT`, bool) of what `moe.statistics` makes of the router."""
         cfg, d, e, f = self.cfg, x_BTD.shape[-1], self.cfg.experts, self.cfg.expert_feedforward
-        x_RD = x_BTD.reshape(-1, d)
-        router = self.param("router", initialiser(cfg, d, e), (d, e), jnp.float32)
-        logits_RE = (x_RD @ router).astype(jnp.float32)
-        weights_RK, chosen_RK = moe.route(logits_RE, cfg.experts_per_token, renormalise=cfg.expert_renormalise)
+        logits_BTE = project(x_BTD, self.param("router", initialiser(cfg, d, e), (d, e), jnp.float32)).astype(jnp.float32)
+        weights_BTK, chosen_BTK = moe.route(logits_BTE, cfg.experts_per_token, renormalise=cfg.expert_renormalise)
         gate = self.param("gate", initialiser(cfg, d, f), (e, d, f), jnp.float32)
         up = self.param("up", initialiser(cfg, d, f), (e, d, f), jnp.float32)
         down = self.param("down", initialiser(cfg, f, d, into_residual=True), (e, f, d), jnp.float32)
-        act = ACTIVATIONS[cfg.activation]
-        out = moe.dispatch(x_RD, weights_RK, chosen_RK, e, lambda rows, multiply: multiply(act(multiply(rows, gate)) * multiply(rows, up), down))
+        out = _experts(cfg, x_BTD, weights_BTK, chosen_BTK, gate, up, down)
         if cfg.shared_feedforward:
-            shared = Mlp(cfg, cfg.shared_feedforward, name="shared")(x_RD[None])[0]
+            shared = Mlp(cfg, cfg.shared_feedforward, name="shared")(x_BTD)
             if cfg.shared_gate:
-                shared = shared * jax.nn.sigmoid(x_RD @ self.param("shared_gate", initialiser(cfg, d, 1), (d,), jnp.float32))[:, None]
+                shared = shared * jax.nn.sigmoid(x_BTD @ self.param("shared_gate", initialiser(cfg, d, 1), (d,), jnp.float32))[..., None]
             out = out + shared
-        return out.reshape(x_BTD.shape), moe.statistics(logits_RE, chosen_RK, counted_BT.reshape(-1))
+        return out, moe.statistics(logits_BTE, chosen_BTK, counted_BT)
+
+
+def _experts(cfg: TransformerConfig, x_BTD, weights_BTK, chosen_BTK, gate, up, down) -> jax.Array:
+    """The weighted sum of each token's experts. On a mesh each device sorts its own tokens: over `expert` they travel to their experts, over `tensor`
+    each device has a part of every expert's inner size, whose results are added."""
+    def local(x, weights, chosen, gate, up, down, **over):
+        act, flat = ACTIVATIONS[cfg.activation], lambda a: a.reshape(-1, a.shape[-1])
+        mlp = lambda rows, multiply: multiply(act(multiply(rows, gate)) * multiply(rows, up), down)
+        dispatch = functools.partial(moe.dispatch_over, **over) if over else moe.dispatch
+        return dispatch(flat(x), flat(weights), flat(chosen), cfg.experts, mlp).reshape(x.shape)
+
+    tokens, wide = ("batch", "sequence", None), ("expert", None, "feedforward")
+    if not divides(x_BTD, *tokens):
+        return local(x_BTD, weights_BTK, chosen_BTK, gate, up, down)
+    over = {"axis": "expert", "parts": ways("expert"), "everywhere": jax.sharding.get_abstract_mesh().axis_names}
+    device = lambda *arrays: jax.lax.psum(local(*arrays, **over), "tensor")
+    return per_device(device, (tokens, tokens, tokens, wide, wide, ("expert", "feedforward", None)), tokens)(x_BTD, weights_BTK, chosen_BTK, gate, up, down)
 
 
 class Block(nn.Module):

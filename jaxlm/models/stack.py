@@ -17,21 +17,21 @@ from jaxlm.models.layers import Block, Slots
 
 View = Callable[[Any], Any]  # one layer's weights -> the weights to compute with (cast, dequantise, add LoRA)
 
-_KINDS = ("mlp", "moe")  # the part of a layer that its kind decides, indexed by `sparse`
+KINDS = ("mlp", "moe")  # the part of a layer that its kind decides, indexed by `sparse`
 
 
 def init(cfg: TransformerConfig, key: jax.Array, slots: Slots) -> dict:
     """Parameters of all layers, each leaf `[L, ...]` (`mlp` and `moe`: as many as there are such layers); `slots` gives shapes only."""
     shape = (*slots.queries.positions.shape, cfg.width)
-    keys, kinds = jax.random.split(key, cfg.layers), _kinds(cfg)
+    keys, of = jax.random.split(key, cfg.layers), kinds(cfg)
     stacks = []
-    for sparse in sorted(set(kinds)):
+    for sparse in sorted(set(of)):
         one = lambda k: Block(cfg, sparse).init(k, jnp.zeros(shape, jnp.float32), slots, jnp.zeros((), jnp.int32))["params"]
-        stacks.append(jax.vmap(one)(keys if len(set(kinds)) == 1 else keys[jnp.array([i for i, kind in enumerate(kinds) if kind == sparse])]))
+        stacks.append(jax.vmap(one)(keys if len(set(of)) == 1 else keys[jnp.array([i for i, kind in enumerate(of) if kind == sparse])]))
     if len(stacks) == 1:
         return stacks[0]
-    place = jnp.argsort(jnp.argsort(jnp.array(kinds), stable=True))  # of each layer among the dense ones followed by the sparse ones
-    own = {name: stack.pop(name) for name, stack in zip(_KINDS, stacks)}
+    place = jnp.argsort(jnp.argsort(jnp.array(of), stable=True))  # of each layer among the dense ones followed by the sparse ones
+    own = {name: stack.pop(name) for name, stack in zip(KINDS, stacks)}
     return jax.tree.map(lambda dense, sparse: jnp.concatenate([dense, sparse])[place], *stacks) | own
 
 
@@ -47,25 +47,34 @@ def run(cfg: TransformerConfig, layers: dict, x_BTD: jax.Array, slots: Slots, ca
     Returns:
       Hidden states `[B, T, D]`, the new cache, and the routers' statistics, each `[sparse layers, ...]` (empty without experts).
     """
+    return scan(cfg, kinds(cfg), *rows(cfg, layers, cache, key), x_BTD, slots, view)
+
+
+def rows(cfg: TransformerConfig, layers: dict, cache: dict | None, key: jax.Array | None) -> tuple[dict, dict]:
+    """What belongs to each layer: the stacks of `KINDS`, each with rows for its own layers only, and the rest, leaves `[L, ...]`."""
     sizes = [cfg.windows[i % len(cfg.windows)] for i in range(cfg.layers)]
-    per_layer = {"params": {name: leaf for name, leaf in layers.items() if name not in _KINDS}}
+    per_layer: dict[str, Any] = {"params": {name: leaf for name, leaf in layers.items() if name not in KINDS}}
     if any(sizes):
         per_layer["window"] = jnp.array(sizes, jnp.int32)
     if cache is not None:
         per_layer["cache"] = cache
     if key is not None:
         per_layer["key"] = jax.random.split(key, cfg.layers)
+    return {name: layers[name] for name in KINDS if name in layers}, per_layer
 
+
+def scan(cfg: TransformerConfig, kinds: tuple[bool, ...], own: dict, per_layer: dict, x_BTD: jax.Array, slots: Slots, view: View):
+    """Layers of these kinds, with their `rows`; returns what `run` does."""
     def one(sparse, x, layer, own):
-        params = axes.whole(cfg, view(layer["params"] | {_KINDS[sparse]: own}))
+        params = axes.whole(cfg, view(layer["params"] | {KINDS[sparse]: own}))
         x, cache, statistics = Block(cfg, sparse).apply({"params": params}, x, slots, layer.get("window"), layer.get("cache"), layer.get("key"))
         return x, (cache, statistics)
 
     bodies = {sparse: _rematerialised(cfg.remat, lambda x, layer, own, sparse=sparse: one(sparse, x, layer, own)) for sparse in (False, True)}
     start, caches, routed = [0, 0, 0], [], []  # rows used so far of the dense, sparse and common stacks
-    for pattern, repeats in _groups(_kinds(cfg)):
+    for pattern, repeats in _groups(kinds):
         counts = [pattern.count(False), pattern.count(True), len(pattern)]
-        stacks = [layers[name] if counts[kind] else {} for kind, name in enumerate(_KINDS)] + [per_layer]
+        stacks = [own[name] if counts[kind] else {} for kind, name in enumerate(KINDS)] + [per_layer]
         rows = [jax.tree.map(lambda a: a[begin:begin + repeats * count].reshape(repeats, count, *a.shape[1:]), stack)
                 for stack, begin, count in zip(stacks, start, counts)]
 
@@ -87,7 +96,7 @@ def run(cfg: TransformerConfig, layers: dict, x_BTD: jax.Array, slots: Slots, ca
     return x_BTD, joined(caches), joined(routed) if routed else {}
 
 
-def _kinds(cfg: TransformerConfig) -> tuple[bool, ...]:
+def kinds(cfg: TransformerConfig) -> tuple[bool, ...]:
     """Of each layer, whether it has experts."""
     return tuple(i in cfg.sparse_layers for i in range(cfg.layers))
 

@@ -4,11 +4,15 @@ Which key a query may see is data, not shape: a key counts when it lies in the s
 layer's window. Packed rows, padding, caches and sliding windows are all cases of that.
 """
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from jaxlm.config import TransformerConfig
 
 
 class Tokens(NamedTuple):
@@ -63,13 +67,81 @@ def blocked(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, block: int
                   **options) for a in starts], axis=1)
 
 
-KERNELS: dict[str, Callable[..., jax.Array]] = {"reference": reference, "blocked": blocked}
+def dot_product(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=None, causal: bool = True, softcap: float = 0.0, scale: float,
+                implementation: str) -> jax.Array:
+    """`jax.nn.dot_product_attention`: with "cudnn" the fused kernel of NVIDIA's library. No soft-cap."""
+    assert not softcap
+    seen = mask(queries, keys, window, causal)[:, None]
+    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=seen, scale=scale, implementation=implementation)
 
 
-def choose(kernel: str, *, cached: bool, causal: bool = True, biased: bool = False) -> Callable[..., jax.Array]:
-    """The kernel of that name; "auto" takes what was fastest on this backend (see tools/bench.py)."""
-    if cached or not causal or biased:
-        return reference
-    if kernel == "auto":
-        kernel = "blocked" if jax.default_backend() == "cpu" else "reference"
-    return KERNELS[kernel]
+def splash(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=None, windows: Sequence[int] = (0,), causal: bool = True, softcap: float = 0.0,
+           scale: float, interpret: bool = False) -> jax.Array:
+    """Splash attention, jax's Pallas kernel for TPUs: nothing is computed for blocks that causality, the window or the packing hide.
+
+    Like `blocked` it needs slot order to be time order in each segment.
+
+    Args:
+      windows: the sizes that `window` may have: each is a program of its own, since the kernel must know them when it is compiled.
+      interpret: run it on any device, slowly.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    assert causal
+    heads, length = q_BTNH.shape[2], q_BTNH.shape[1]
+    order = lambda a: jnp.moveaxis(a, 2, 1)
+
+    def of(size: int):
+        shape = (length, length)
+        one = masks.LocalMask(shape, (size - 1, 0), 0) if size else masks.CausalMask(shape)
+        block = math.gcd(length, 512)
+        blocks = kernels.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+                                    block_q_dq=block, block_kv_dq=block)
+        run = kernels.make_splash_mha(masks.MultiHeadMask([one] * heads), head_shards=1, q_seq_shards=1, block_sizes=blocks,
+                                      attn_logits_soft_cap=softcap or None, interpret=interpret)
+        row = lambda q, k, v, a, b: run(q, k, v, segment_ids=kernels.SegmentIds(a, b))
+        return lambda q, k, v: jax.vmap(row)(order(q * scale), order(k), order(v), queries.segments, keys.segments)
+
+    if window is None or len(windows) == 1:
+        out = of(0 if window is None else windows[0])(q_BTNH, k_BSKH, v_BSKH)
+    else:
+        number = jnp.argmax(jnp.array(windows) == window)
+        out = jax.lax.switch(number, [of(size) for size in windows], q_BTNH, k_BSKH, v_BSKH)
+    return jnp.moveaxis(out, 1, 2).astype(q_BTNH.dtype)
+
+
+KERNELS: dict[str, Callable[..., jax.Array]] = {
+    "reference": reference, "blocked": blocked, "xla": functools.partial(dot_product, implementation="xla"),
+    "cudnn": functools.partial(dot_product, implementation="cudnn"), "splash": splash,
+}
+
+
+def choose(cfg: TransformerConfig, length: int, backend: str = "") -> str:
+    """The kernel for training rows of `length` tokens: the one `cfg.attention` names, or for "auto" the one for this backend (empty: that of jax) which can do what the model
+    needs: blocked on CPUs (see tools/bench.py), splash on TPUs, else reference.
+
+    Raises:
+      ValueError: one line: a forced kernel that cannot.
+    """
+    backend, size = backend or jax.default_backend(), cfg.head_size or cfg.width // cfg.heads
+    obstacles = {
+        "reference": "",
+        "blocked": "" if cfg.causal else "is for causal models",
+        "xla": "has no soft-cap" if cfg.attention_softcap else "",
+        "cudnn": ("runs on NVIDIA GPUs" if backend != "gpu" else "has no soft-cap" if cfg.attention_softcap else
+                  "computes in bfloat16: set model.dtype=bfloat16" if cfg.dtype != "bfloat16" else
+                  f"needs a head size that is a multiple of 8 and at most 128, not {size}" if size % 8 or size > 128 else ""),
+        "splash": ("runs on TPUs" if backend != "tpu" else "is for causal models" if not cfg.causal else
+                   f"needs heads of a multiple of 128, not {size}" if size % 128 else f"needs rows of a multiple of 128 tokens, not {length}" if length % 128
+                   else ""),
+    }
+    if cfg.positions == "relative":
+        obstacles = {name: "adds no bias to the scores, which relative positions are" if name != "reference" else "" for name in obstacles}
+    if cfg.attention == "auto":
+        first = {"cpu": "blocked", "tpu": "splash"}.get(backend, "reference")
+        return "reference" if obstacles[first] else first
+    if obstacles[cfg.attention]:
+        able = [name for name, obstacle in obstacles.items() if not obstacle]
+        raise ValueError(f"model.attention={cfg.attention} {obstacles[cfg.attention]}; here auto, {', '.join(able)} work")
+    return cfg.attention

@@ -25,6 +25,7 @@ from jaxlm.train.stop import StopRequest, Watchdog
 # What may differ when a run goes on in its workdir: how it is computed and reported, not what is computed.
 FREE = ("mesh.", "checkpoint.", "eval.", "train.microbatches", "train.log_every", "train.eval_every", "train.eval_documents", "train.bad_steps",
         "train.watchdog_seconds", "train.sample_prompt", "data.dir", "data.source", "data.threads", "data.prefetch", "model.remat", "model.attention",
+        "model.sequence_attention", "model.pipeline_",
         "objective.chunk_rows")
 
 
@@ -167,6 +168,7 @@ def _introduction(parts: setup.Setup, epoch: pack.EpochSize, state: State, start
         f"model    {report.count(trees.count(state.params))} parameters: {config.model.layers} layers, width {config.model.width}, "
         f"{config.model.heads} heads, vocabulary {config.model.vocab_size}",
         f"devices  {jax.device_count()} x {device.device_kind} ({axes}, {jax.process_count()} process{'es' * (jax.process_count() > 1)}), peak {peak_source}",
+        f"layout   {setup.layout(config, parts.mesh)}",
         f"plan     {parts.total} steps of {tokens} tokens = {report.count(parts.total * tokens)} tokens, {epochs:.2f} epochs (padding {epoch.padding} tokens each)"
         + (f"; resumed after step {start}" if start else "")])
 

@@ -11,10 +11,30 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import optim, sharding, trees
 from jaxlm.config import Config, steps_of
-from jaxlm.models import decoder, kinds
+from jaxlm.models import attend, decoder, kinds, pipeline
 from jaxlm.objectives import KINDS, OBJECTIVES
 from jaxlm.train.state import State
-from jaxlm.train.step import init_state, train_step
+from jaxlm.train.step import init_state, mean_gradient, train_step
+
+
+def layout(config: Config, mesh: Mesh) -> str:
+    """How attention and layers are laid out on the mesh, in a few words for the run's introduction.
+
+    Raises:
+      ValueError: one line, for what kernel, heads, layers or rows do not allow.
+    """
+    cfg, found = config.model.filled(), []
+    found.append(f"attention {attend.check(cfg, mesh, config.data.sequence_length)}")
+    if mesh.shape["expert"] > 1 and not cfg.experts:
+        raise ValueError(f"mesh.expert={mesh.shape['expert']} splits the experts of a mixture, and model.experts=0: give these devices to mesh.fsdp")
+    if mesh.shape["stage"] > 1:
+        rows = config.data.batch_size // (config.train.microbatches * sharding.ways("batch", mesh))
+        plan = pipeline.plan(cfg, mesh.shape["stage"], rows)
+        if cfg.pipeline_microbatches and plan.microbatches != cfg.pipeline_microbatches:
+            raise ValueError(f"model.pipeline_microbatches={cfg.pipeline_microbatches} must divide the {rows} rows of a device: try {plan.microbatches}")
+        found.append(f"pipeline of {plan.stages} stages x {plan.repeats} groups of {plan.layers} layers, {plan.microbatches} microbatches, "
+                     f"bubble {plan.bubble:.0%} of the time")
+    return ", ".join(found)
 
 
 class Setup(NamedTuple):
@@ -28,6 +48,7 @@ class Setup(NamedTuple):
     init: Callable[[], State]
     begin: Callable[[Any], State]  # the state before step 0 with these parameters, which are donated
     step: Callable[[State, dict[str, jax.Array]], tuple[State, dict[str, Any]]]  # jitted, donates the state
+    gradient: Callable[[Any, dict[str, jax.Array]], tuple[Any, Any]]  # jitted: parameters, batch -> the first step's gradient of those trained, and its sums
     steps: Callable[[str, str], int]  # (config key, duration) -> steps
 
 
@@ -59,6 +80,7 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
                          f"try {max(1, round(rows / (parts * ways))) * parts * ways}")
     if mesh.shape["sequence"] > 1:
         sharding.zigzag(mesh.shape["sequence"], config.data.sequence_length)  # refuses what does not divide
+    layout(config, mesh)
     tokens_per_step = rows * config.data.sequence_length
     total = steps_of("train.steps", config.train.steps, tokens_per_step=tokens_per_step, tokens_per_epoch=tokens_per_epoch)
     if total < 1:
@@ -86,7 +108,13 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
     batch = {key: tokens for key in ("tokens", "targets", "positions", "segments")} | {"weights": tokens.update(dtype=jnp.float32)}
     objective = functools.partial(OBJECTIVES[config.objective.name], config.objective, model)
     step = functools.partial(train_step, objective=objective, tx=tx, rate=rate, trainable=trainable, microbatches=parts, ema=config.optim.ema)
+
+    def gradient(params: Any, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
+        key = jax.random.fold_in(jax.random.split(jax.random.key(config.train.seed))[1], 0)
+        return mean_gradient(*trees.split(params, trainable), batch, key, objective, parts)
+
     return Setup(config, mesh, model, total, target, batch,
                  lambda: jax.jit(init, out_shardings=state_places)(jax.random.key(config.train.seed)),
                  lambda params: jax.jit(init, out_shardings=state_places, donate_argnums=1)(jax.random.key(config.train.seed), params),
-                 jax.jit(step, donate_argnums=0, out_shardings=(state_places, whole)), steps)
+                 jax.jit(step, donate_argnums=0, out_shardings=(state_places, whole)),
+                 jax.jit(gradient, out_shardings=(trees.split(places, trainable)[0], whole)), steps)

@@ -43,8 +43,19 @@ def train_step(state: State, batch: Mapping[str, jax.Array], *, objective: Calla
       The next state, and `{"sums": Sums, "lr", "grad_norm", "param_norm", "skipped"}` as float32 scalars.
     """
     train, frozen = trees.split(state.params, trainable)
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    grads, sums = mean_gradient(train, frozen, batch, jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), objective, microbatches)
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(sums["loss"][0]) & jnp.isfinite(norm)
+    updates, opt = tx.update(grads, state.opt, train)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o) if jnp.issubdtype(n.dtype, jnp.floating) else n, new, old)
+    params = trees.merge(keep(optax.apply_updates(train, updates), train), frozen)
+    average = None if state.ema is None else jax.tree.map(lambda a, p: a * ema + p * (1 - ema), state.ema, params)
+    metrics = {"sums": sums, "lr": jnp.asarray(rate(state.step), jnp.float32), "grad_norm": norm, "param_norm": optax.tree.norm(params), "skipped": 1.0 - finite.astype(jnp.float32)}
+    return State(state.step + 1, params, keep(opt, state.opt), average, state.key), metrics
 
+
+def mean_gradient(train: Any, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array, objective: Callable[..., Sums], microbatches: int) -> tuple[Any, Sums]:
+    """The gradient of the sum of losses over the sum of weights, float32 like `train`, and the sums; see `train_step`."""
     def loss(train, part, key):
         sums = objective(trees.merge(train, frozen), part, key)
         return sums["loss"][0], sums
@@ -59,17 +70,8 @@ def train_step(state: State, batch: Mapping[str, jax.Array], *, objective: Calla
         shapes = jax.eval_shape(gradient, train, jax.tree.map(lambda x: x[0], parts), key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         (grads, sums), _ = jax.lax.scan(body, zeros, (jnp.arange(microbatches), parts))
-
     weight = jnp.maximum(sums["loss"][1], 1)  # a batch of padding alone has no gradient rather than NaN
-    grads = jax.tree.map(lambda g: g / weight, grads)
-    norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(sums["loss"][0]) & jnp.isfinite(norm)
-    updates, opt = tx.update(grads, state.opt, train)
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o) if jnp.issubdtype(n.dtype, jnp.floating) else n, new, old)
-    params = trees.merge(keep(optax.apply_updates(train, updates), train), frozen)
-    average = None if state.ema is None else jax.tree.map(lambda a, p: a * ema + p * (1 - ema), state.ema, params)
-    metrics = {"sums": sums, "lr": jnp.asarray(rate(state.step), jnp.float32), "grad_norm": norm, "param_norm": optax.tree.norm(params), "skipped": 1.0 - finite.astype(jnp.float32)}
-    return State(state.step + 1, params, keep(opt, state.opt), average, state.key), metrics
+    return jax.tree.map(lambda g: g / weight, grads), sums
 
 
 def _microbatches(x: jax.Array, parts: int) -> jax.Array:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from jaxlm.ops import moe
 
@@ -64,3 +65,26 @@ def test_padding_does_not_count():
     part = moe.statistics(logits, chosen, jnp.arange(10) < 6)
     whole = moe.statistics(logits[:6], chosen[:6], jnp.ones(6, bool))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), part, whole)
+
+
+@pytest.mark.parametrize("skew", [0, 100])
+@pytest.mark.parametrize("parts, k", [(2, 2), (4, 1), (8, 3)])
+def test_dispatch_over_devices_equals_dense(parts, k, skew):
+    """Any routing, also all tokens to one expert, which takes every round."""
+    experts = 8
+    key = jax.random.split(jax.random.key(parts), 5)
+    x, w = jax.random.normal(key[0], (48, D)), (jax.random.normal(key[1], (experts, D, F)), jax.random.normal(key[2], (experts, F, D)))
+    logits = jax.random.normal(key[3], (48, experts)) + skew * (jnp.arange(experts) == 5)
+    share, chosen = moe.route(logits, k, renormalise=True)
+    pull = jax.random.normal(key[4], (48, D))
+
+    def device(x, share, chosen, w0, w1):
+        mlp = lambda rows, multiply: multiply(jax.nn.silu(multiply(rows, w0)), w1)
+        return moe.dispatch_over(x, share, chosen, experts, mlp, axis="expert", parts=parts, everywhere=("expert",))
+
+    mesh = jax.make_mesh((parts,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:parts])
+    over = jax.shard_map(device, mesh=mesh, in_specs=(P("expert"),) * 5, out_specs=P("expert"), check_vma=False)
+    value = lambda f: jax.jit(jax.value_and_grad(lambda x, s, w: (f(x, s, chosen, w) * pull).sum(), argnums=(0, 1, 2)))(x, share, w)
+    with jax.set_mesh(mesh):
+        found = value(lambda x, s, c, w: over(x, s, c, *w))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), found, value(densely))
