@@ -96,7 +96,7 @@ def abstract_mesh(cfg: MeshConfig, chips: int) -> AbstractMesh:
     return AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
-def build(config: Config, mesh: Mesh | AbstractMesh) -> setup.Setup:
+def build(config: Config, mesh: Mesh | AbstractMesh, platform: str) -> setup.Setup:
     """The parts of a run, as `jaxlm train` builds them, for a corpus that is not here.
 
     Raises:
@@ -107,12 +107,19 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> setup.Setup:
     pieces = 259 if config.tokenizer.kind == "bytes" else config.model.vocab_size if config.tokenizer.path else config.tokenizer.vocab_size
     # Some steps: how long a run is changes nothing here, and with a batch many times larger it may be shorter than its own warm-up.
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps="100_000_000 steps"))
-    return setup.build(config, mesh, pieces, tokens_per_epoch=10**9)
+    with as_on(platform):
+        return setup.build(config, mesh, pieces, tokens_per_epoch=10**9)
 
 
-def for_platform(config: Config, platform: str) -> Config:
-    """The config with the kernel that "auto" would choose there; here it would choose for this machine."""
-    return config if config.model.attention != "auto" else dataclasses.replace(config, model=dataclasses.replace(config.model, attention="reference"))
+@contextlib.contextmanager
+def as_on(platform: str):
+    """Lets the model choose its kernels as it would on "tpu" or "gpu": it asks `jax.default_backend`, which here names this machine's."""
+    before = jax.default_backend
+    jax.default_backend = lambda: platform
+    try:
+        yield
+    finally:
+        jax.default_backend = before
 
 
 def state_bytes(parts: setup.Setup) -> dict[str, int]:
@@ -134,12 +141,11 @@ def compile_step(config: Config, topology: Topology, quick: bool = False, text: 
     Raises:
       ValueError: libtpu is absent, or a config that cannot run on these chips.
     """
-    config = for_platform(config, "tpu")
     mesh = sharding.make_mesh(config.mesh, devices(topology.name, topology.slices))
-    parts = build(config, mesh)  # before the mesh is set: what it evaluates must not lie on devices that are not there
+    parts = build(config, mesh, "tpu")  # before the mesh is set: what it evaluates must not lie on devices that are not there
     memory = state_bytes(parts)
     started = time.perf_counter()
-    with jax.set_mesh(mesh), _no_cache():
+    with jax.set_mesh(mesh), _no_cache(), as_on("tpu"):
         traced = parts.step.trace(parts.target, parts.batch)
         flops = roofline.jaxpr_flops(traced.jaxpr) / topology.chips
         try:

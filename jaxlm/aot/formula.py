@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from jaxlm import sharding
 from jaxlm.aot.hlo import Array, Collective
 from jaxlm.config import Config
+from jaxlm.models import pipeline
+from jaxlm.ops import attention
 from jaxlm.train import report
 
 
@@ -51,8 +53,10 @@ class Needs:
     bubble: float  # share of the step that a stage waits
 
 
-def needs(config: Config, mesh: Mapping[str, int], size: Sizes) -> Needs:
-    """What one step of `config` needs on one device of `mesh` (axis -> size; axes that are absent count as 1)."""
+def needs(config: Config, mesh: Mapping[str, int], size: Sizes, platform: str) -> Needs:
+    """What one step of `config` needs on one device of `mesh` (axis -> size; axes that are absent count as 1), a "tpu" or "gpu"."""
+    kernel = attention.choose(config.model, config.data.sequence_length, platform)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kernel))
     model, c = config.model.filled(), 2 if config.model.dtype == "bfloat16" else 4
     at = lambda axis: mesh.get(axis, 1)
     chips, tensor, stages = math.prod(mesh.values()), at("tensor"), at("stage")
@@ -68,7 +72,7 @@ def needs(config: Config, mesh: Mapping[str, int], size: Sizes) -> Needs:
     layer_whole = (size.layer - size.experts + size.experts / at("expert")) / tensor * c  # one layer's weights, gathered
     outside_whole = size.outside / (tensor * stages) * c
     logits = min(tokens, (config.objective.chunk_rows or 10**12) / (batch_ways * at("sequence"))) * model.vocab_size / (tensor * stages) * (2 * 4 + c)
-    saved = layers * block[config.model.remat] * (min(stages, passes) if stages > 1 else 1)
+    saved = layers * block[config.model.remat]  # of a pipeline's parts together as much as of the whole batch
     working = (0 if config.model.remat == "none" else block["none"]) + block["gradients"] + 2 * layer_whole * (at("fsdp") > 1)
     gradients = 4 * held * (1 if passes == 1 else 2)
     memory = {"parameters": 4 * held, "optimiser": 4 * held * size.optimiser, "average": 0, "batch": 20 * tokens * passes, "padding and rest": 0,
@@ -76,13 +80,13 @@ def needs(config: Config, mesh: Mapping[str, int], size: Sizes) -> Needs:
 
     per_token = report.flops_per_token(config.model, size.parameters, config.data.sequence_length)
     useful = per_token * config.data.batch_size * config.data.sequence_length
-    attention = 6 * model.layers * config.data.sequence_length * model.heads * model.head_size  # the causal half, forward and backward
-    executed = per_token + (attention if model.causal and model.attention in ("auto", "reference") else 0)  # "reference" computes the hidden half too
+    causal_half = 6 * model.layers * config.data.sequence_length * model.heads * model.head_size  # forward and backward
+    executed = per_token + (causal_half if model.causal and kernel in ("reference", "xla") else 0)  # these compute the hidden half too
     executed *= 4 / 3 if config.model.remat == "full" else 1
     recomputed = config.model.remat != "none"
     traffic = passes * layers * ((2 + recomputed) * layer_whole + (3 + recomputed) * 2 * block["none"]) + passes * 6 * outside_whole
     traffic += 3 * 2 * passes * tokens * model.vocab_size / (tensor * stages) * 4 + (3 + 2 * size.optimiser) * 4 * held
-    bubble = (stages - 1) / (passes + stages - 1)
+    bubble = pipeline.plan(config.model, stages, max(1, int(rows))).bubble if stages > 1 else 0.0
     return Needs({name: int(n) for name, n in memory.items()}, executed * useful / per_token / chips, useful, traffic,
                  _collectives(config, mesh, size, tokens, c), bubble)
 
@@ -96,7 +100,7 @@ def _block(config: Config, tokens: float, tensor: int, c: int) -> dict[str, floa
         inner = model.expert_feedforward * model.experts_per_token / tensor + model.shared_feedforward / tensor
     matrices = (2 if model.gated else 1) * inner
     seen = config.data.sequence_length * (0.5 if model.attention == "blocked" else 1)
-    scores = seen * model.heads / tensor * (4 + c) if model.attention in ("auto", "reference", "blocked") else 0
+    scores = 0 if model.attention in ("cudnn", "splash") else seen * model.heads / tensor * (4 + c)
     dots = c * (model.width + heads + 2 * kv + model.width + matrices + model.width)
     full = c * 3 * model.width + c * (2 * heads + 2 * kv) + c * (matrices + 2 * inner) + c * model.width + scores
     return {"full": tokens * c * model.width, "dots": tokens * dots, "none": tokens * full, "gradients": tokens * (c * 2 * model.width + scores + c * matrices)}

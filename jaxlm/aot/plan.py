@@ -1,6 +1,7 @@
 """Verdicts on a config and a topology: compiled or by formula, the largest batch that fits, and a search for better settings."""
 
 import bisect
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -75,9 +76,9 @@ def judge(config: Config, topology: Topology, quick: bool = False, text: Say = l
     if topology.chip.platform == "gpu":
         return by_formula(config, topology)
     mesh = dict(compiler.abstract_mesh(config.mesh, topology.chips).shape)
-    parts = compiler.build(compiler.for_platform(config, "tpu"), compiler.abstract_mesh(config.mesh, topology.chips))  # refuses before libtpu is asked
+    parts = compiler.build(config, compiler.abstract_mesh(config.mesh, topology.chips), "tpu")  # refuses before libtpu is asked
     found = compiler.compile_step(config, topology, quick, text)
-    need = formula.needs(parts.config, mesh, _sizes(parts))
+    need = formula.needs(parts.config, mesh, _sizes(parts), "tpu")
     time = None
     if found.collectives or found.traffic:
         ici, dcn = roofline.communication(topology, found.collectives, found.links)
@@ -92,9 +93,9 @@ def by_formula(config: Config, topology: Topology, size: formula.Sizes | None = 
     config = on_slices(config, topology)
     mesh = dict(compiler.abstract_mesh(config.mesh, topology.chips).shape)
     if size is None:
-        parts = compiler.build(compiler.for_platform(config, topology.chip.platform), compiler.abstract_mesh(config.mesh, topology.chips))
+        parts = compiler.build(config, compiler.abstract_mesh(config.mesh, topology.chips), topology.chip.platform)
         config, size = parts.config, _sizes(parts)
-    need = formula.needs(config, mesh, size)
+    need = formula.needs(config, mesh, size, topology.chip.platform)
     ici, dcn = roofline.communication(topology, need.collectives, roofline.formula_links(topology, mesh))
     time = roofline.roofline(topology, flops=need.flops, useful=need.useful, traffic=need.traffic, ici=ici, dcn=dcn,
                              tokens=config.data.batch_size * config.data.sequence_length, bubble=need.bubble)
@@ -131,7 +132,7 @@ def largest_batch(verdict: Verdict, quick: bool = False, confirm: bool = False, 
     if verdict.total - verdict.memory[part] >= limit:
         return answer(0, "the state alone is too large")
     if verdict.method == "formula":
-        size = _sizes(compiler.build(verdict.config, compiler.abstract_mesh(verdict.config.mesh, verdict.topology.chips)))
+        size = _sizes(compiler.build(verdict.config, compiler.abstract_mesh(verdict.config.mesh, verdict.topology.chips), verdict.topology.chip.platform))
         fits = lambda count: by_formula(with_rows(verdict, count * step), verdict.topology, size).fits
         end = 1
         while fits(end):
@@ -169,7 +170,11 @@ def search(config: Config, topology: Topology, top: int = 3, quick: bool = False
     config = on_slices(config, topology)
     parts = _first_that_builds(config, topology)
     size = _sizes(parts)
-    ranked = sorted((by_formula(candidate, topology, size) for candidate in candidates(parts.config, topology)), key=rank)
+    ranked = []
+    for candidate in candidates(parts.config, topology):
+        with contextlib.suppress(ValueError):  # a pipeline whose stages would differ
+            ranked.append(by_formula(candidate, topology, size))
+    ranked.sort(key=rank)
     say(f"{topology}: {len(ranked)} settings by formula, {sum(v.fits for v in ranked)} should fit")
     if topology.chip.platform == "gpu":
         return ranked
@@ -190,7 +195,7 @@ def _first_that_builds(config: Config, topology: Topology):
     error = None
     for mesh in (config.mesh, *(c.mesh for c in candidates(config, topology))):
         try:
-            return compiler.build(compiler.for_platform(dataclasses.replace(config, mesh=mesh), topology.chip.platform), compiler.abstract_mesh(mesh, topology.chips))
+            return compiler.build(dataclasses.replace(config, mesh=mesh), compiler.abstract_mesh(mesh, topology.chips), topology.chip.platform)
         except ValueError as raised:
             error = error or raised
     raise error
@@ -210,7 +215,7 @@ def candidates(config: Config, topology: Topology) -> Iterator[Config]:
     for mesh in meshes(config, topology):
         ways = math.prod(getattr(mesh, axis) for axis in sharding.RULES["batch"])
         for remat, passes, batch in itertools.product(("none", "dots", "full"), (1, 2, 4, 8), (base // 2, base, base * 2)):
-            if batch and batch % (ways * passes) == 0 and (mesh.stage == 1 or passes >= mesh.stage):
+            if batch and batch % (ways * passes) == 0:
                 yield dataclasses.replace(config, mesh=mesh, model=dataclasses.replace(model, remat=remat), train=dataclasses.replace(config.train, microbatches=passes),
                                           data=dataclasses.replace(config.data, batch_size=batch))
 
@@ -221,7 +226,7 @@ def meshes(config: Config, topology: Topology) -> Iterator[Any]:
     divides = {"data": lambda n: True, "fsdp": lambda n: model.width % n == 0,
                "tensor": lambda n: not any(size % n for size in (model.heads, model.kv_heads, model.feedforward, model.vocab_size or n)),
                "sequence": lambda n: n == 1 or (config.data.sequence_length % (2 * n) == 0 and config.data.sequence_length // n >= 1024),
-               "stage": lambda n: model.layers % n == 0, "expert": lambda n: n == 1 or (model.experts and model.experts % n == 0)}
+               "stage": lambda n: model.layers % (n * model.pipeline_repeats) == 0 if n > 1 else True, "expert": lambda n: n == 1 or (model.experts and model.experts % n == 0)}
     axes = [axis for axis in sharding.AXES if axis != "slice"]
     options = [[n for n in range(1, chips + 1) if chips % n == 0 and divides[axis](n)] for axis in axes]
     for numbers in itertools.product(*options):

@@ -20,7 +20,7 @@ def tiny(**parts):
 
 def test_state_is_exact():
     """Float32 parameters and AdamW's two moments, split eight ways."""
-    parts = compiler.build(tiny(), compiler.abstract_mesh(tiny().mesh, 8))
+    parts = compiler.build(tiny(), compiler.abstract_mesh(tiny().mesh, 8), "gpu")
     count = 512 * 64 + 4 * (2 * 64 + 4 * 64 * 64 + 3 * 64 * 256) + 64
     state = compiler.state_bytes(parts)
     assert state["parameters"] == pytest.approx(4 * count / 8, rel=0.001)
@@ -208,7 +208,7 @@ def test_other_errors_of_the_runtime_stay_what_they_are(monkeypatch, tmp_path):
 
 
 def test_sizes_by_counting():
-    parts = compiler.build(tiny(), compiler.abstract_mesh(tiny().mesh, 8))
+    parts = compiler.build(tiny(), compiler.abstract_mesh(tiny().mesh, 8), "gpu")
     size = plan._sizes(parts)
     assert isinstance(size, formula.Sizes) and size.outside == 512 * 64 + 64 and size.layer == 2 * 64 + 4 * 64 * 64 + 3 * 64 * 256
     assert size.optimiser == pytest.approx(2, rel=0.01)
