@@ -83,7 +83,7 @@ def parse(text: str) -> Program:
             if head:
                 name, body = head[2], []
                 entry = name if head[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # a Pallas kernel's attributes have lines of their own, which may begin with a brace
             computations[name], name = tuple(body), None
         else:
             instruction = _instruction(line)
