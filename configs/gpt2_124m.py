@@ -17,11 +17,11 @@ from jaxlm.models.presets import PRESETS
 
 def get_config():
     c = ConfigDict()
-    c.model = ConfigDict(dataclasses.asdict(PRESETS["gpt2_124m"]) | dict(dtype="bfloat16"))
+    c.model = ConfigDict(dataclasses.asdict(PRESETS["gpt2_124m"]) | dict(dtype="bfloat16", remat="full"))
     c.tokenizer = ConfigDict(dict(kind="bpe", vocab_size=50257))
     c.data = ConfigDict(dict(validation=0.0005, test=0.0005, sequence_length=1024, batch_size=480, threads=4))
     c.optim = ConfigDict(dict(name="adamw", lr=6e-4, warmup="2000 steps", end_lr_ratio=0.1, weight_decay=0.1, b2=0.95))
-    c.train = ConfigDict(dict(steps="600_000 steps", log_every="100 steps", eval_every="1000 steps", eval_documents=1000))
+    c.train = ConfigDict(dict(steps="600_000 steps", microbatches=2, log_every="100 steps", eval_every="1000 steps", eval_documents=1000))
     c.objective = ConfigDict(dict(chunk_rows=32768))
     c.checkpoint = ConfigDict(dict(every="1000 steps", keep_every="50_000 steps"))
     return c

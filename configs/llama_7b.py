@@ -19,7 +19,7 @@ def get_config():
     c.tokenizer = ConfigDict(dict(kind="bpe", vocab_size=32000))
     c.data = ConfigDict(dict(validation=0.0001, test=0.0001, sequence_length=4096, batch_size=1024, threads=8))
     c.optim = ConfigDict(dict(name="adamw", lr=3e-4, warmup="2000 steps", end_lr_ratio=0.1))
-    c.train = ConfigDict(dict(steps="135e9 tokens", log_every="20 steps", eval_every="1000 steps", eval_documents=1000))
+    c.train = ConfigDict(dict(steps="135e9 tokens", microbatches=4, log_every="20 steps", eval_every="1000 steps", eval_documents=1000))
     c.objective = ConfigDict(dict(z_loss=1e-4, chunk_rows=65536))
     c.checkpoint = ConfigDict(dict(every="500 steps", keep_every="5000 steps"))
     return c
