@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxlm import sharding
-from jaxlm.aot import hlo, roofline
+from jaxlm.aot import formula, hlo, roofline
 from jaxlm.aot.chips import Topology
 from jaxlm.config import Config, MeshConfig
 from jaxlm.train import setup
@@ -147,7 +147,7 @@ def compile_step(config: Config, topology: Topology, quick: bool = False, text: 
     started = time.perf_counter()
     with jax.set_mesh(mesh), _no_cache(), as_on("tpu"):
         traced = parts.step.trace(parts.target, parts.batch)
-        flops = roofline.jaxpr_flops(traced.jaxpr) / topology.chips
+        flops = (roofline.jaxpr_flops(traced.jaxpr) + formula.kernel_flops(config, "tpu")) / topology.chips
         try:
             program = traced.lower().compile(compiler_options={"exec_time_optimization_effort": -1.0} if quick else {})
         except jax.errors.JaxRuntimeError as error:

@@ -91,6 +91,18 @@ def needs(config: Config, mesh: Mapping[str, int], size: Sizes, platform: str) -
                  _collectives(config, mesh, size, tokens, c), bubble)
 
 
+def kernel_flops(config: Config, platform: str) -> float:
+    """Operations, all devices together, of the attention kernels that a traced program does not show: Pallas's splash.
+
+    Per pair of tokens of the causal half: two products forward (again when recomputed), seven backward, where its two kernels each compute the scores anew.
+    """
+    model = config.model.filled()
+    if attention.choose(config.model, config.data.sequence_length, platform) != "splash":
+        return 0.0
+    products = 9 if model.remat == "none" else 11
+    return products * model.layers * config.data.batch_size * config.data.sequence_length ** 2 * float(model.heads * model.head_size)
+
+
 def _block(config: Config, tokens: float, tensor: int, c: int) -> dict[str, float]:
     """Bytes that one layer keeps for its backward pass under each remat policy, and ("gradients") that its backward pass adds."""
     model = config.model.filled()

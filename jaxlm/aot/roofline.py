@@ -124,7 +124,7 @@ def formula_links(topology: Topology, mesh: Mapping[str, int]) -> dict[str, int]
 def jaxpr_flops(jaxpr) -> float:
     """Operations of all matrix products in a traced function, loops multiplied out, all devices together.
 
-    A `while` of unknown length counts once; a Pallas kernel counts what it declares; inside `shard_map` each device's part is counted on all.
+    A `while` of unknown length counts once, a Pallas kernel not at all (`formula.kernel_flops`); inside `shard_map` each device's part is counted on all.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     return sum(_equation_flops(equation) for equation in jaxpr.eqns)
@@ -140,7 +140,7 @@ def _equation_flops(equation) -> float:
         # [m, k] x [groups, k, n] -> [m, n]: each row meets one group; for the weights' gradient [m, k] x [m, n] -> [groups, k, n] likewise.
         return 2.0 * math.prod(equation.invars[0].aval.shape) * equation.outvars[0].aval.shape[-1]
     if name == "pallas_call":
-        return float(getattr(params.get("cost_estimate"), "flops", 0) or 0)
+        return 0.0
     times = 1
     if name == "scan":
         times = params["length"]
