@@ -34,13 +34,13 @@ _ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", 
 class Compiled:
     """What the compiler says of one device's program."""
     memory: dict[str, int]  # bytes, see `MEMORY`
-    fits: bool
+    fits: bool  # the compiler refused nothing and all parts together are within what a program may take: the compiler itself looks at temporaries alone
     flops: float  # of matrix products, one device, one step, recomputation included
-    traffic: int  # bytes of main memory read and written in one step, an estimate from the program's text; 0 where it does not fit
+    traffic: int  # bytes of main memory read and written in one step, an estimate from the program's text; 0 where the compiler refused
     collectives: tuple[hlo.Collective, ...]
     links: dict[str, int]  # see `roofline.communication`
     seconds: float  # of compilation
-    error: str  # the compiler's words where it does not fit
+    error: str  # the compiler's words where it refused
 
 
 MEMORY = ("parameters", "optimiser", "average", "batch", "padding and rest", "activations and temporaries", "program")
