@@ -93,9 +93,10 @@ def shrink(config: Config, steps: int) -> Config:
     dense = tuple(i for i in old.dense_layers if i < layers)
     head_size = next(n for n in range(8, 65, 8) if int(n * old.rotary_fraction) % 2 == 0 and int(n * old.rotary_fraction) > 0)
     model = dataclasses.replace(
-        old, vocab_size=VOCABULARY, context=32, layers=layers, width=32, kv_heads=kv_heads, heads=kv_heads * min(old.heads // old.kv_heads, 2), head_size=head_size,
-        feedforward=64, windows=tuple(small[size] for size in sizes), experts=min(old.experts, 8), experts_per_token=min(old.experts_per_token, max(old.experts, 1), 2),
-        expert_feedforward=32, shared_feedforward=32 if old.shared_feedforward else 0, dense_layers=dense if len(dense) < layers else dense[:1],
+        old, vocab_size=VOCABULARY, context=32, layers=layers, width=32, kv_heads=kv_heads, heads=kv_heads * min(old.heads // old.kv_heads, 2),
+        head_size=head_size, feedforward=64, windows=tuple(small[size] for size in sizes), experts=min(old.experts, 8),
+        experts_per_token=min(old.experts_per_token, max(old.experts, 1), 2), expert_feedforward=32,
+        shared_feedforward=32 if old.shared_feedforward else 0, dense_layers=dense if len(dense) < layers else dense[:1],
         dropout=0.0, dtype="float32", init="normal", init_std=0.1, attention="auto", pipeline_microbatches=0, encoder_layers=4 if old.encoder_layers else 0)
     parts = min(config.train.microbatches, 2)
     balance = {"moe_balance": 0.0, "moe_z": 0.0} if parts > 1 else {}
@@ -118,11 +119,13 @@ def batch(step: int, rows: int, length: int = 32, ids: int = VOCABULARY) -> dict
             "positions": np.where(segments == 2, place - cut, place).astype(np.int32)}
 
 
-def train(config: Config, name: str, steps: int, params: Any) -> Run:
-    """The steps on the named mesh, from these parameters (a nested dict of numpy arrays)."""
-    mesh = sharding.make_mesh(_mesh(name), jax.devices()[:devices(name)])
-    parts = setup.build(config, mesh, VOCABULARY)
-    rows, losses, grads = config.data.batch_size, [], {}
+def build(config: Config, name: str) -> setup.Setup:
+    return setup.build(config, sharding.make_mesh(_mesh(name), jax.devices()[:devices(name)]), VOCABULARY)
+
+
+def train(parts: setup.Setup, steps: int, params: Any) -> Run:
+    """The steps on the mesh of `parts`, from these parameters (a nested dict of numpy arrays)."""
+    mesh, rows, losses, grads = parts.mesh, parts.config.data.batch_size, [], {}
     host = lambda tree: {path: np.asarray(leaf) for path, leaf in trees.flatten(tree).items()}
     with jax.set_mesh(mesh):
         state = parts.begin(jax.tree.map(lambda leaf, target: jax.device_put(leaf, target.sharding), params, parts.target.params))
@@ -162,14 +165,14 @@ def verify(config: Config, names: Sequence[str], steps: int, progress: Callable[
     too_many = [name for name in names if devices(name) > jax.device_count()]
     if too_many:
         raise ValueError(f"--meshes: {too_many[0]} needs {devices(too_many[0])} devices, and there are {jax.device_count()}")
-    alone = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=1))
-    params = jax.tree.map(np.asarray, setup.build(alone, sharding.make_mesh(_mesh("fsdp=1"), jax.devices()[:1]), VOCABULARY).init().params)
-    start, expected = trees.flatten(params), train(alone, "fsdp=1", steps, params)
+    alone = build(dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=1)), "fsdp=1")
+    params = jax.tree.map(np.asarray, alone.init().params)
+    start, expected = trees.flatten(params), train(alone, steps, params)
     sensitivity: dict[str, dict[str, float]] = {}
     for seed in (0, 1):
         random = np.random.default_rng(seed)
         moved = jax.tree.map(lambda leaf: (leaf * (1 + EPS * random.uniform(-1, 1, leaf.shape))).astype(np.float32), params)
-        for kind, errors in _errors(train(alone, "fsdp=1", steps, moved), expected, start).items():
+        for kind, errors in _errors(train(alone, steps, moved), expected, start).items():
             for path, error in errors.items():
                 sensitivity.setdefault(kind, {})[path] = max(error, sensitivity.get(kind, {}).get(path, 0.0))
     rows = []
@@ -182,7 +185,7 @@ def verify(config: Config, names: Sequence[str], steps: int, progress: Callable[
 def _compare(config: Config, name: str, steps: int, params: Any, expected: Run, start: dict[str, np.ndarray], sensitivity: dict[str, dict[str, float]],
              chosen: bool) -> Row:
     try:
-        found = train(config, name, steps, params)
+        found = train(build(config, name), steps, params)
     except ValueError as error:
         if chosen:
             raise ValueError(f"{name}: {error}") from error

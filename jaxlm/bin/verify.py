@@ -5,8 +5,8 @@
 
 The config's model is made tiny with every knob of it kept, and trained for a few steps in float32 on one device and on each mesh, with packed, padded
 rows. Losses, every leaf of the gradient and the updated parameters must agree within what rounding explains: the bound is measured by moving the
-parameters by one unit of rounding (the error model stands in jaxlm/verify.py). The table shows the largest relative errors of each mesh and the leaf nearest to its
-bound. Without --meshes: each axis alone and the useful combinations; what the model cannot use is said.
+parameters by one unit of rounding (the error model stands in jaxlm/verify.py). The table shows the largest relative errors of each mesh and the
+leaf nearest to its bound. Without --meshes: each axis alone and the useful combinations; what the model cannot use is said.
 
 It needs no accelerator: 8 devices are emulated on the CPU. --real uses the devices of this machine.
 Exit code 0: all agree; 1: one does not.

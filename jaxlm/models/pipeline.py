@@ -78,23 +78,25 @@ def run(cfg: TransformerConfig, layers: dict, x_BTD: jax.Array, slots: Slots, ca
     cut = lambda a: jnp.moveaxis(a.reshape(-1, how.microbatches, *a.shape[1:]), 1, 0)
     # Rows m, m + M, ... are microbatch m: each device cuts its own rows and none moves.
     x_MBTD = constrain(cut(x_BTD), None, "batch", "tokens", "residual")
-    split, whole = PartitionSpec("stage"), PartitionSpec()
-    out, routed = jax.shard_map(functools.partial(_stage, cfg, how, view), in_specs=(split, split, split, whole, whole), out_specs=split,
-                                axis_names={"stage"}, check_vma=False)(jnp.arange(stages), params, data, x_MBTD, jax.tree.map(cut, slots))
+    # One copy for each stage, which takes no room, so that the compiler makes the sum of their gradients: what shard_map would make of arrays that are
+    # whole on all stages crashes XLA:CPU in bfloat16.
+    copies = lambda a: jnp.broadcast_to(a, (stages, *a.shape))
+    out, routed = jax.shard_map(functools.partial(_stage, cfg, how, view), in_specs=PartitionSpec("stage"), out_specs=PartitionSpec("stage"),
+                                axis_names={"stage"}, check_vma=False)(
+        jnp.arange(stages), params, data, copies(x_MBTD), jax.tree.map(lambda a: copies(cut(a)), slots))
     x_BTD = jnp.moveaxis(constrain(out[0], None, "batch", "tokens", "residual"), 0, 1).reshape(x_BTD.shape)
     in_order = lambda a: jnp.swapaxes(a.reshape(stages, how.repeats, *a.shape[1:]), 0, 1).reshape(-1, *a.shape[2:])
     return constrain(x_BTD, "batch", "tokens", "residual"), None, jax.tree.map(in_order, routed)
 
 
-def _stage(cfg: TransformerConfig, how: Plan, view: stack.View, me_1, params, data, x_MBTD, slots):
-    """What one stage does.
+def _stage(cfg: TransformerConfig, how: Plan, view: stack.View, *mine):
+    """What one stage does with its own row of each argument of the `shard_map` in `run`, parameters apart.
 
     Returns:
       On stage 0 the results `[1, M, B, T, D]` (elsewhere what does not matter), and the routers' statistics of this stage's layers `[R layers, ...]`.
     """
-    me, (m, period) = me_1[0], (how.microbatches, how.period)
-    params = _own_groups(how, params)
-    data = jax.tree.map(lambda a: a[0], data)
+    params, m, period = _own_groups(how, mine[1]), how.microbatches, how.period
+    me, data, x_MBTD, slots = jax.tree.map(lambda a: a[0], (mine[0], *mine[2:]))
     kinds = stack.kinds(cfg)[:how.layers]
     waiting = jnp.pad(x_MBTD, ((0, period - m), *((0, 0),) * 3))
     forward = [(i, (i + 1) % how.stages) for i in range(how.stages)]

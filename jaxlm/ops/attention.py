@@ -96,8 +96,8 @@ def splash(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=None
         shape = (length, length)
         one = masks.LocalMask(shape, (size - 1, 0), 0) if size else masks.CausalMask(shape)
         block = math.gcd(length, 512)
-        blocks = kernels.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
-                                    block_q_dq=block, block_kv_dq=block)
+        blocks = kernels.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
+                                    block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block)
         run = kernels.make_splash_mha(masks.MultiHeadMask([one] * heads), head_shards=1, q_seq_shards=1, block_sizes=blocks,
                                       attn_logits_soft_cap=softcap or None, interpret=interpret)
         row = lambda q, k, v, a, b: run(q, k, v, segment_ids=kernels.SegmentIds(a, b))
@@ -118,8 +118,8 @@ KERNELS: dict[str, Callable[..., jax.Array]] = {
 
 
 def choose(cfg: TransformerConfig, length: int, backend: str = "") -> str:
-    """The kernel for training rows of `length` tokens: the one `cfg.attention` names, or for "auto" the one for this backend (empty: that of jax) which can do what the model
-    needs: blocked on CPUs (see tools/bench.py), splash on TPUs, else reference.
+    """The kernel for training rows of `length` tokens: the one `cfg.attention` names, or for "auto" the one for this backend (empty: that of jax) which
+    can do what the model needs: blocked on CPUs (see tools/bench.py), splash on TPUs, else reference.
 
     Raises:
       ValueError: one line: a forced kernel that cannot.

@@ -75,9 +75,8 @@ def test_no_scores_of_a_whole_row_exist():
     """Memory grows with the device's own tokens: the largest array in forward and backward is the tile of scores or the tokens themselves."""
     q, k, v, pull = (jnp.zeros((1, 512, n, 4)) for n in (2, 1, 1, 2))
     places = Tokens(jnp.zeros((1, 512), jnp.int32), jnp.ones((1, 512), jnp.int32))
-    order = zigzag(4, 512)
     mesh = jax.make_mesh((4,), ("sequence",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     device = lambda q, k, v, places: ring.ring(q, k, v, places, places, axis="sequence", parts=4, scale=1.0, block=16)
     f = jax.shard_map(device, mesh=mesh, in_specs=(P(None, "sequence"),) * 4, out_specs=P(None, "sequence"), check_vma=False)
     text = jax.jit(jax.grad(lambda q, k, v: (f(q, k, v, places) * pull).sum(), argnums=(0, 1, 2))).lower(q, k, v).as_text()
-    assert len(order) == 512 and "128x128" not in text and "512x512" not in text and "16x16xf32" in text
+    assert "128x128" not in text and "512x512" not in text and "16x16xf32" in text

@@ -30,7 +30,8 @@ def collectives(parts) -> list[Collective]:
     for line in text.splitlines():
         if match := _LINE.search(line):
             shapes = tuple(tuple(int(n) for n in dims.split(",") if n) for dims in re.findall(r"\w\d+\[([\d,]*)\]", match[1]))
-            found.append(Collective(match[2], shapes, frozenset(a for group in groups(line) or [list(place)] for a in sharding.AXES if len({place[d][a] for d in group}) > 1)))
+            crossed = {a for group in groups(line) or [list(place)] for a in sharding.AXES if len({place[d][a] for d in group}) > 1}
+            found.append(Collective(match[2], shapes, frozenset(crossed)))
     return found
 
 

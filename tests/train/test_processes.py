@@ -52,7 +52,9 @@ def start_several(recipe, workdir, count, *arguments):
 
 
 @pytest.mark.parametrize("count, mesh", [(2, ()), (4, ("--config.mesh.data=2", "--config.mesh.fsdp=2")),
-                                         (2, ("--config.mesh.fsdp=1", "--config.mesh.tensor=2"))])
+                                         (2, ("--config.mesh.fsdp=1", "--config.mesh.tensor=2")), (2, ("--config.mesh.fsdp=1", "--config.mesh.sequence=2")),
+                                         (2, ("--config.mesh.fsdp=1", "--config.mesh.stage=2")), (2, ("--config.mesh.slice=2", "--config.mesh.fsdp=1")),
+                                         (4, ("--config.mesh.fsdp=1", "--config.mesh.stage=2", "--config.mesh.sequence=2"))])
 def test_several_processes_compute_what_one_does(tmp_path, count, mesh):
     recipe = runs.recipe(tmp_path)
     code, output = runs.finish("train", f"--config={recipe}", f"--workdir={tmp_path / 'one'}", "--config.model.dropout=0.0")

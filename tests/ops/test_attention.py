@@ -1,0 +1,65 @@
+"""The table of kernels: each equals the reference where it runs here; which one a model gets, and what a forced one refuses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.config import TransformerConfig
+from jaxlm.ops import attention
+
+CFG = TransformerConfig(heads=2, head_size=128)
+
+
+def compare(kernel, *, length, size, kv_heads=1, options=None, kernel_options=None):
+    """Values and gradients against the reference, on the tokens of two documents and padding."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, pull = (jax.random.normal(key, (1, length, heads, size)) for key, heads in zip(keys, (2, kv_heads, kv_heads, 2)))
+    place = np.arange(length)[None]
+    segments = np.where(place >= length - 9, 0, np.where(place >= 40, 2, 1))
+    tokens = attention.Tokens(jnp.array(np.where(segments == 2, place - 40, place), jnp.int32), jnp.array(segments, jnp.int32))
+    options = {"scale": size**-0.5} | (options or {})
+    inside = (tokens.segments > 0)[..., None, None]
+
+    def both(f, **more):
+        run = lambda q, k, v: (f(q, k, v, tokens, tokens, **options, **more) * inside)
+        return jax.jit(lambda q, k, v: (run(q, k, v), jax.grad(lambda *a: (run(*a) * pull).sum(), argnums=(0, 1, 2))(q, k, v)))(q, k, v)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), both(kernel, **(kernel_options or {})), both(attention.reference))
+
+
+@pytest.mark.parametrize("options", [{}, {"window": jnp.int32(7)}, {"causal": False}], ids=str)
+def test_xla_equals_reference(options):
+    compare(attention.KERNELS["xla"], length=64, size=8, options=options)
+
+
+@pytest.mark.parametrize("options, windows", [
+    ({}, (0,)), ({"window": jnp.int32(50), "softcap": 3.0}, (50,)), ({"window": jnp.int32(0)}, (0, 30)), ({"window": jnp.int32(30)}, (0, 30))], ids=str)
+def test_splash_equals_reference(options, windows):
+    """Interpreted, since there is no TPU here."""
+    compare(attention.splash, length=128, size=128, options=options, kernel_options={"interpret": True, "windows": windows})
+
+
+@pytest.mark.parametrize("change, backend, length, expected", [
+    ({}, "cpu", 512, "blocked"), ({"causal": False, "kind": "encoder"}, "cpu", 512, "reference"), ({}, "tpu", 512, "splash"), ({}, "tpu", 500, "reference"),
+    ({"head_size": 64}, "tpu", 512, "reference"), ({}, "gpu", 512, "reference"), ({"attention": "cudnn", "dtype": "bfloat16"}, "gpu", 512, "cudnn"),
+    ({"attention": "reference"}, "tpu", 512, "reference")])
+def test_what_a_model_gets(change, backend, length, expected):
+    assert attention.choose(dataclasses.replace(CFG, **change), length, backend) == expected
+
+
+@pytest.mark.parametrize("change, backend, words", [
+    ({"attention": "splash"}, "cpu", "model.attention=splash runs on TPUs; here auto, reference, blocked, xla work"),
+    ({"attention": "splash", "head_size": 64}, "tpu", "needs heads of a multiple of 128, not 64"),
+    ({"attention": "cudnn"}, "gpu", "computes in bfloat16: set model.dtype=bfloat16"),
+    ({"attention": "cudnn", "dtype": "bfloat16", "head_size": 256}, "gpu", "a multiple of 8 and at most 128, not 256"),
+    ({"attention": "cudnn", "dtype": "bfloat16", "attention_softcap": 3.0}, "gpu", "has no soft-cap"),
+    ({"attention": "blocked", "causal": False, "kind": "encoder"}, "cpu", "is for causal models; here auto, reference, xla work"),
+    ({"attention": "blocked", "positions": "relative", "encoder_layers": 2}, "cpu",
+     "adds no bias to the scores, which relative positions are; here auto, reference work")])
+def test_a_forced_kernel_refuses_what_it_cannot(change, backend, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        attention.choose(dataclasses.replace(CFG, **change), 512, backend)
+    assert "\n" not in str(caught.value)
