@@ -55,24 +55,27 @@ def test_the_largest_batch_lies_on_the_edge():
     assert v.largest_how == "by formula" and at(int(v.largest_rows * 0.999)) and not at(int(v.largest_rows * 1.01))
 
 
+@pytest.mark.parametrize("bend", [0, 2])
 @pytest.mark.parametrize("first, edge, step", [(8, 100, 1), (400, 100, 1), (8, 100, 8), (8, 6, 1), (1, 0, 1)])
-def test_the_largest_batch_with_a_compiler(monkeypatch, first, edge, step):
+def test_the_largest_batch_with_a_compiler(monkeypatch, first, edge, step, bend):
     """A pretended compiler that accepts up to `edge` rows: the line finds it, confirmation corrects a bend, the answer is a multiple of the microbatches."""
     topology = chips.topology("v5e:2x4")
     per_row = (topology.chip.usable - 10**9) / (edge + 0.5)
     base = plan.judge(tiny(data=dict(sequence_length=64, batch_size=8 * first), train=dict(microbatches=step)), H100)
     compiled = []
+    bent = range(edge // step * step - bend * step + 1, 10 * edge) if bend and first < edge // 2 else ()  # refused though they lie below the line
 
     def judge(cfg, _, quick=False):
         rows = cfg.data.batch_size // 8
         compiled.append(rows)
         memory = {"parameters": 10**9, "activations and temporaries": int(per_row * rows)}
-        return dataclasses.replace(base, topology=topology, config=cfg, method="compiled", memory=memory, fits=sum(memory.values()) <= topology.chip.usable)
+        return dataclasses.replace(base, topology=topology, config=cfg, method="compiled", memory=memory,
+                                   fits=sum(memory.values()) <= topology.chip.usable and rows not in bent)
 
     monkeypatch.setattr(plan, "judge", judge)
     v = plan.largest_batch(judge(base.config, topology), confirm=True)
-    assert v.largest_rows == edge // step * step and v.largest_rows % step == 0
-    assert len(compiled) <= 4
+    assert v.largest_rows == max(0, edge // step * step - (bend * step if bent else 0)) and v.largest_rows % step == 0
+    assert len(compiled) <= 4 + bend
     assert v.largest_rows == 0 or v.largest_rows in compiled
 
 
@@ -219,4 +222,6 @@ def test_operations_of_splash_are_added():
     wide = TINY["model"] | dict(width=512, heads=4, context=128)
     cfg = tiny(model=wide, data=dict(sequence_length=128, batch_size=8))
     assert formula.kernel_flops(cfg, "tpu") == 11 * 4 * 8 * 128 * 128 * 512 and formula.kernel_flops(cfg, "gpu") == 0
+    plain = tiny(model=wide | dict(remat="none"), data=dict(sequence_length=128, batch_size=8))
+    assert formula.kernel_flops(plain, "tpu") == 9 * 4 * 8 * 128 * 128 * 512
     assert formula.kernel_flops(tiny(), "tpu") == 0  # heads of 16
