@@ -198,10 +198,14 @@ def links(topology: Topology, mesh: Mesh) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _no_cache():
-    """Compile times are to be real, and programs for absent chips cannot be loaded again."""
+    """Compile times are to be real, and programs for absent chips cannot be loaded again. jax asks its setting once, until the cache is reset."""
+    from jax.experimental.compilation_cache import compilation_cache
+
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()

@@ -73,10 +73,10 @@ def needs(config: Config, mesh: Mapping[str, int], size: Sizes, platform: str) -
     outside_whole = size.outside / (tensor * stages) * c
     logits = min(tokens, (config.objective.chunk_rows or 10**12) / (batch_ways * at("sequence"))) * model.vocab_size / (tensor * stages) * (2 * 4 + c)
     saved = layers * block[config.model.remat]  # of a pipeline's parts together as much as of the whole batch
-    working = (0 if config.model.remat == "none" else block["none"]) + block["gradients"] + 2 * layer_whole * (at("fsdp") > 1)
+    working = (0 if config.model.remat == "none" else block["none"]) + block["gradients"] + 4 * layer_whole * (at("fsdp") > 1)  # two layers' weights, one's gradients
     gradients = 4 * held * (1 if passes == 1 else 2)
     memory = {"parameters": 4 * held, "optimiser": 4 * held * size.optimiser, "average": 0, "batch": 20 * tokens * passes, "padding and rest": 0,
-              "activations and temporaries": gradients + saved + max(working, logits + outside_whole * (at("fsdp") > 1)), "program": 0}
+              "activations and temporaries": gradients + saved + max(working, logits + 3 * outside_whole * (at("fsdp") > 1)), "program": 0}
 
     per_token = report.flops_per_token(config.model, size.parameters, config.data.sequence_length)
     useful = per_token * config.data.batch_size * config.data.sequence_length
@@ -114,7 +114,7 @@ def _block(config: Config, tokens: float, tensor: int, c: int) -> dict[str, floa
     seen = config.data.sequence_length * (0.5 if model.attention == "blocked" else 1)
     scores = 0 if model.attention in ("cudnn", "splash") else seen * model.heads / tensor * (4 + c)
     dots = c * (model.width + heads + 2 * kv + model.width + matrices + model.width)
-    full = c * 3 * model.width + c * (2 * heads + 2 * kv) + c * (matrices + 2 * inner) + c * model.width + scores
+    full = c * 3 * model.width + c * (2 * heads + 2 * kv) + c * (matrices + 2 * inner) + c * model.width + scores + 4 * (2 * model.width + inner)
     return {"full": tokens * c * model.width, "dots": tokens * dots, "none": tokens * full, "gradients": tokens * (c * 2 * model.width + scores + c * matrices)}
 
 

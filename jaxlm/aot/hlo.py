@@ -223,9 +223,14 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
     for name, times, loops, caller in executions(program):
         for instruction in program.computations[name]:
             kind = instruction.opcode.removesuffix("-start")
-            if kind not in _KINDS or instruction.opcode.endswith("-done"):
+            between = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes) if kind == "send" else None
+            if between:  # TPU slices: each hands its part to the host, which exchanges it with the other slices' hosts
+                one = Collective(between[1].lower().replace("_", "-"), "slice", mesh.get("slice", 1), instruction.arrays[:1], 1, "x".join(map(str, loops)),
+                                 _source(instruction))
+            elif kind in _KINDS:
+                one = _collective(instruction, kind, name, loops, caller, mesh)
+            else:
                 continue
-            one = _collective(instruction, kind, name, loops, caller, mesh)
             if one is not None:
                 found[one] += times
     merged = [dataclasses.replace(one, times=times) for one, times in found.items()]

@@ -148,3 +148,16 @@ def test_traffic_counts_slices_not_the_whole_stack():
 def test_traffic_of_one_product():
     text = jax.jit(lambda a, b: a @ b).lower(jnp.zeros((64, 32)), jnp.zeros((32, 16))).compile().as_text()
     assert hlo.traffic(hlo.parse(text)) == pytest.approx(4 * (64 * 32 + 32 * 16 + 64 * 16), rel=0.3)
+
+
+def test_what_goes_between_slices_is_a_transfer_to_the_host():
+    program = hlo.parse("""
+ENTRY %main (a: bf16[64,8]) -> bf16[64,8] {
+  %a = bf16[64,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %t = token[] after-all()
+  %s = (bf16[64,8]{1,0}, u32[], token[]) send(%a, %t), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %b = bf16[64,8] copy(%a)
+}
+""")
+    [found] = hlo.collectives(program, {"slice": 2, "fsdp": 4})
+    assert (found.kind, found.axes, found.devices, found.bytes, found.times) == ("all-reduce", "slice", 2, 64 * 8 * 2, 1)

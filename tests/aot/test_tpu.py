@@ -50,24 +50,23 @@ def test_a_mistake_in_a_rule_breaks_the_contract(agreed, rules, monkeypatch):
 
 
 def test_the_verdict_agrees_with_the_compiler_on_a_grid():
-    """Rows around the extrapolated limit: what should fit compiles and leaves room, what is well above is refused by the compiler itself."""
+    """Rows around the extrapolated limit. What fits by our count compiles; what the compiler refuses does not fit. In between lies a band that the compiler
+    accepts, recomputing more by itself, though its own figures add up to more than the chip has: there the verdict is no."""
     cfg, topology = contracts.small(data=dict(sequence_length=640, batch_size=2048)), chips.topology("v5e:2x2")
     v = plan.largest_batch(plan.judge(cfg, topology, quick=True), quick=True)
     assert v.fits and v.largest_rows > v.rows
-    for share, expected in ((0.9, True), (0.99, True), (1.5, False), (2.0, False)):
+    for share, fits, refused in ((0.9, True, False), (0.99, True, False), (1.5, False, None), (3.0, False, True)):
         found = plan.judge(plan.with_rows(v, int(v.largest_rows * share)), topology, quick=True)
-        assert found.fits == expected == (found.error == ""), (share, found.total / 2**30, found.error)
+        assert found.fits == fits and (refused is None or refused == bool(found.error)), (share, found.total / 2**30, found.error)
         assert (found.total <= topology.chip.usable) == found.fits
 
 
 def test_what_the_compiler_forgets_is_counted():
-    """It refuses a program whose temporaries alone are too large, but accepts one that only together with its parameters and optimiser is; a device
-    would not: the verdict counts both."""
-    wide = dict(vocab_size=262144, context=640, layers=1, width=2048, heads=16, feedforward=8192, dtype="bfloat16", remat="full", tied=False)
-    cfg = contracts.small(model=wide, objective=dict(chunk_rows=2048), data=dict(sequence_length=640, batch_size=64))
-    v = plan.largest_batch(plan.judge(cfg, chips.topology("v5e:2x2"), quick=True), quick=True)
-    found = plan.judge(plan.with_rows(v, int(v.largest_rows * 1.15)), v.topology, quick=True)
-    assert not found.error and not found.fits and found.memory["activations and temporaries"] < v.topology.chip.usable < found.total
+    """It accepts a program that only together with its parameters and optimiser is too large; a device would not."""
+    wide = dict(vocab_size=262144, context=512, layers=2, width=2048, heads=16, feedforward=16384, dtype="bfloat16", remat="full", tied=False)
+    cfg = contracts.small(model=wide, objective=dict(chunk_rows=2048), data=dict(sequence_length=512, batch_size=440))
+    found = plan.judge(cfg, chips.topology("v5e:2x2"), quick=True)
+    assert not found.error and not found.fits and found.memory["activations and temporaries"] < found.topology.chip.usable < found.total
 
 
 def test_the_formula_is_near_the_compiler():
@@ -78,12 +77,13 @@ def test_the_formula_is_near_the_compiler():
         assert formula.flops == pytest.approx(compiled.flops, rel=0.25)
 
 
-def test_two_slices_cross_the_network_for_gradients_alone():
+def test_two_slices_exchange_gradients_alone():
+    """Once a step each part of the gradients, and nothing that is as large as a gathered weight."""
     v = plan.judge(contracts.small(), chips.topology("v5e:2x2", 2), quick=True)
-    across = [c for c in v.collectives if "slice" in c.axes]
-    assert v.mesh["slice"] == 2 and v.time.dcn > 0 and across
-    weights = sum(math.prod(a.shape) for c in across for a in c.arrays if c.kind != "all-gather")
-    assert weights > 0 and all(c.loop == "" or c.kind != "all-gather" for c in across)
+    across = [c for c in v.collectives if c.axes == "slice"]
+    assert v.mesh["slice"] == 2 and v.time.dcn > 0 and {c.kind for c in across} == {"all-reduce"}
+    sent = sum(c.bytes * c.times for c in across)
+    assert v.memory["parameters"] / 2 <= sent <= 2 * v.memory["parameters"]  # bfloat16 parts of float32 parameters, some not split
 
 
 def test_the_verb_end_to_end(tmp_path, capsys):
