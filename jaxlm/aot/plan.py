@@ -16,6 +16,7 @@ from jaxlm.aot.hlo import Collective
 from jaxlm.config import Config
 
 Say = Callable[[str], None]
+_NARROW = ("tensor", "sequence", "stage")  # axes whose traffic or bubble grows with their size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,17 +212,19 @@ def rank(verdict: Verdict) -> tuple:
 
 def candidates(config: Config, topology: Topology) -> Iterator[Config]:
     """Settings that can run: every mesh that divides the model's sizes, with each remat policy, number of microbatches and batch size."""
-    model, base = config.model.filled(), config.data.batch_size
+    base = config.data.batch_size
+    models = [dataclasses.replace(config.model.filled(), remat=remat) for remat in ("none", "dots", "full")]
+    trains = [dataclasses.replace(config.train, microbatches=passes) for passes in (1, 2, 4, 8)]
+    batches = [dataclasses.replace(config.data, batch_size=batch) for batch in (base // 2, base, base * 2) if batch]
     for mesh in meshes(config, topology):
         ways = math.prod(getattr(mesh, axis) for axis in sharding.RULES["batch"])
-        for remat, passes, batch in itertools.product(("none", "dots", "full"), (1, 2, 4, 8), (base // 2, base, base * 2)):
-            if batch and batch % (ways * passes) == 0:
-                yield dataclasses.replace(config, mesh=mesh, model=dataclasses.replace(model, remat=remat), train=dataclasses.replace(config.train, microbatches=passes),
-                                          data=dataclasses.replace(config.data, batch_size=batch))
+        for model, train, data in itertools.product(models, trains, batches):
+            if data.batch_size % (ways * train.microbatches) == 0:
+                yield dataclasses.replace(config, mesh=mesh, model=model, train=train, data=data)
 
 
 def meshes(config: Config, topology: Topology) -> Iterator[Any]:
-    """Meshes over one topology that the model's sizes divide; `mesh.slice` is the number of slices."""
+    """Meshes over one topology that the model's sizes divide, of up to three axes, tensor, sequence and stage up to 16; `mesh.slice` is the number of slices."""
     model, chips = config.model.filled(), topology.chips // topology.slices
     divides = {"data": lambda n: True, "fsdp": lambda n: model.width % n == 0,
                "tensor": lambda n: not any(size % n for size in (model.heads, model.kv_heads, model.feedforward, model.vocab_size or n)),
@@ -230,7 +233,7 @@ def meshes(config: Config, topology: Topology) -> Iterator[Any]:
     axes = [axis for axis in sharding.AXES if axis != "slice"]
     options = [[n for n in range(1, chips + 1) if chips % n == 0 and divides[axis](n)] for axis in axes]
     for numbers in itertools.product(*options):
-        if math.prod(numbers) == chips:
+        if math.prod(numbers) == chips and sum(n > 1 for n in numbers) <= 3 and all(n <= 16 for axis, n in zip(axes, numbers) if axis in _NARROW):
             yield dataclasses.replace(config.mesh, slice=topology.slices, **dict(zip(axes, numbers)))
 
 
