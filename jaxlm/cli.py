@@ -10,12 +10,13 @@ import traceback
 from collections.abc import Sequence
 
 VERBS = {
-    "prepare": "read text, split it, train a tokenizer, write token shards",
+    "prepare": "read, clean and de-duplicate text, split it, train a tokenizer, write token shards and a report",
     "tokenizer": "train a tokenizer alone, or look at what one does to a text",
     "train": "train a model, or resume the run in a workdir",
     "fit": "before you rent: does a config fit on these TPUs or GPUs, how fast, at what cost",
     "eval": "loss, perplexity and bits per byte of a checkpoint; --watch follows a run",
     "generate": "continue prompts with a checkpoint",
+    "data": "which documents a checkpoint has seen, how often and when (data audit)",
     "import": "turn a Hugging Face directory into a checkpoint",
     "verify": "compare a config's training on many meshes with one device",
     "export": "write a checkpoint as a Hugging Face directory",
@@ -64,11 +65,12 @@ def run(verb: str, argv: Sequence[str]) -> int:
     try:
         overrides = take_overrides(argv) if "config" in values else []
         rest = values([f"jaxlm {verb}", *(a for a in argv if not ("config" in values and a.startswith("--config.")))])
-        if len(rest) > 1:
+        words = {"arguments": rest[1:]} if getattr(module, "ARGUMENTS", False) else {}
+        if len(rest) > 1 and not words:
             raise ValueError(f"unexpected argument {rest[1]!r}; flags look like --name=value; see jaxlm {verb} --help")
         flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl's global flags
         set_environment(values.v)
-        return module.main(values, overrides) if "config" in values else module.main(values) or 0
+        return module.main(values, overrides) if "config" in values else module.main(values, **words) or 0
     except flags.Error as error:
         _fail(f"{str(error).replace(chr(10), ' ')}; see jaxlm {verb} --help")
     except KeyboardInterrupt:

@@ -40,26 +40,45 @@ class TokenizerConfig:
     vocab_size: int = 8192  # pieces to learn, special tokens included; ignored by "bytes" (259)
     path: str = ""  # a tokenizer to use as it is: its file, or the folder that holds it (docs/interop.md); empty: train one on the training split
     special_tokens: tuple[str, ...] = ()  # extra symbols that are never split
+    sentinels: int = 0  # train the tokenizer with so many of <extra_id_0>, <extra_id_1>, ... for objective.name=span_corruption (T5: 100); part of vocab_size
     train_bytes: int = 100_000_000  # the most text, in bytes, that the tokenizer is trained on
 
     def __post_init__(self):
         _need(self.kind == "bytes" or self.path or self.vocab_size >= 300,
               f"tokenizer.vocab_size={self.vocab_size} is too small: 256 byte pieces and the special tokens need at least 300")
+        _need(self.sentinels >= 0, f"tokenizer.sentinels={self.sentinels} must not be negative")
+        _need(not self.sentinels or self.kind != "bytes" or self.path, "tokenizer.kind=bytes has no room for tokenizer.sentinels: set "
+              "tokenizer.kind=unigram or bpe")
         _need(self.train_bytes > 0, f"tokenizer.train_bytes={self.train_bytes} must be positive")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: tuple[str, ...] = ()  # files, folders or globs (.txt .jsonl[.gz|.zst] .parquet), or "python_docs", the text in every CPython
-    text_key: str = "text"  # the field (JSONL) or column (Parquet) that holds the text
+    source: tuple[str, ...] = ()  # files, folders, globs (.txt .jsonl .json .csv .tsv [.gz .zst], .html .warc[.gz] .parquet .arrow), folders of Hugging Face
+    # `datasets`, tfds:NAME[/CONFIG][:SPLIT], or "python_docs", the text in every CPython; each may have a name: "web=crawl/"
+    text_key: str = "text"  # the field (JSON) or column (tables) that holds the text
+    input_key: str = ""  # objective.name=seq2seq: the field or column that the encoder reads; text_key is then what the decoder says
+    id_key: str = ""  # the field or column that holds each document's id, different for all; empty: "path:line"
+    licence_key: str = ""  # the field or column that holds each document's licence
+    licences: tuple[tuple[str, str], ...] = ()  # of whole sources: (("web", "CC-BY-4.0"), ...), by their names in data.source
+    on_error: Literal["stop", "skip"] = "stop"  # at what cannot be read: stop with its name and line, or skip, count and report it
+    tfds_dir: str = ""  # where TFDS keeps its data sets; empty: $TFDS_DATA_DIR, or ~/tensorflow_datasets
     dir: str = ""  # prepared shards; empty: <workdir>/data, prepared on the first run
     validation: float = 0.03  # share of documents, by hash of their text
     test: float = 0.05  # likewise
     shard_bytes: int = 64 * 2**20  # tokens of one shard file, in bytes, before compression
-    sequence_length: int = 512  # tokens in one row of a batch
+    sequence_length: int = 512  # tokens in one row of a batch; of an encoder-decoder: of the encoder's row
+    target_length: int = 0  # tokens in the decoder's row of an encoder-decoder; 0: what span_corruption needs to fill the encoder's row, of seq2seq as many
+    packing: Literal["stream", "best_fit"] = "stream"  # rows are cut from documents laid end to end, or filled with whole documents, some padding
+    # left (fine-tuning); encoder-decoders always fill. Documents in a row never attend to each other
+    # A mixture of the named sources of data.source, by one of the three; without them all documents are shuffled together:
+    weights: tuple[tuple[str, float], ...] = ()  # shares of the rows: (("web", 0.7), ("books", 0.3)); a source that is not named is left out
+    temperature: float = 0.0  # shares proportional to tokens^(1 / this): 1 leaves them as they are, a larger one evens them out; 0: off
+    epochs: tuple[tuple[str, float], ...] = ()  # (("books", 3), ...): how often a source is passed while those that are not named are passed once
     batch_size: int = 8  # rows of one optimiser step, over all devices, hosts and microbatches
     seed: int = 0  # order of documents and rows
     threads: int = 1  # reader threads of one process
+    workers: int = 0  # processes that prepare the corpus; 0: one for each core
     prefetch: int = 4  # batches read ahead
 
     def __post_init__(self):
@@ -67,7 +86,106 @@ class DataConfig:
               f"data.validation={self.validation} and data.test={self.test} must be shares that leave something to train on")
         for key in ("shard_bytes", "sequence_length", "batch_size", "prefetch"):
             _need(getattr(self, key) > 0, f"data.{key}={getattr(self, key)} must be positive")
-        _need(self.threads >= 0, f"data.threads={self.threads} must not be negative")
+        for key in ("threads", "workers", "target_length"):
+            _need(getattr(self, key) >= 0, f"data.{key}={getattr(self, key)} must not be negative")
+        _need(0 <= self.temperature < math.inf, f"data.temperature={self.temperature} must be positive, or 0 for none")
+        for key in ("weights", "epochs"):
+            pairs = getattr(self, key)
+            for name, value in pairs:
+                _need(0 < value < math.inf, f"data.{key}: {name!r} has {value:g}, which must be positive" + "; to leave a source out, do not name it" *
+                      (key == "weights"))
+            _need(len(dict(pairs)) == len(pairs), f"data.{key} names a source twice")
+        asked = [f"data.{key}" for key in ("weights", "temperature", "epochs") if getattr(self, key)]
+        _need(len(asked) <= 1, f"{' and '.join(asked)} are given: a mixture follows from one of them")
+
+
+@dataclass(frozen=True)
+class DedupConfig:
+    exact: bool = True  # documents whose text, as cleaned, occurred before are dropped
+    line_length: int = 0  # lines of at least so many characters that occurred before, in any document, are dropped; 0: off
+    near: float = 0.0  # near-duplicates are dropped: documents whose word shingles overlap (Jaccard) by at least this share; the longest stays; 0: off
+    shingle: int = 5  # words in a row that count as one shingle
+    permutations: int = 128  # MinHash values of a document: the similarity is known to sqrt(s (1 - s) / this)
+
+    def __post_init__(self):
+        _need(0 <= self.near <= 1, f"dedup.near={self.near} is a share: give a number from 0 (off) to 1, for example 0.8")
+        _need(self.line_length >= 0, f"dedup.line_length={self.line_length} must not be negative")
+        _need(1 <= self.shingle <= 100, f"dedup.shingle={self.shingle} must be in [1, 100]")
+        _need(8 <= self.permutations <= 1024, f"dedup.permutations={self.permutations} must be in [8, 1024]")
+
+
+@dataclass(frozen=True)
+class CleanConfig:
+    """What is done to each document by itself, in this order; `FilterConfig` comes between language and personal data. All but `extract` is off by default."""
+    extract: Literal["resiliparse", "trafilatura"] = "resiliparse"  # finds the main content of HTML pages (docs/data.md compares them)
+    repair: bool = False  # undo mojibake, "Ã©" for "é", with ftfy
+    normalise: bool = False  # Unicode NFC; no control, zero-width and private characters; one kind of line end and space; no trailing space
+    languages: tuple[str, ...] = ()  # keep documents in these languages, ISO codes of fastText's lid.176; ("*",): tell the language, keep all
+    language_confidence: float = 0.65  # the least probability of the language (FineWeb)
+    pii: tuple[Literal["email", "phone", "ip", "card", "iban", "key"], ...] = ()  # personal data and secrets to replace with <EMAIL>, <PHONE> ...
+    word_list: str = ""  # a text file of words and phrases, one a line, for filter.listed_words
+    decontaminate: tuple[tuple[str, str], ...] = ()  # evaluation sets, (name, "path.jsonl:field"), not to be trained on
+    decontaminate_words: int = 13  # length of the word n-grams that are compared (GPT-3); shorter items are compared whole
+    decontaminate_overlap: float = 0.0  # share of an item's n-grams in one document that removes it; 0: a single one
+
+    def __post_init__(self):
+        _need(0 <= self.language_confidence <= 1, f"clean.language_confidence={self.language_confidence} must be in [0, 1]")
+        _need(self.decontaminate_words >= 5, f"clean.decontaminate_words={self.decontaminate_words} is too few to tell texts apart: at least 5, usually 13")
+        _need(0 <= self.decontaminate_overlap <= 1, f"clean.decontaminate_overlap={self.decontaminate_overlap} must be in [0, 1]")
+        for name, path in self.decontaminate:
+            _need(bool(re.fullmatch(r"[\w.-]+", name)) and bool(re.fullmatch(r".+:[^:]+", path)), f"clean.decontaminate has {(name, path)!r}: write a name of "
+                  "letters, digits, '_', '-' and '.', and 'path.jsonl:field'")
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Rules of quality: one key each, its threshold, and 0 for off. "min" and "max" are the last values that pass. A word is what stands between white space.
+
+    Gopher: Rae et al. 2021 (arXiv:2112.11446, table A1). C4: Raffel et al. 2020 (arXiv:1910.10683, section 2.2). FineWeb: Penedo et al. 2024
+    (arXiv:2406.17557, section 3.6). Their thresholds stand in the comments; those without a source are ours.
+    """
+    drop_open_lines: bool = False  # remove lines that do not end in . ! ? or a closing quotation mark (C4)
+    drop_short_lines: int = 0  # remove lines of fewer words (C4: 5)
+    drop_javascript_lines: bool = False  # remove lines with the word "javascript" (C4)
+    min_characters: int = 0
+    max_characters: int = 0
+    min_words: int = 0  # Gopher: 50
+    max_words: int = 0  # Gopher: 100,000
+    min_mean_word_length: float = 0.0  # characters; Gopher: 3
+    max_mean_word_length: float = 0.0  # Gopher: 10
+    max_symbols_per_word: float = 0.0  # "#" and ellipses; Gopher: 0.1
+    max_bullet_lines: float = 0.0  # share of lines that begin with a bullet; Gopher: 0.9
+    max_ellipsis_lines: float = 0.0  # share of lines that end in an ellipsis; Gopher: 0.3
+    min_alphabetic_words: float = 0.0  # share of words with a letter; Gopher: 0.8
+    min_stop_words: int = 0  # different ones of the, be, to, of, and, that, have, with: English only; Gopher: 2
+    max_duplicate_lines: float = 0.0  # share of lines that came before in the document; Gopher: 0.3
+    max_duplicate_line_characters: float = 0.0  # the same in characters; Gopher: 0.2
+    max_duplicate_paragraphs: float = 0.0  # the same of paragraphs; Gopher: 0.3
+    max_duplicate_paragraph_characters: float = 0.0  # Gopher: 0.2
+    max_top_2gram: float = 0.0  # share of the characters that lie in the commonest pair of words; Gopher: 0.20
+    max_top_3gram: float = 0.0  # Gopher: 0.18
+    max_top_4gram: float = 0.0  # Gopher: 0.16
+    max_duplicate_5grams: float = 0.0  # share of the characters that lie in five words that came before; Gopher: 0.15
+    max_duplicate_6grams: float = 0.0  # Gopher: 0.14
+    max_duplicate_7grams: float = 0.0  # Gopher: 0.13
+    max_duplicate_8grams: float = 0.0  # Gopher: 0.12
+    max_duplicate_9grams: float = 0.0  # Gopher: 0.11
+    max_duplicate_10grams: float = 0.0  # Gopher: 0.10
+    min_sentences: int = 0  # C4: 3
+    lorem_ipsum: int = 0  # remove a document with so many "lorem ipsum" (C4: 1)
+    curly_brackets: int = 0  # remove a document with so many "{" (C4: 1)
+    listed_words: int = 0  # remove a document with so many entries of clean.word_list (C4: 1)
+    min_closed_lines: float = 0.0  # share of lines that end in a sentence mark; FineWeb: 0.12
+    max_short_lines: float = 0.0  # share of lines of at most 30 characters; FineWeb: 0.67
+    max_newlines_per_word: float = 0.0  # FineWeb: 0.3
+    max_digits: float = 0.0  # share of the characters that are digits
+    max_symbols: float = 0.0  # share of the characters that are neither letters, digits nor white space
+    max_uppercase: float = 0.0  # share of the letters that are capitals
+
+    def __post_init__(self):
+        for key in (f.name for f in dataclasses.fields(self)):
+            value = getattr(self, key)
+            _need(value >= 0, f"filter.{key}={value} must not be negative; 0 is off")
 
 
 @dataclass(frozen=True)
@@ -76,6 +194,7 @@ class TransformerConfig:
     output: Literal["tokens", "hidden", "pooled", "sequence_labels", "token_labels"] = "tokens"  # encoder: tokens behind masks, states as they are,
     # one vector of a sequence (from its first token), or labels of a sequence or of each token
     labels: int = 0  # classes of sequence_labels and token_labels
+    label_names: tuple[str, ...] = ()  # what the classes are called, in their order; empty: LABEL_0, LABEL_1 ...
     pooler_activation: Literal["tanh", "relu"] = "tanh"  # between the pooler's and the classifier's matrix; DistilBERT: relu
     token_types: int = 0  # encoder: kinds of tokens (BERT: first and second sentence) that have an embedding; 0: none
     position_offset: int = 0  # learned positions: rows of the table before that of position 0 (RoBERTa: 2), besides the context's
@@ -108,7 +227,8 @@ class TransformerConfig:
     bias: bool = False  # biases in projections and layer norms
     qkv_bias: bool = False  # biases of queries, keys and values alone, as in Qwen 2
     embedding_scale: float = 1.0  # factor on token embeddings; Gemma: sqrt(width)
-    dropout: float = 0.0  # on embeddings and on each branch of the residual stream
+    dropout: float = 0.0  # on embeddings and on each branch of the residual stream; 0 with train.init_from: as that model had it
+    attention_dropout: float = 0.0  # likewise on the attention probabilities (BERT, GPT-2); training then takes the reference kernel
     attention_softcap: float = 0.0  # c * tanh(scores / c) as in Gemma 2; 0: off
     final_softcap: float = 0.0  # the same on the logits
     query_scale: float = 0.0  # attention scores are divided by the root of this; 0: the head size
@@ -121,9 +241,9 @@ class TransformerConfig:
     shared_feedforward: int = 0  # inner size of one more expert that every token passes; 0: none
     shared_gate: bool = False  # the shared expert's output is weighed by a sigmoid gate, as in Qwen 2 MoE
     dense_layers: tuple[int, ...] = ()  # with experts: numbers of the layers that keep one MLP, from 0
-    init: Literal["normal", "truncated_normal", "xavier", "kaiming", "lecun"] = "normal"
+    init: Literal["normal", "truncated_normal", "xavier", "kaiming", "lecun", "t5"] = "normal"  # t5: each kind of matrix has its own std
     init_std: float = 0.02  # of "normal" and "truncated_normal"
-    init_depth_scaled: bool = True  # divide the std of projections into the residual stream by sqrt(2 x layers), as GPT-2 does
+    init_depth_scaled: bool = True  # divide the std of projections into the residual stream by sqrt(2 x layers), as GPT-2 does; not under "t5"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are always float32
     remat: Literal["none", "full", "dots"] = "none"  # keep all activations, only the layers' inputs, or these and matrix products
     attention: Literal["auto", "reference", "blocked", "xla", "cudnn", "splash"] = "auto"  # kernel; cudnn: NVIDIA GPUs, splash: TPUs
@@ -156,7 +276,10 @@ class TransformerConfig:
         head_size = self.head_size or self.width // self.heads
         _need(self.positions != "rotary" or head_size % 2 == 0, f"rotary positions need an even head size, not {head_size}: "
               "change model.width, model.heads or model.head_size")
-        _need(0 <= self.dropout < 1, f"model.dropout={self.dropout} must be in [0, 1)")
+        for key in ("dropout", "attention_dropout"):
+            _need(0 <= getattr(self, key) < 1, f"model.{key}={getattr(self, key)} must be in [0, 1)")
+        _need(not self.label_names or len(set(self.label_names)) == len(self.label_names) == self.labels, f"model.label_names={self.label_names} must be "
+              f"model.labels={self.labels} different names, or none")
         _need(bool(self.windows) and all(w >= 0 for w in self.windows), f"model.windows={self.windows} must be one or more sizes >= 0")
         _need(0 < self.rotary_fraction <= 1 and int(head_size * self.rotary_fraction) % 2 == 0 and int(head_size * self.rotary_fraction) > 0,
               f"model.rotary_fraction={self.rotary_fraction} must be in (0, 1] and leave an even part of the head size {head_size}")
@@ -191,6 +314,11 @@ class TransformerConfig:
         """Numbers of the layers with a mixture of experts."""
         return tuple(i for i in range(self.layers) if i not in self.dense_layers) if self.experts else ()
 
+    @property
+    def drops(self) -> bool:
+        """Whether training draws dropout."""
+        return self.dropout > 0 or self.attention_dropout > 0
+
     def filled(self) -> "TransformerConfig":
         """The same model with every 0-means-default size written out."""
         return dataclasses.replace(
@@ -200,11 +328,14 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    name: Literal["next_token", "masked_token"] = "next_token"  # of decoders; of encoders (BERT), with another mask in each step (RoBERTa)
+    name: Literal["next_token", "masked_token", "span_corruption", "seq2seq"] = "next_token"  # of decoders; of encoders (BERT), with another mask in
+    # each step (RoBERTa); of encoder-decoders: hidden spans of documents (T5), and pairs of data.input_key and data.text_key
     mask_rate: float = 0.15  # masked_token: share of the tokens to be told
     mask_random: float = 0.1  # of these, share that is replaced by any token; in BERT 80 % are masked, 10 % random, 10 % kept
     mask_keep: float = 0.1  # of these, share that is left as it is
     mask_whole_words: bool = False  # a word's pieces are told together (Cui et al. 2019)
+    span_rate: float = 0.15  # span_corruption: share of a text's tokens that is hidden
+    span_length: float = 3.0  # span_corruption: mean length of a hidden span in tokens
     z_loss: float = 0.0  # weight of log(Z)^2, which keeps the logits from drifting (PaLM uses 1e-4)
     chunk_rows: int = 0  # about so many tokens' logits exist at one time, the rest is recomputed in the backward pass; 0: all
     moe_balance: float = 0.01  # mixture of experts: weight of the loss that spreads tokens over the experts (Switch, Mixtral)
@@ -213,7 +344,9 @@ class ObjectiveConfig:
     def __post_init__(self):
         for key in ("z_loss", "moe_balance", "moe_z"):
             _need(getattr(self, key) >= 0, f"objective.{key}={getattr(self, key)} must not be negative")
-        _need(0 < self.mask_rate < 1, f"objective.mask_rate={self.mask_rate} must be in (0, 1)")
+        for key in ("mask_rate", "span_rate"):
+            _need(0 < getattr(self, key) < 1, f"objective.{key}={getattr(self, key)} must be in (0, 1)")
+        _need(self.span_length >= 1, f"objective.span_length={self.span_length} must be at least 1 token")
         _need(self.mask_random >= 0 and self.mask_keep >= 0 and self.mask_random + self.mask_keep <= 1, f"objective.mask_random={self.mask_random} and "
               f"objective.mask_keep={self.mask_keep} must be shares of one whole; the rest is masked")
         _need(self.chunk_rows >= 0, f"objective.chunk_rows={self.chunk_rows} must not be negative")
@@ -302,11 +435,13 @@ class EvalConfig:
     batch_size: int = 0  # rows of one batch; 0: data.batch_size
     overlap: float = 0.5  # share of a window that a document longer than the context sees again as context, in [0, 1)
     bootstrap: int = 1000  # resamples of the documents behind each confidence interval
+    outputs: int = 100  # seq2seq: pairs whose greedy output is compared with the target (exact match); 0: none
 
     def __post_init__(self):
         _need(self.batch_size >= 0, f"eval.batch_size={self.batch_size} must not be negative")
         _need(0 <= self.overlap < 1, f"eval.overlap={self.overlap} must be in [0, 1)")
         _need(self.bootstrap > 0, f"eval.bootstrap={self.bootstrap} must be positive")
+        _need(self.outputs >= 0, f"eval.outputs={self.outputs} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -320,13 +455,24 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    clean: CleanConfig = field(default_factory=CleanConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    dedup: DedupConfig = field(default_factory=DedupConfig)
 
     def __post_init__(self):
         rows, parts = self.data.batch_size, self.train.microbatches
         _need(rows % parts == 0, f"train.microbatches={parts} must divide data.batch_size={rows}: try {_nearest_divisor(rows, parts)}")
+        _need(not self.filter.listed_words or self.clean.word_list, "filter.listed_words counts the words of a file of yours: set clean.word_list too")
         # With init_from the model's context is known only when that is read (train/initial.py).
         _need(self.train.init_from or self.data.sequence_length <= self.model.context, f"data.sequence_length={self.data.sequence_length} is longer than "
               f"model.context={self.model.context}: make the first smaller or the second larger")
+        pairs, source = self.objective.name == "seq2seq", bool(self.data.source)
+        _need(pairs or not self.data.input_key, f"data.input_key={self.data.input_key!r} goes with objective.name=seq2seq, not {self.objective.name}: "
+              "set that, or leave the key out")
+        _need(not pairs or not source or bool(self.data.input_key), "objective.name=seq2seq needs data.input_key: the field (JSONL) or column (Parquet) that "
+              "the encoder reads; data.text_key is what the decoder says")
+        _need(not self.data.input_key or not self.dedup.line_length, f"dedup.line_length={self.dedup.line_length} takes lines out of documents, which would "
+              "tear the two sides of a pair apart (data.input_key): set it to 0")
 
 
 def load(name: str, overrides: Iterable[tuple[str, str]] = ()) -> Config:

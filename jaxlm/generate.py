@@ -108,12 +108,13 @@ def generate(model: Model, params: Any, prompts: Sequence[Sequence[int]], *, max
 
 
 def complete(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], *, max_tokens: int, context: int,
-             settings: Settings = Settings(), stop: Sequence[str] = (), on_text: Callable[[int, str | None], None] | None = None) -> list[str]:
+             settings: Settings = Settings(), stop: Sequence[str] = (), special: bool = False, on_text: Callable[[int, str | None], None] | None = None) -> list[str]:
     """Continues texts: `generate` between the tokenizer's two ends.
 
     Args:
       prompts: each follows the begin-of-sequence token, where the tokenizer's model saw one; "" asks for a text from nothing. For an encoder each
         ends with the end-of-sequence token.
+      special: special tokens spelled out in an encoder's prompts, such as <extra_id_0>, become their ids; see `Tokenizer.encode_batch`.
       stop: texts that end a row, besides the end-of-sequence token; neither they nor what follows them is part of the result.
       on_text: called with row and text as it comes, whole characters only and nothing that may turn out to begin a stop text, and with None when
         the row has ended.
@@ -129,7 +130,7 @@ def complete(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[
         for decode, ids in zip(decoders, rows):
             decode(ids)  # a tokenizer that puts a space before a text must not take it from the continuation
     else:
-        rows = [[*tokenizer.encode(prompt), tokenizer.eos] for prompt in prompts]
+        rows = [[*tokenizer.encode(prompt, special), tokenizer.eos] for prompt in prompts]
     texts, held, stopped = [""] * len(rows), [""] * len(rows), set()
 
     def on_token(row: int, token: int | None) -> bool:

@@ -58,5 +58,7 @@ def expert_balance(routing: Mapping[str, jax.Array], weight: jax.Array) -> Sums:
     return {name: (value.mean() * weight, weight) for name, value in values.items()}
 
 
-OBJECTIVES: dict[str, Callable[..., Sums]] = {"next_token": next_token, "masked_token": masked_token}
-KINDS = {"next_token": "decoder", "masked_token": "encoder"}  # the kind of model that each is for
+# Of an encoder-decoder the decoder's next token counts: of hidden spans, or of the second text of a pair.
+OBJECTIVES: dict[str, Callable[..., Sums]] = {"next_token": next_token, "masked_token": masked_token, "span_corruption": next_token, "seq2seq": next_token}
+# The kind of model that each is for: model.kind, or one with model.encoder_layers.
+KINDS = {"next_token": "decoder", "masked_token": "encoder", "span_corruption": "encoder-decoder", "seq2seq": "encoder-decoder"}

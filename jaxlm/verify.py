@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxlm import sharding, trees
 from jaxlm.config import Config, MeshConfig, TransformerConfig
+from jaxlm.models import encdec
 from jaxlm.train import setup
 
 EPS = 2.0**-23
@@ -97,18 +98,23 @@ def shrink(config: Config, steps: int) -> Config:
         head_size=head_size, feedforward=64, windows=tuple(small[size] for size in sizes), experts=min(old.experts, 8),
         experts_per_token=min(old.experts_per_token, max(old.experts, 1), 2), expert_feedforward=32,
         shared_feedforward=32 if old.shared_feedforward else 0, dense_layers=dense if len(dense) < layers else dense[:1],
-        dropout=0.0, dtype="float32", init="normal", init_std=0.1, attention="auto", pipeline_microbatches=0, encoder_layers=4 if old.encoder_layers else 0)
+        dropout=0.0, attention_dropout=0.0, dtype="float32", init="normal", init_std=0.1, attention="auto", pipeline_microbatches=0,
+        encoder_layers=layers if old.encoder_layers else 0)
     parts = min(config.train.microbatches, 2)
     balance = {"moe_balance": 0.0, "moe_z": 0.0} if parts > 1 else {}
     objective = dataclasses.replace(config.objective, chunk_rows=64 if config.objective.chunk_rows else 0, **balance)
     optim = dataclasses.replace(config.optim, schedule="constant", warmup="0")
     return dataclasses.replace(
-        config, model=model, objective=objective, optim=optim, data=dataclasses.replace(config.data, sequence_length=32, batch_size=8 * parts),
+        config, model=model, objective=objective, optim=optim,
+        data=dataclasses.replace(config.data, sequence_length=32, target_length=32 if model.encoder_layers else 0, batch_size=8 * parts),
         train=dataclasses.replace(config.train, steps=str(steps), microbatches=parts, init_from=""))
 
 
-def batch(step: int, rows: int, length: int = 32, ids: int = VOCABULARY) -> dict[str, np.ndarray]:
-    """Rows of two documents and padding, with ragged weights: what packing makes."""
+def batch(step: int, rows: int, paired: bool, length: int = 32, ids: int = VOCABULARY) -> dict[str, np.ndarray]:
+    """Rows of two documents and padding, with ragged weights: what packing makes. `paired`: with what an encoder reads, of other lengths."""
+    if paired:
+        read = batch(step + 1000, rows, False)
+        return batch(step, rows, False) | {name: read[name.removeprefix("encoder_")] for name in encdec.ENCODER_INPUTS}
     random = np.random.default_rng(step)
     cut, end = random.integers(4, length - 8, (rows, 1)), random.integers(length - 8, length + 1, (rows, 1))
     place = np.arange(length)
@@ -130,7 +136,7 @@ def train(parts: setup.Setup, steps: int, params: Any) -> Run:
     with jax.set_mesh(mesh):
         state = parts.begin(jax.tree.map(lambda leaf, target: jax.device_put(leaf, target.sharding), params, parts.target.params))
         for step in range(steps):
-            given = sharding.to_device(mesh, batch(step, rows), rows)
+            given = sharding.to_device(mesh, batch(step, rows, parts.config.model.encoder_layers > 0), rows)
             if step == 0:
                 grads = host(parts.gradient(state.params, given)[0])
             state, metrics = parts.step(state, given)

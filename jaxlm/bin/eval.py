@@ -11,7 +11,9 @@ Each document counts exactly once; one longer than data.sequence_length is read 
 It prints loss (nats per token), perplexity, bits per byte and token accuracy with 95 % intervals (bootstrap over documents), appends the
 same in full precision to WORKDIR/eval.jsonl, and to TensorBoard (tensorboard --logdir=WORKDIR). Bits per byte compares models with
 different tokenizers; perplexity does not. Of an encoder it prints loss and accuracy of masked tokens, the same ones each time (15 % by default):
-they are no likelihood of a text, so there is no perplexity and nothing to compare with a decoder's.
+they are no likelihood of a text, so there is no perplexity and nothing to compare with a decoder's. Of an encoder-decoder it prints the same of
+hidden spans (objective.name=span_corruption), or (seq2seq) loss, perplexity and accuracy of the targets, given their inputs, and how many of
+eval.outputs greedy outputs are the target, word for word.
 
 --watch repeats nothing that is in eval.jsonl for the same split, --limit_documents and --data, so it may be stopped and started at will.
 Several processes work together as in jaxlm train (--coordinator, --processes, --process).
@@ -95,27 +97,22 @@ def _evaluate(values: flags.FlagValues, log, run) -> None:
     """Scores one checkpoint, prints the table, appends to eval.jsonl and TensorBoard."""
     import jax
 
-    from jaxlm.data import tasks
+    from jaxlm.data import rows
     from jaxlm.evaluate import follow, likelihood
-    from jaxlm.train import report, saved
+    from jaxlm.train import evaluation, report, saved
 
     if run.config.model.output != "tokens":
         raise ValueError(f"{run.workdir} holds a model with model.output={run.config.model.output}: eval scores tokens only (model.output=tokens)")
-    if run.config.model.encoder_layers:
-        raise ValueError(f"{run.workdir} holds an encoder-decoder, which gives whole documents no likelihood: use `jaxlm generate`, or a decoder's run")
     corpus, config = saved.open_data(run, values.data), run.config
-    masking = tasks.masking(config.objective, run.tokenizer)
-    scorer = _scorer(config.model, run.mesh, config.objective.chunk_rows)
+    subject = evaluation.Subject(config, run.model, run.mesh, corpus, run.tokenizer, rows.build(config, run.tokenizer, corpus),
+                                 _scorer(config.model, run.mesh, config.objective.chunk_rows))
     progress = report.Progress()
     show = lambda done, total: progress.show(f"step {run.step}, {values.split}: {min(1, done / max(total, 1)):.0%}")
-    scores = likelihood.score_documents(
-        scorer, run.params, run.mesh, corpus, values.split, sequence_length=config.data.sequence_length,
-        batch_size=values.batch_size or config.eval.batch_size or config.data.batch_size,
-        overlap=config.eval.overlap, limit_documents=values.limit_documents, progress=show if jax.process_index() == 0 else None, masking=masking)
+    result = evaluation.score(subject, run.params, values.split, limit=values.limit_documents, batch_size=values.batch_size,
+                              progress=show if jax.process_index() == 0 else None)
     if jax.process_index() > 0:
         return
-    result = likelihood.summary(scores, config.eval.bootstrap, masked=masking is not None)
-    progress.note(f"{run.workdir}, step {run.step}, {values.split} split of {corpus.folder}\n{likelihood.table(result)}")
+    progress.note(f"{run.workdir}, step {run.step}, {values.split} split of {corpus.folder}\n{likelihood.table(result, config.objective.name)}")
     row = {"step": run.step, "split": values.split, "limit_documents": values.limit_documents, "data": values.data, **result}
     follow.append(run.workdir / "eval.jsonl", row)
     report.write_scalars(run.workdir / "eval" / values.split, run.step, {f"eval/{name}": value for name, value in result.items()})

@@ -10,6 +10,9 @@ Reads the newest whole checkpoint of the run (or --step=N), with its tokenizer; 
 terminal, and the continuation as it is drawn; several get a header each. With no prompt it asks for one on a terminal, and else takes the
 standard input as one prompt. --json prints a line per continuation instead: prompt, sample, text, step, seed.
 
+An encoder-decoder reads the prompt as its input, and its output is printed on the next line. One that was trained on hidden spans only fills gaps:
+--prompt="Return the <extra_id_0> of the list".
+
 A continuation ends with the end-of-text token, at a --stop text (neither is printed), or after --max_tokens. The same seed gives the same
 text. To make it more daring raise --temperature, more careful lower it or --top_p; 0 always takes the likeliest token. Against repetition
 try --repetition_penalty=1.2.
@@ -98,17 +101,19 @@ def _answer(run, prompts: list[str], settings, values: flags.FlagValues) -> None
     from jaxlm import generate
 
     jobs = [(prompt, sample) for prompt in prompts for sample in range(values.samples)]
-    room = run.config.model.context - 1 - max(len(run.tokenizer.encode(prompt)) for prompt in prompts)
-    printer = _Printer([prompt for prompt, _ in jobs], sys.stdout, values.samples) if values.stream and not values.json else None
+    longest = 0 if run.config.model.encoder_layers else 1 + max(len(run.tokenizer.encode(prompt)) for prompt in prompts)  # an encoder has rows of its own
+    room = run.config.model.context - longest
+    between = "\n" if run.config.model.encoder_layers else ""  # an output does not continue its input
+    printer = _Printer([prompt + between for prompt, _ in jobs], sys.stdout, values.samples) if values.stream and not values.json else None
     texts = generate.complete(
         run.model, run.params, run.tokenizer, [prompt for prompt, _ in jobs], max_tokens=values.max_tokens or max(1, min(USUAL_TOKENS, room)),
         context=run.config.model.context, settings=settings, stop=[stop.replace("\\n", "\n").replace("\\t", "\t") for stop in values.stop],
-        on_text=printer)
+        special=run.config.objective.name == "span_corruption", on_text=printer)
     if values.json:
         for (prompt, sample), text in zip(jobs, texts):
             print(json.dumps({"prompt": prompt, "sample": sample, "text": text, "step": run.step, "seed": settings.seed}, ensure_ascii=False), flush=True)
     elif printer is None:
-        printer = _Printer([prompt for prompt, _ in jobs], sys.stdout, values.samples)
+        printer = _Printer([prompt + between for prompt, _ in jobs], sys.stdout, values.samples)
         for row, text in enumerate(texts):
             printer(row, text)
             printer(row, None)

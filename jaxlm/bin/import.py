@@ -7,7 +7,7 @@
 
 The directory holds config.json, model.safetensors (or its shards with their index) and the tokenizer's files, as save_pretrained of
 transformers writes them and huggingface.co offers them. Known are GPT-2, GPT-NeoX (Pythia), Llama 1 to 3, Mistral, Mixtral, Qwen 2, 2.5 and
-3, Qwen 2 and 3 MoE, OLMo 2 and Gemma 1 to 3 (text), and the encoders BERT, RoBERTa and DistilBERT (masked tokens, the base model, labels of sequences or
+3, Qwen 2 and 3 MoE, OLMo 2, Gemma 1 to 3 (text) and T5, and the encoders BERT, RoBERTa and DistilBERT (masked tokens, the base model, labels of sequences or
 of tokens). Pickled weights (.bin) are refused: reading them runs code. A .gguf file (Llama, Qwen, Gemma and GPT-2 families) holds everything itself;
 its weights are dequantised.
 

@@ -14,6 +14,7 @@ Next: jaxlm prepare --config=... --config.tokenizer.path=tokenizers/mine/tokeniz
 """
 
 import os
+import tempfile
 
 from absl import flags
 
@@ -41,8 +42,9 @@ def _train(name: str, overrides: list[tuple[str, str]], out: str) -> None:
     from jaxlm.data import prepare
 
     cfg = config.load(name, overrides)
-    tok = prepare.make_tokenizer(cfg.data, cfg.tokenizer)
     os.makedirs(out, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".preparing-", dir=out) as work:
+        tok = prepare.make_tokenizer(cfg.data, cfg.tokenizer, work, clean=cfg.clean, filter=cfg.filter, dedup=cfg.dedup)
     path = tok.save(out)
     print(f"{path}: {tok.vocab_size} tokens, sha256 {tok.fingerprint}")
     print(f'next: jaxlm tokenizer --model={path} --text="..."')

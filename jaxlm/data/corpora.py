@@ -1,322 +1,209 @@
-"""Raw text: every readable source as one stream of documents. Whatever cannot be read is named, with its line, in one line."""
+"""Raw text: every readable source as one stream of documents, in an order that depends on nothing but the config and the files' names."""
 
-import ast
-import codecs
-import functools
 import glob
-import gzip
-import io
-import json
+import hashlib
 import os
 import re
-import sysconfig
-import warnings
-import zlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlm.config import DataConfig
+from jaxlm.data import hub, mixture, python_docs, readers, tfds, web
+from jaxlm.data.readers import Fault, Keys, Record
 
 PYTHON_DOCS = "python_docs"
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-
-_BLOCK = 1 << 20  # bytes read at a time
-_WHOLE = 64 << 10  # the largest .txt, in bytes, that is one document
-_PIECE = (4 << 10, 16 << 10)  # characters of the documents that a larger one is divided into
-_BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
+_LINES = {**dict.fromkeys((".jsonl", ".ndjson", ".json"), readers.json_lines), ".csv": readers.table, ".tsv": readers.table, ".txt": readers.text}
+_READERS: dict[str, Callable[[str, Keys], Iterator[Record | Fault]]] = {
+    **_LINES, **{name + packed: reader for name, reader in _LINES.items() for packed in (".gz", ".zst")},
+    ".html": web.page, ".htm": web.page, ".warc": web.warc, ".warc.gz": web.warc, ".warc.wet": web.warc, ".warc.wet.gz": web.warc,
+    ".parquet": readers.parquet, ".arrow": readers.arrow,
+}
+SUFFIXES = tuple(_READERS)
+_KINDS = ".txt .jsonl .json .csv .tsv (each also .gz .zst), .html .warc[.gz] .parquet .arrow"
+_NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
 
 class Document(NamedTuple):
-    id: str  # "path:line", "path:row" or "path:piece", counted from 1; unique in its corpus
-    source: str  # the file, or "python_docs"
-    text: str
+    id: str  # "path:line", "path:row" or "path:piece", counted from 1, or the value of data.id_key; unique in its corpus
+    source: str  # the name in data.source ("web" of "web=crawl/"), else the entry as it is given
+    text: str | bytes  # bytes: an HTML page, or a text file that is not UTF-8; of a pair (data.input_key) both sides, see `readers.PAIR`
+    licence: str = ""  # the value of data.licence_key, else that of data.licences for the source
+    html: bool = False
 
 
-def documents(source: tuple[str, ...], text_key: str) -> Iterator[Document]:
-    """Reads all sources in the order given; files of a folder or glob in sorted order, a file that is named twice once.
+class Skipped(NamedTuple):
+    id: str
+    source: str
+    reason: str  # one line, with the file's name
 
-    Args:
-      source: files, folders (searched with their subfolders, hidden names left out) or globs (`**` too) of `SUFFIXES`, or "python_docs".
-        A .txt file is one document; one above 64 KiB is divided at blank lines into documents of 4 to 16 Ki characters, none lost.
-      text_key: the JSON field or Parquet column that holds the text.
+
+class SourceFile(NamedTuple):
+    source: str
+    path: str  # of a file, or "python_docs", "tfds:name/config:split"
+    size: int  # bytes on the disk; 0 where that is not known
+
+
+def sources(data: DataConfig) -> tuple[str, ...]:
+    """The names of all sources, in the order of `data.source`."""
+    return tuple(dict.fromkeys(_name(entry)[0] for entry in data.source))
+
+
+def files(data: DataConfig) -> list[SourceFile]:
+    """All files of `data.source` in the order given, those of a folder or glob sorted; one that is named twice counts where it is named first.
+
+    Raises:
+      ValueError: one line: what does not exist, cannot be read as text, or has no source of that name.
+    """
+    if not data.source:
+        raise ValueError(f"data.source is empty: name files, folders or globs of {_KINDS}, tfds:NAME, or {PYTHON_DOCS!r}")
+    found = {}
+    for entry in data.source:
+        name, given = _name(entry)
+        for path, size in _expand(given, data):
+            found.setdefault(path if size is None else os.path.realpath(path), SourceFile(name, path, size or 0))
+    for key in ("licences", "weights", "epochs"):
+        mixture.known(f"data.{key}", getattr(data, key), sources(data))
+    return list(found.values())
+
+
+def left_out(data: DataConfig) -> dict[str, int]:
+    """How many files in the folders of `data.source` are not read, by the suffix of their names, most first."""
+    counts = Counter()
+    for path in (os.path.expanduser(_name(entry)[1]) for entry in data.source):
+        if os.path.isdir(path) and not hub.is_dataset(path):
+            counts.update(os.path.splitext(name)[1].lower() for name in _walk(path, lambda name: not _in_folder(name)))
+    return dict(counts.most_common())
+
+
+def documents(data: DataConfig) -> Iterator[Document]:
+    """All documents of all files; see `files` and `read`."""
+    for file in files(data):
+        yield from (document for document in read(file, data) if isinstance(document, Document))
+
+
+def read(file: SourceFile, data: DataConfig) -> Iterator[Document | Skipped]:
+    """The documents of one file in the file's own order; a pure function of the file.
+
+    A .txt file is one document; one above 64 KiB is divided at blank lines into documents of 4 to 16 Ki characters, none lost.
+
+    Yields:
+      Skipped for broken records of a WARC, and, with `data.on_error="skip"`, for everything else that cannot be read.
 
     Raises:
       ValueError: one line that names the file, and the line or row, that cannot be read.
     """
-    for name in _expand(source):
-        yield from python_docs() if name == PYTHON_DOCS else _read(name, text_key)
+    return (document for _, document in placed(file, data))
 
 
-def size_on_disk(source: tuple[str, ...]) -> dict[str, int]:
-    """Number of files and their bytes; "python_docs" counts as none."""
-    paths = [name for name in _expand(source) if name != PYTHON_DOCS]
-    return {"files": len(paths), "bytes": sum(os.path.getsize(path) for path in paths)}
+def placed(file: SourceFile, data: DataConfig) -> Iterator[tuple[str, Document | Skipped]]:
+    """`read`, each with its place in the file ("path:line"), which is its id unless the file gives one."""
+    licence = dict(data.licences).get(file.source, "")
+    try:
+        for record in _records(file, data):
+            place = f"{file.path}:{record.place}"
+            if isinstance(record, Record):
+                yield place, Document(record.id or place, file.source, record.text, record.licence or licence, record.html)
+            elif isinstance(record, web.Broken) or data.on_error == "skip":
+                yield place, Skipped(place, file.source, str(record))
+            else:
+                raise record
+    except (Fault, OSError) as error:
+        fault = error if isinstance(error, Fault) else Fault(f"{file.path} cannot be read: {error.strerror or error}")
+        if data.on_error != "skip":
+            raise fault from None
+        yield file.path, Skipped(file.path, file.source, str(fault))
 
 
-def _expand(source: tuple[str, ...]) -> list[str]:
-    if not source:
-        raise ValueError(f"data.source is empty: name files, folders or globs of {' '.join(SUFFIXES)}, or {PYTHON_DOCS!r}")
-    names = []
-    for given in source:
-        path = os.path.expanduser(given)
-        if given == PYTHON_DOCS:
-            names.append(given)
-        elif os.path.isdir(path):
-            found = _walk(path)
-            if not found:
-                raise ValueError(f"{path} holds no file that ends in {' '.join(SUFFIXES)}")
-            names += found
-        elif os.path.exists(path):
-            if not _readable(path):
-                raise ValueError(f"{path} cannot be read as text: its name must end in {' '.join(SUFFIXES)}")
-            if os.path.getsize(path) == 0:
-                raise ValueError(f"{path} is empty")
-            names.append(path)
-        elif glob.has_magic(path):
-            found = [f for p in sorted(glob.glob(path, recursive=True)) for f in (_walk(p) if os.path.isdir(p) else [p]) if _readable(f)]
-            if not found:
-                raise ValueError(f"data.source={given!r} matches no file that ends in {' '.join(SUFFIXES)}")
-            names += found
-        else:
-            raise ValueError(f"data.source={given!r} does not exist (working folder: {os.getcwd()})")
-    unique = {}
-    for name in names:
-        unique.setdefault(name if name == PYTHON_DOCS else os.path.realpath(name), name)
-    return list(unique.values())
+def id_hash(document_id: str) -> int:
+    """64 bits for `check_ids`."""
+    return int.from_bytes(hashlib.blake2b(document_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def _walk(folder: str) -> list[str]:
-    files = []
+def check_ids(hashes: np.ndarray, data: DataConfig) -> None:
+    """Looks for an id that two documents share; only if there seems to be one, the sources are read again to find both.
+
+    Args:
+      hashes: uint64 [documents], `id_hash` of each, in any order.
+
+    Raises:
+      ValueError: one line with the id and both places.
+    """
+    ordered = np.sort(hashes)
+    suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    first = {}
+    for file in files(data) if suspects else ():
+        for place, document in placed(file, data):
+            if isinstance(document, Document) and id_hash(document.id) in suspects:
+                if document.id in first:
+                    raise ValueError(f"two documents have the id {document.id!r}: {first[document.id]} and {place}; the values of data.id_key={data.id_key!r} "
+                                     "must differ: choose another field, or ''")
+                first[document.id] = place
+
+
+def _records(file: SourceFile, data: DataConfig) -> Iterator[Record | Fault]:
+    keys = Keys(data.text_key, data.id_key, data.licence_key, data.input_key)
+    reader = _READERS.get(max((suffix for suffix in SUFFIXES if file.path.lower().endswith(suffix)), key=len, default=""))
+    if keys.input and (file.path == PYTHON_DOCS or reader in (readers.text, web.page, web.warc)):
+        raise ValueError(f"{file.path} has no fields: data.input_key={keys.input!r} needs JSON lines, CSV, Parquet, Arrow, datasets or TFDS")
+    if file.path == PYTHON_DOCS:
+        return (Record(name, text) for name, text in python_docs.texts())
+    if file.path.startswith(tfds.PREFIX):
+        return tfds.records(file.path, keys, data.tfds_dir)
+    return reader(file.path, keys)
+
+
+def _name(entry: str) -> tuple[str, str]:
+    """"web=crawl/" -> ("web", "crawl/"); what has no name is named as it is given. A file or folder that is there ("lang=en/*.parquet") is no name."""
+    match = _NAMED.fullmatch(entry)
+    return match.groups() if match and not any(glob.iglob(os.path.expanduser(entry))) else (entry, entry)
+
+
+def _expand(given: str, data: DataConfig) -> list[tuple[str, int | None]]:
+    """The files of one entry with their sizes; None: not a file."""
+    if given == PYTHON_DOCS:
+        return [(given, None)]
+    if given.startswith(tfds.PREFIX):
+        return [(path, None) for path in tfds.expand(given, data.tfds_dir)]
+    path = os.path.expanduser(given)
+    if os.path.isdir(path):
+        found = hub.files(path) if hub.is_dataset(path) else _walk(path, _in_folder)
+        if not found:
+            raise ValueError(f"{path} holds no file that ends in {_KINDS}")
+    elif os.path.exists(path):
+        if not _readable(path):
+            raise ValueError(f"{path} cannot be read as text: its name must end in {_KINDS}")
+        if os.path.getsize(path) == 0:
+            raise ValueError(f"{path} is empty")
+        found = [path]
+    elif glob.has_magic(path):
+        found = [f for p in sorted(glob.glob(path, recursive=True)) for f in (_walk(p, _in_folder) if os.path.isdir(p) else [p]) if _readable(f)]
+        if not found:
+            raise ValueError(f"data.source={given!r} matches no file that ends in {_KINDS}")
+    else:
+        raise ValueError(f"data.source={given!r} does not exist (working folder: {os.getcwd()})")
+    return [(name, os.path.getsize(name)) for name in found]
+
+
+def _walk(folder: str, wanted: Callable[[str], bool]) -> list[str]:
+    """Files of a folder and its subfolders, sorted, hidden ones left out; a folder of Hugging Face `datasets` gives the files that it lists."""
+    found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [os.path.join(parent, name) for name in names if not name.startswith(".") and _readable(name)]
-    return sorted(files)
+        if hub.is_dataset(parent):
+            folders.clear()
+            found += [name for name in hub.files(parent) if wanted(name)]
+        else:
+            found += [os.path.join(parent, name) for name in names if not name.startswith(".") and wanted(name)]
+    return sorted(found)
 
 
 def _readable(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def _read(path: str, text_key: str) -> Iterator[Document]:
-    if path.lower().endswith(".txt"):
-        texts = enumerate(_pieces(_characters(path)) if os.path.getsize(path) > _WHOLE else ["".join(_characters(path))], 1)
-    else:
-        texts = (_parquet if path.lower().endswith(".parquet") else _jsonl)(path, text_key)
-    for number, text in texts:
-        yield Document(f"{path}:{number}", path, text)
-
-
-def _characters(path: str) -> Iterator[str]:
-    """The text of a UTF-8 file, block by block, line ends as they are, without a byte order mark."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    line, block = 1, b"more"
-    with open(path, "rb") as file:
-        while block:
-            block = file.read(_BLOCK)
-            if b"\0" in block:
-                raise ValueError(_binary(path, line + block[:block.index(b"\0")].count(b"\n")))
-            try:
-                yield decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                raise ValueError(_not_utf8(path, line + error.object.count(b"\n", 0, error.start), error)) from None
-            line += block.count(b"\n")
-
-
-def _pieces(blocks: Iterator[str]) -> Iterator[str]:
-    """Divides a long text; together the pieces are the text, and where it is cut depends on nothing but the text."""
-    text = ""
-    for block in blocks:
-        text, position = text + block, 0
-        while len(text) - position > _PIECE[1]:
-            cut = _cut(text, position + _PIECE[0], position + _PIECE[1])
-            yield text[position:cut]
-            position = cut
-        text = text[position:]
-    if text:
-        yield text
-
-
-def _cut(text: str, low: int, high: int) -> int:
-    """After the first blank line in `text[low:high]`, else after its last line end, else after its last space, else at `high`."""
-    blank = _BLANK_LINES.search(text, low, high)
-    if blank:
-        return blank.end()
-    return text.rfind("\n", low, high) + 1 or text.rfind(" ", low, high) + 1 or high
-
-
-def _jsonl(path: str, text_key: str) -> Iterator[tuple[int, str]]:
-    for number, line in _lines(path):
-        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        if not line.strip():
-            continue
-        if b"\0" in line:
-            raise ValueError(_binary(path, number))
-        try:
-            record = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            raise ValueError(_not_utf8(path, number, error)) from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}); .jsonl holds one JSON object a line") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: a JSON {type(record).__name__}, but an object with the key {text_key!r} is needed")
-        if text_key not in record:
-            keys = ", ".join(map(repr, list(record)[:10])) or "none"
-            raise ValueError(f"{path}, line {number}: no key {text_key!r}; its keys: {keys}; set data.text_key")
-        text = record[text_key]
-        if not isinstance(text, str):
-            raise ValueError(f"{path}, line {number}: {text_key!r} is {json.dumps(text)[:40]}, not text")
-        if b"\\u" in line and not _encodable(text):
-            raise ValueError(f"{path}, line {number}: {text_key!r} has half of a surrogate pair (\\ud800 to \\udfff), not a character")
-        yield number, text
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-class _Damaged(Exception):
-    pass
-
-
-def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-    number = 0
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                yield number, line
-    except EOFError:
-        raise ValueError(f"{path} ends in the middle of its compressed data, after line {number}: copy it again, whole") from None
-    except (zlib.error, gzip.BadGzipFile, _Damaged) as error:
-        raise ValueError(f"{path} cannot be decompressed after line {number} ({error}): it is damaged or not what its name says") from None
-
-
-def _open(path: str) -> BinaryIO:
-    name = path.lower()
-    if name.endswith(".gz"):
-        return gzip.open(path)
-    return io.BufferedReader(_ZstdFile(path), _BLOCK) if name.endswith(".zst") else open(path, "rb")
-
-
-class _ZstdFile(io.RawIOBase):
-    """Decompresses frame after frame. Unlike zstandard's own reader it notices when the last frame has no end."""
-
-    def __init__(self, path: str):
-        try:
-            import zstandard
-        except ImportError:
-            raise ValueError(f"{path}: reading .zst needs zstandard: pip install 'jaxlm[data]'") from None
-        self._file = open(path, "rb")
-        self._codec, self._error = zstandard.ZstdDecompressor(), zstandard.ZstdError
-        self._frame, self._compressed, self._plain = None, b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._plain:
-            self._compressed = self._compressed or self._file.read(_BLOCK // 8)
-            if not self._compressed:
-                if self._frame is not None:
-                    raise EOFError
-                return 0
-            self._frame = self._frame or self._codec.decompressobj()
-            try:
-                self._plain = memoryview(self._frame.decompress(self._compressed))
-            except self._error as error:
-                raise _Damaged(str(error)) from None
-            self._compressed = self._frame.unused_data
-            self._frame = None if self._frame.eof else self._frame
-        count = min(len(buffer), len(self._plain))
-        buffer[:count], self._plain = self._plain[:count], self._plain[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _parquet(path: str, text_key: str) -> Iterator[tuple[int, str]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet, types
-    except ImportError:
-        raise ValueError(f"{path}: reading .parquet needs pyarrow: pip install 'jaxlm[data]'") from None
-    row = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            if text_key not in schema.names:
-                columns = ", ".join(map(repr, schema.names[:20])) or "none"
-                raise ValueError(f"{path}: no column {text_key!r}; its columns: {columns}; set data.text_key")
-            kind = schema.field(text_key).type
-            if not (types.is_string(kind) or types.is_large_string(kind)):
-                raise ValueError(f"{path}: column {text_key!r} holds {kind}, not text")
-            for batch in file.iter_batches(batch_size=256, columns=[text_key]):
-                for value in batch.column(0):
-                    row += 1
-                    text = value.as_py()
-                    if text is None:
-                        raise ValueError(f"{path}, row {row}: {text_key!r} is null, not text")
-                    yield row, text
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, row {row}: not UTF-8 ({error.reason})") from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as Parquet after row {row}: {' '.join(str(error).split())}") from None
-
-
-def _binary(path: str, line: int) -> str:
-    return f"{path}, line {line}: a NUL byte: the file is binary or UTF-16, not UTF-8 text"
-
-
-def _not_utf8(path: str, line: int, error: UnicodeDecodeError) -> str:
-    return (f"{path}, line {line}: not UTF-8 (byte 0x{error.object[error.start]:02x}: {error.reason}); "
-            "convert it, for example with iconv -f latin1 -t utf-8")
-
-
-@functools.cache
-def python_docs() -> tuple[Document, ...]:
-    """The text that every CPython carries: the language reference's help topics and the docstrings of the standard library, about 2.3 MB.
-
-    The docstrings are read from the source files with `ast`; nothing is imported but the topics. One document is a topic, or a module with
-    all its docstrings ("name, blank line, docstring", in the order of the source). Sorted; exact duplicates are dropped.
-
-    Raises:
-      ValueError: this Python has neither topics nor source files.
-    """
-    texts = {}
-    try:
-        from pydoc_data import topics
-        texts = {f"topics/{name}": text for name, text in topics.topics.items()}
-    except ImportError:
-        pass
-    library = Path(sysconfig.get_path("stdlib"))
-    for path in library.rglob("*.py"):
-        name = path.relative_to(library)
-        if not {"site-packages", "dist-packages", "test", "tests", "__pycache__"}.intersection(name.parts):
-            texts[name.as_posix()] = _docstrings(path, ".".join(name.with_suffix("").parts).removesuffix(".__init__"))
-    seen, found = {""}, []
-    for name in sorted(texts):
-        text = texts[name].encode("utf-8", "replace").decode()  # a docstring may spell half of a surrogate pair
-        if text not in seen:
-            seen.add(text)
-            found.append(Document(f"{PYTHON_DOCS}:{name}", PYTHON_DOCS, text))
-    if not found:
-        raise ValueError(f"{PYTHON_DOCS}: this Python has neither pydoc_data nor the standard library's source in {library}: "
-                         "name text files in data.source")
-    return tuple(found)
-
-
-def _docstrings(path: Path, module: str) -> str:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's code
-            tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, OSError, RecursionError):
-        return ""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = sorted((node for node in ast.walk(tree) if isinstance(node, kinds)), key=lambda node: getattr(node, "lineno", 0))
-    pairs = [(getattr(node, "name", module), ast.get_docstring(node)) for node in nodes]
-    return "\n\n".join(f"{name}\n\n{text}" for name, text in pairs if text)
+def _in_folder(name: str) -> bool:
+    """A .json that lies in a folder is most often about the data: it is read only when it is named."""
+    return _readable(name) and not name.lower().endswith(".json")

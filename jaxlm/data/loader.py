@@ -10,99 +10,96 @@ import threading
 from collections.abc import Callable, Iterator
 
 import grain
-import numpy as np
 
-from jaxlm.data import pack, tasks
+from jaxlm.data import mixture, pack
+from jaxlm.data import rows as of_rows
+from jaxlm.data import stream as streams
+from jaxlm.data.rows import Task
 from jaxlm.data.shards import Corpus
 from jaxlm.data.tasks import Batch
 
 
-def epoch_size(corpus: Corpus, split: str, *, sequence_length: int, batch_size: int) -> pack.EpochSize:
-    """Rows, targets and padding of an epoch, which has rows / batch_size steps: a batch may end one epoch and begin the next.
+def epoch_size(corpus: Corpus, split: str, task: Task, batch_size: int) -> pack.EpochSize:
+    """Rows, targets and padding of an epoch, or of one pass of a mixture, which has rows / batch_size steps: a batch may end one and begin the next.
 
     Raises:
-      ValueError: the split is smaller than one batch, which would have to repeat itself.
+      ValueError: the split is smaller than one batch, which would have to repeat itself; see `stream.build`.
     """
-    size = pack.epoch_size(corpus.splits[split].tokens, sequence_length)
-    if size.rows < batch_size:
+    return _checked(streams.build(corpus, split, task), corpus, split, task, batch_size).size
+
+
+def _checked(stream: streams.Stream, corpus: Corpus, split: str, task: Task, batch_size: int) -> streams.Stream:
+    size = stream.size
+    if task.mixture == mixture.Mixture() and size.rows < batch_size:
         raise ValueError(
             f"the {split} split in {corpus.folder} is smaller than one batch: its {size.targets} tokens fill {size.rows} rows of "
-            f"data.sequence_length={sequence_length}, data.batch_size={batch_size} needs more: lower one of them, or give more text")
-    return size
+            f"data.sequence_length={task.sequence_length}, data.batch_size={batch_size} needs more: lower one of them, or give more text")
+    return stream
 
 
-def batches(corpus: Corpus, split: str, *, sequence_length: int, batch_size: int, seed: int, start_step: int, stop_step: int,
-            rows: tuple[int, int] | None = None, threads: int = 1, prefetch: int = 4, masking: tasks.Masking | None = None) -> Iterator[tuple[int, Batch]]:
+def batches(corpus: Corpus, split: str, task: Task, *, batch_size: int, seed: int, start_step: int, stop_step: int, rows: tuple[int, int] | None = None,
+            threads: int = 1, prefetch: int = 4) -> Iterator[tuple[int, Batch]]:
     """The training batches of steps [start_step, stop_step), epoch after epoch, nothing dropped between them.
 
     Args:
+      task: what is asked of the model; masks and hidden spans are others in each step.
       batch_size: rows of the global batch.
       rows: the rows [a, b) of each global batch that this process reads; None: all.
       threads: 0 reads in the caller's own thread, when a batch is asked for.
       prefetch: batches read ahead.
-      masking: hide tokens, others in each step.
 
     Returns:
-      An iterator of (step, batch of [b - a, sequence_length]) without "documents".
+      An iterator of (step, batch of [b - a, length]) without "documents".
 
     Raises:
       ValueError: see `epoch_size`; while iterating, a damaged shard (see `Corpus.read`).
     """
-    per_epoch = epoch_size(corpus, split, sequence_length=sequence_length, batch_size=batch_size).rows
+    stream = _checked(streams.build(corpus, split, task), corpus, split, task, batch_size)
     begin, end = rows or (0, batch_size)
-    lengths, lock = corpus.splits[split].tokens, threading.Lock()
-    cached = functools.lru_cache(2)(lambda epoch: pack.epoch_plan(lengths, sequence_length, seed, epoch))
+    lock = threading.Lock()
+    cached = [functools.lru_cache(2)(functools.partial(streams.plan, stream, corpus, split, task, seed, part)) for part in range(len(stream.parts))]
 
-    def row(index: int) -> list[pack.Piece]:
+    def row(number: int) -> list[pack.Piece]:
+        part, epoch, index = streams.place(stream, number)
         with lock:  # a plan is large and takes a second for ten million documents: one thread makes it, the others wait
-            plan = cached(index // per_epoch)
-        return pack.epoch_row(plan, index % per_epoch)
+            plan = cached[part](epoch)
+        return pack.row(plan, index)
 
     def batch(step: int) -> tuple[int, Batch]:
-        planned = [row(step * batch_size + i) for i in range(begin, end)]
-        local = tasks.next_token_batch(planned, functools.partial(corpus.read, split), sequence_length)
-        if masking is not None:
-            first = (step * batch_size + begin) * sequence_length
-            numbers = np.arange(first, first + (end - begin) * sequence_length, dtype=np.uint64).reshape(end - begin, sequence_length)
-            local = tasks.mask_batch(local, masking, numbers, "train", seed)
+        first = step * batch_size + begin
+        local = of_rows.fill(task, [row(first + i) for i in range(end - begin)], corpus, split, first, seed)
         del local["documents"]
         return step, local
 
     return _read_ahead(batch, start_step, stop_step, threads, prefetch)
 
 
-def evaluation_batches(corpus: Corpus, split: str, *, sequence_length: int, batch_size: int, overlap: float, limit_documents: int = 0,
-                       rows: tuple[int, int] | None = None, threads: int = 1, prefetch: int = 4, masking: tasks.Masking | None = None) -> Iterator[Batch]:
+def evaluation_batches(corpus: Corpus, split: str, task: Task, *, batch_size: int, overlap: float, limit_documents: int = 0,
+                       rows: tuple[int, int] | None = None, threads: int = 1, prefetch: int = 4) -> Iterator[Batch]:
     """Batches in which every target of the split has weight 1 exactly once; the last is filled up with rows of padding.
 
     Args:
+      task: masks and hidden spans are the same ones of a document each time; of masked tokens those chosen, not all, have weight 1 exactly once.
       overlap: see `pack.evaluation_plan`.
       rows: the rows [a, b) of each global batch that this process reads; None: all.
       limit_documents: at most so many documents, spread evenly over the split; 0: all.
-      masking: hide tokens, the same ones of a document each time; of these, not of all, each has weight 1 exactly once.
 
     Returns:
-      An iterator of batches of [b - a, sequence_length], the same number for every process.
+      An iterator of batches of [b - a, length], the same number for every process.
 
     Raises:
       ValueError: the split has no documents.
     """
-    lengths = corpus.splits[split].tokens
-    if not len(lengths):
+    index = corpus.splits[split]
+    if not len(index.tokens):
         raise ValueError(f"the {split} split in {corpus.folder} has no documents: raise data.{split} and prepare again, or give more text")
-    count = min(limit_documents or len(lengths), len(lengths))
-    plan = pack.evaluation_plan(lengths, sequence_length, overlap, np.arange(count) * len(lengths) // count)
+    plan = of_rows.evaluation_plan(task, index, of_rows.evaluation_documents(index, limit_documents), overlap)
     begin, end = rows or (0, batch_size)
-    total = len(plan.row_ends)
+    total = len(plan.rows)
 
     def batch(number: int) -> Batch:
         indices = range(number * batch_size + begin, number * batch_size + end)
-        planned = [pack.evaluation_row(plan, i) if i < total else [] for i in indices]
-        local = tasks.next_token_batch(planned, functools.partial(corpus.read, split), sequence_length)
-        if masking is None:
-            return local
-        numbers = (local["documents"].astype(np.uint64) << np.uint64(32)) + local["positions"].astype(np.uint64)
-        return tasks.mask_batch(local, masking, numbers, "evaluation")
+        return of_rows.fill(task, [pack.row(plan, i) if i < total else [] for i in indices], corpus, split, None)
 
     return _read_ahead(batch, 0, math.ceil(total / batch_size), threads, prefetch)
 

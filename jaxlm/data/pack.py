@@ -7,11 +7,16 @@ Training: an epoch lays its documents end to end in an order shuffled by (seed, 
 by (seed, epoch) too, so that a long document does not fill a batch. A piece that continues a document starts afresh: attention does not
 reach back into the row before. Every target of the split is in exactly one row of each epoch; only the epoch's last row may end in padding.
 
+Whole documents instead (`fitted_plan`): documents, or windows of those longer than a row, are put into rows by best fit, each whole and in
+exactly one row of an epoch. So are the pairs of an encoder-decoder, which need room on two sides. Which of equal size sits where changes with
+(seed, epoch), the number of rows does not.
+
 Evaluation: every target counts exactly once. A document longer than a row is read in overlapping windows, so that its later targets see
 what came before them; the targets seen again do not count. Pieces share rows where they fit.
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +34,8 @@ class Piece(NamedTuple):
 class EpochSize(NamedTuple):
     rows: int
     targets: int  # tokens to predict, in all rows together
-    padding: int  # positions without a target, all in one row
+    padding: int  # positions without a token, of both sides of an encoder-decoder; all in one row where rows are cut from a stream
+    positions: int  # in all rows together
 
 
 class EpochPlan(NamedTuple):
@@ -39,30 +45,38 @@ class EpochPlan(NamedTuple):
     rows: np.ndarray  # int64 [rows]: the shuffled place of each row on the line
 
 
-class EvaluationPlan(NamedTuple):
-    sequence_length: int
+class FittedPlan(NamedTuple):
     pieces: np.ndarray  # int64 [pieces, 4]: the fields of `Piece`, row after row
-    row_ends: np.ndarray  # int64 [rows]
+    row_ends: np.ndarray  # int64 [rows]: pieces up to the end of each
+    rows: np.ndarray  # int64 [rows]: which of them comes when
+
+
+Plan = EpochPlan | FittedPlan
 
 
 def epoch_size(lengths: np.ndarray, sequence_length: int) -> EpochSize:
     """Size of an epoch over documents of `lengths` tokens [documents]."""
     targets = int(np.maximum(lengths.astype(np.int64) - 1, 0).sum())
     rows = -(-targets // sequence_length)
-    return EpochSize(rows, targets, rows * sequence_length - targets)
+    return EpochSize(rows, targets, rows * sequence_length - targets, rows * sequence_length)
 
 
-def epoch_plan(lengths: np.ndarray, sequence_length: int, seed: int, epoch: int) -> EpochPlan:
-    """The rows of one epoch over documents of `lengths` tokens [documents]; a pure function of its arguments, on every machine."""
-    documents = shuffled(len(lengths), "documents", seed, epoch)
+def epoch_plan(lengths: np.ndarray, sequence_length: int, *key: object) -> EpochPlan:
+    """The rows of one epoch over documents of `lengths` tokens [documents], shuffled by `key`: (seed, epoch), and the source's name in a mixture. A pure
+    function of its arguments, on every machine."""
+    documents = shuffled(len(lengths), "documents", *key)
     targets = lengths[documents].astype(np.int64) - 1
     documents, targets = documents[targets > 0], targets[targets > 0]
     rows = epoch_size(lengths, sequence_length).rows
-    return EpochPlan(sequence_length, documents, np.cumsum(targets), shuffled(rows, "rows", seed, epoch))
+    return EpochPlan(sequence_length, documents, np.cumsum(targets), shuffled(rows, "rows", *key))
 
 
-def epoch_row(plan: EpochPlan, index: int) -> list[Piece]:
+def row(plan: Plan, index: int) -> list[Piece]:
     """The pieces of row `index` in [0, rows)."""
+    if isinstance(plan, FittedPlan):
+        place = int(plan.rows[index])
+        begin = int(plan.row_ends[place - 1]) if place else 0
+        return [Piece(*piece) for piece in plan.pieces[begin:plan.row_ends[place]].tolist()]
     position = int(plan.rows[index]) * plan.sequence_length
     end = min(position + plan.sequence_length, int(plan.ends[-1]))
     k = int(np.searchsorted(plan.ends, position, side="right"))
@@ -75,7 +89,7 @@ def epoch_row(plan: EpochPlan, index: int) -> list[Piece]:
     return pieces
 
 
-def evaluation_plan(lengths: np.ndarray, sequence_length: int, overlap: float, documents: np.ndarray | None = None) -> EvaluationPlan:
+def evaluation_plan(lengths: np.ndarray, sequence_length: int, overlap: float, documents: np.ndarray | None = None) -> FittedPlan:
     """The rows that evaluate documents of `lengths` tokens [documents], or those numbered `documents` only.
 
     Args:
@@ -91,41 +105,118 @@ def evaluation_plan(lengths: np.ndarray, sequence_length: int, overlap: float, d
     start = number * stride
     stop = np.minimum(start + sequence_length, targets[of])
     seen = np.where(number > 0, sequence_length - stride, 0)
-    row, order = _fit(stop - start, sequence_length)
-    pieces = np.stack([documents[of], start, stop, seen], axis=1)[order]
-    return EvaluationPlan(sequence_length, pieces, np.cumsum(np.bincount(row)))
+    return fitted_plan(np.stack([documents[of], start, stop, seen], axis=1), (stop - start)[:, None], (sequence_length,))
 
 
-def evaluation_row(plan: EvaluationPlan, index: int) -> list[Piece]:
-    """The pieces of row `index` in [0, rows)."""
-    begin = int(plan.row_ends[index - 1]) if index else 0
-    return [Piece(*map(int, piece)) for piece in plan.pieces[begin:plan.row_ends[index]]]
+def windows(sizes: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cuts things of `sizes` [things] into consecutive windows of at most `most`: of each window the thing, its start and its stop, int64 [windows]."""
+    sizes = sizes.astype(np.int64)
+    counts = -(-sizes // most)
+    of = np.repeat(np.arange(len(sizes)), counts)
+    start = (np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)) * most
+    return of, start, np.minimum(start + most, sizes[of])
 
 
-def _fit(sizes: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """Puts pieces of `sizes` into rows of `room`, the longest first, each where it leaves the least space (best fit, decreasing).
+def fitted_plan(pieces: np.ndarray, sizes: np.ndarray, room: Sequence[int], *key: object) -> FittedPlan:
+    """Rows of whole pieces.
+
+    Args:
+      pieces: int64 [pieces, 4], the fields of `Piece`.
+      sizes: int64 [pieces, sides], the places that each takes; no more than there are.
+      room: the places of a row, on each side.
+      key: shuffles pieces of equal size, and the rows; none leaves them in order.
+    """
+    if key:
+        order = shuffled(len(pieces), "pieces", *key)
+        pieces, sizes = pieces[order], sizes[order]
+    place = best_fit(sizes, room)
+    row_ends = np.cumsum(np.bincount(place))
+    rows = shuffled(len(row_ends), "rows", *key) if key else np.arange(len(row_ends))
+    return FittedPlan(pieces[np.argsort(place, kind="stable")], row_ends, rows)
+
+
+def best_fit(sizes: np.ndarray, room: Sequence[int]) -> np.ndarray:
+    """Puts things of `sizes` [things, 1 or 2 sides] into rows with `room` on each side: the largest first, each into the row where it leaves the
+    least space on the first side (best fit, decreasing; Johnson 1973). Whole numbers only, so every machine finds the same.
+
+    Things of equal size are placed together and rows with equal space are kept together, so the time follows the number of different sizes
+    where that is smaller than the number of things.
 
     Returns:
-      The row of each piece, and the pieces ordered by row.
+      The row of each thing, int64 [things].
     """
-    row = np.zeros(len(sizes), np.int64)
-    rows_with = [[] for _ in range(room + 1)]  # rows by the space left in them
-    spaces, rows = 0, 0  # bit s is set where rows_with[s] is not empty: the least space that fits is the lowest bit from `size` up
-    for piece in np.argsort(-sizes, kind="stable").tolist():
-        size = int(sizes[piece])
-        fitting = spaces >> size
-        if fitting:
-            space = size + (fitting & -fitting).bit_length() - 1
-            chosen = rows_with[space].pop()
-            if not rows_with[space]:
-                spaces &= ~(1 << space)
-        else:
-            space, chosen, rows = room, rows, rows + 1
-        row[piece] = chosen
-        if space > size:
-            rows_with[space - size].append(chosen)
-            spaces |= 1 << (space - size)
-    return row, np.argsort(row, kind="stable")
+    if not len(sizes):
+        return np.zeros(0, np.int64)
+    sizes = np.asarray(sizes, np.int64)
+    first, second = sizes[:, 0], sizes[:, 1] if sizes.shape[1] > 1 else np.zeros(len(sizes), np.int64)
+    a_room, b_room = int(room[0]), int(room[1]) if len(room) > 1 else 0
+    assert first.min() > 0 and second.min() >= 0 and first.max() <= a_room and second.max() <= b_room
+    # One number for each size, which sorts by the larger of the shares it takes of a row's sides.
+    share = np.maximum(first * max(b_room, 1), second * a_room)
+    kinds, of, counts = np.unique((share * (a_room + 1) + first) * (b_room + 1) + second, return_inverse=True, return_counts=True)
+    spaces = _Spaces(a_room, b_room)
+    placed, rows = [], 0
+    for kind, count in zip(kinds[::-1].tolist(), counts[::-1].tolist()):
+        b = kind % (b_room + 1)
+        a = kind // (b_room + 1) % (a_room + 1)
+        while count:
+            found = spaces.take(a, b, count)
+            if found is None:
+                each = min(a_room // a, b_room // b) if b else a_room // a
+                begin, rows = rows, rows + -(-count // each)
+                found = a_room, b_room, np.arange(begin, rows)
+            count = spaces.fill(*found, a, b, count, placed)
+    out = np.empty(len(sizes), np.int64)
+    out[np.argsort(-of.reshape(-1), kind="stable")] = np.concatenate(placed)
+    return out
+
+
+class _Spaces:
+    """Rows by the space that is left in them."""
+
+    def __init__(self, a_room: int, b_room: int):
+        self._rows: dict[tuple[int, int], list[np.ndarray]] = {}
+        self._b = [0] * (a_room + 1)  # bit b of entry a: there are rows with spaces a and b
+        self._a = 0  # bit a: entry a has a bit
+
+    def take(self, a: int, b: int, count: int) -> tuple[int, int, np.ndarray] | None:
+        """Rows, no more than `count` of them need, with the least space of at least `a` on the first side that also have `b` on the second."""
+        fitting = self._a >> a
+        space = a
+        while fitting:
+            step = (fitting & -fitting).bit_length() - 1
+            space, fitting = space + step, fitting >> step
+            seconds = self._b[space] >> b
+            if seconds:
+                other = b + (seconds & -seconds).bit_length() - 1
+                rows = self._rows[space, other].pop()
+                need = -(-count // (min(space // a, other // b) if b else space // a))
+                if need < len(rows):
+                    self._rows[space, other].append(rows[need:])
+                    rows = rows[:need]
+                elif not self._rows[space, other]:
+                    self._b[space] &= ~(1 << other)
+                    self._a &= ~((not self._b[space]) << space)
+                return space, other, rows
+            fitting, space = fitting >> 1, space + 1
+        return None
+
+    def fill(self, space: int, other: int, rows: np.ndarray, a: int, b: int, count: int, placed: list[np.ndarray]) -> int:
+        """Puts up to `count` things of size (a, b) into rows with spaces (space, other); what is left of `count`."""
+        each = min(space // a, other // b) if b else space // a
+        whole, last = divmod(min(count, len(rows) * each), each)
+        placed.append(np.repeat(rows[:whole], each))
+        self._put(space - each * a, other - each * b, rows[:whole])
+        if last:
+            placed.append(np.repeat(rows[whole:whole + 1], last))
+            self._put(space - last * a, other - last * b, rows[whole:whole + 1])
+        return count - whole * each - last
+
+    def _put(self, space: int, other: int, rows: np.ndarray) -> None:
+        if space and len(rows):
+            self._rows.setdefault((space, other), []).append(rows)
+            self._b[space] |= 1 << other
+            self._a |= 1 << space
 
 
 def shuffled(count: int, *key: object) -> np.ndarray:

@@ -1,123 +1,288 @@
-"""From raw text to a prepared corpus: read, split by the text's own hash, train the tokenizer on the training split, write shards.
+"""From raw text to a prepared corpus: read, clean, de-duplicate, split by the text's own hash, train the tokenizer, tokenise, write shards.
 
-The same text and config give the same bytes, wherever and whenever; memory does not grow with the corpus, but for some 40 bytes a document.
+The order of the stages; what each does to a batch stands in stages.py, what de-duplication decides in survivors.py. The same files and config
+give the same bytes, wherever and whenever, for any number of workers and any runner, and after any number of interruptions.
 """
 
+import contextlib
 import dataclasses
-import hashlib
-import heapq
+import functools
+import json
+import math
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import jaxlm
-from jaxlm.config import DataConfig, TokenizerConfig
-from jaxlm.data import corpora, shards, tokenizer
+from jaxlm.config import CleanConfig, Config, DataConfig, DedupConfig, FilterConfig, ObjectiveConfig, TokenizerConfig, keys
+from jaxlm.data import corpora, page, readers, run, shards, stages, summary, tokenizer
+from jaxlm.data.survivors import SPLITS, Survey
 
-SPLITS = ("train", "validation", "test")
-_BATCH_BYTES = 1 << 20  # of text that is tokenised at a time
-_PROGRESS_SECONDS = 5.0
+TIMINGS = "timings.json"
+# Of data: those that the bytes depend on.
+_KEYS = ("source", "text_key", "input_key", "id_key", "licence_key", "licences", "on_error", "validation", "test", "shard_bytes")
 
 
-def prepare(data: DataConfig, tokenizer_cfg: TokenizerConfig, folder: str | Path, *, log: Callable[[str], None] = print) -> shards.Corpus:
+def prepare(data: DataConfig, tokenizer_cfg: TokenizerConfig, folder: str | Path, *, clean: CleanConfig = CleanConfig(), filter: FilterConfig = FilterConfig(),
+            dedup: DedupConfig = DedupConfig(), log: Callable[[str], None] = print, runner: run.Runner | None = None) -> shards.Corpus:
     """Prepares `data.source` in `folder`, or opens what was prepared there from the same config.
 
     Args:
       data: what to read and how to split it.
       tokenizer_cfg: the tokenizer to train or to load.
       folder: made whole or not at all; not there yet, empty, or prepared from the same config.
+      clean: what is done to each document, and which are kept.
+      filter: rules of quality.
+      dedup: which documents are dropped for another one.
       log: receives progress, a line at a time.
+      runner: who does the work; None: this machine, with `data.workers` processes. These import `__main__`, so a script that calls this
+        needs the usual `if __name__ == "__main__":`.
 
     Raises:
-      ValueError: one line: bad input (see `corpora.documents`), nothing to train on, or a folder that holds something else.
+      ValueError: one line: bad input (see `corpora.read`), nothing left, nothing to train on, or a folder that holds something else.
       OSError: the disk is full or must not be written.
+      KeyboardInterrupt: as it came; the work so far is kept for the next call, as it is after a kill.
     """
     folder = Path(folder)
-    made_from = _made_from(data, tokenizer_cfg)
+    config = _config(data, tokenizer_cfg, clean, filter, dedup)
+    made_from = _made_from(config)
     if (folder / shards.MANIFEST).exists():
-        return _reuse(folder, made_from, log)
-    with shards.replacing(folder) as temporary:
-        started = time.monotonic()
-        tok = make_tokenizer(data, tokenizer_cfg, log=log)
-        writers = {split: shards.ShardWriter(temporary, split, tok.vocab_size, data.shard_bytes) for split in SPLITS}
-        progress = _Progress("tokenised", log)
-        dropped = 0
-        for batch in _batches(corpora.documents(data.source, data.text_key)):
-            kept = [(document, split, size) for document, split, size in map(lambda d: (d, *_place(d.text, data)), batch) if size]
-            dropped += len(batch) - len(kept)
-            for (document, split, size), ids in zip(kept, tok.encode_batch([document.text for document, _, _ in kept])):
-                writers[split].add(document.id, np.concatenate([[tok.bos], ids, [tok.eos]]), size)
-            progress.add(len(kept), sum(size for _, _, size in kept))
-        manifest = {
-            "jaxlm": jaxlm.__version__,
-            "made_from": made_from,
-            "source": corpora.size_on_disk(data.source),
-            "empty_documents_dropped": dropped,
-            "tokenizer": shards.file_entry(tok.save(temporary)) | {k: getattr(tok, k) for k in ("kind", "vocab_size", "bos", "eos", "pad")},
-            "splits": {split: writer.close() for split, writer in writers.items()},
-        }
-        _need_training_text(manifest["splits"], data)
-        shards.write_manifest(temporary, manifest)
-    log(summary(manifest))
-    log(f"prepared {folder} in {time.monotonic() - started:.1f} s")
+        shards.remove_leftover(folder)
+        return _reuse(folder, made_from, config.data, log)
+    files = _files(config.data, folder)
+    if unread := corpora.left_out(config.data):
+        log(f"left out: {sum(unread.values()):,} files of kinds that are not read: "
+            + ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in list(unread.items())[:10]))
+    with shards.replacing(folder, [jaxlm.__version__, made_from, *_fingerprints(files, made_from)], log) as (work, out):
+        workers = _workers(config.data, files)
+        try:
+            with contextlib.nullcontext(runner) if runner else run.local(workers) as runner:
+                stage = _Stages(config, work, files, log, runner)
+                survey = stage.survivors()
+                tok = stage.train_tokenizer(survey)
+                manifest, report = _write(stage, survey, tok, out, made_from, files)
+        except KeyboardInterrupt:
+            log(f"interrupted: the same command goes on from here ({work}); to start anew, delete that folder")
+            raise
+        (out / TIMINGS).write_text(json.dumps({"workers": workers, "stages": stage.timings()}, indent=1) + "\n")
+    log(summary.table(manifest, report))
+    log(f"prepared {folder} in {sum(stage.seconds.values()):.1f} s; see {folder / page.NAME}")
     return shards.open_corpus(folder)
 
 
-def make_tokenizer(data: DataConfig, cfg: TokenizerConfig, *, log: Callable[[str], None] = print) -> tokenizer.Tokenizer:
-    """The tokenizer of a config: bytes, a file, or one trained on at most `cfg.train_bytes` of the training split.
-
-    Where there is more text than that, the training documents with the smallest hashes are taken: a fair sample of all files.
-    """
-    if cfg.kind == "bytes":
-        return tokenizer.train((), cfg)
-    if cfg.path:
-        return tokenizer.load(Path(cfg.path).expanduser())
-    started = time.monotonic()
-    counts = dict.fromkeys(SPLITS, 0)
-    progress = _Progress("read", log)
-    sample, sample_bytes = [], 0  # a heap: the largest hash on top
-    for order, document in enumerate(corpora.documents(data.source, data.text_key)):
-        split, size = _place(document.text, data)
-        progress.add(1, size)
-        counts[split] += size > 0
-        if split != "train" or not size:
-            continue
-        heapq.heappush(sample, (-_fraction(document.text, 8), order, size, document.text))
-        sample_bytes += size
-        while sample_bytes > cfg.train_bytes and len(sample) > 1:
-            sample_bytes -= heapq.heappop(sample)[2]
-    _need_training_text({split: {"documents": count} for split, count in counts.items()}, data)
-    tok = tokenizer.train((text for _, _, _, text in sorted(sample, key=lambda item: item[1])), cfg)
-    log(f"tokenizer: {cfg.kind}, {tok.vocab_size} pieces, trained on {sample_bytes / 1e6:.1f} MB in {time.monotonic() - started:.1f} s")
-    return tok
+def make_tokenizer(data: DataConfig, tokenizer_cfg: TokenizerConfig, work: str | Path, *, clean: CleanConfig = CleanConfig(),
+                   filter: FilterConfig = FilterConfig(), dedup: DedupConfig = DedupConfig(), log: Callable[[str], None] = print) -> tokenizer.Tokenizer:
+    """The tokenizer that `prepare` would make. `work`: an empty or new folder for what lies between, the text as cleaned among it."""
+    config = _config(data, tokenizer_cfg, clean, filter, dedup)
+    files = [] if _is_given(tokenizer_cfg) else corpora.files(config.data)
+    with run.local(_workers(config.data, files)) as runner:
+        stage = _Stages(config, Path(work), files, log, runner)
+        return stage.train_tokenizer(stage.survivors() if files else None)
 
 
-def summary(manifest: Mapping[str, Any]) -> str:
-    """A table of the splits."""
-    lines = [f"{'split':<10} {'documents':>12} {'text bytes':>16} {'tokens':>16} {'bytes/token':>12} {'shards':>7}"]
-    for name, split in manifest["splits"].items():
-        ratio = split["text_bytes"] / max(split["tokens"] - 2 * split["documents"], 1)
-        counts = f"{split['documents']:>12,} {split['text_bytes']:>16,} {split['tokens']:>16,}"
-        lines.append(f"{name:<10} {counts} {ratio:>12.2f} {len(split['shards']):>7,}")
-    if manifest["empty_documents_dropped"]:
-        lines.append(f"dropped: {manifest['empty_documents_dropped']:,} empty documents")
-    return "\n".join(lines)
+def _workers(data: DataConfig, files: list[corpora.SourceFile]) -> int:
+    """A pool takes a second to start: no more workers than there are batches, if it is left to us."""
+    return data.workers or max(1, min(os.cpu_count() or 1, sum(file.size for file in files) // stages.BATCH_BYTES))
 
 
-def _made_from(data: DataConfig, cfg: TokenizerConfig) -> dict[str, Any]:
-    keys = ("source", "text_key", "validation", "test", "shard_bytes")
-    made_from = {f"data.{key}": getattr(data, key) for key in keys}
-    made_from |= {f"tokenizer.{key}": value for key, value in dataclasses.asdict(cfg).items()}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in made_from.items()}
+class _Stages:
+    """The stages of one preparation, each over all batches before the next one begins."""
+
+    def __init__(self, config: Config, work: Path, files: list[corpora.SourceFile], log: Callable[[str], None], runner: run.Runner):
+        self.config, self.work, self.log, self.units, self._runner = config, work, log, stages.units(files), runner
+        work.mkdir(parents=True, exist_ok=True)
+        self.seconds: dict[str, float] = {}
+        self.bytes: dict[str, int] = {}
+
+    def survivors(self) -> Survey:
+        """Reads and cleans everything, then decides what lives."""
+        cfg = self.config.dedup
+        self._run("clean", run.Work("cleaned", self.work, self.units, functools.partial(stages.read, self.config.data, self.work),
+                                    functools.partial(stages.clean_batch, self.config, self.work), lambda unit: unit.size,
+                                    lambda unit: [file.path for file in unit.files]))
+        with self._timed("de-duplicate"):
+            survey = Survey(self.work, self.units, cfg)
+            self.bytes["clean"] = sum(source["read"]["bytes"] for source in survey.counts.sources.values())
+            if cfg.exact:
+                survey.drop_equal()
+            if self.config.data.id_key:
+                survey.check_ids(self.config.data)
+            if cfg.line_length:
+                survey.drop_lines()
+        if cfg.line_length or cfg.near:
+            tasks = survey.living()
+            self._over("signed", "sign", tasks, functools.partial(stages.sign_batch, self.config, self.work))
+            with self._timed("de-duplicate"):
+                signed = survey.take_signed(tasks)
+                self.bytes["sign"] = int(survey.sizes[signed].sum())
+                if cfg.exact:
+                    survey.drop_equal("dedup.lines")  # documents that differed in dead lines only
+                if cfg.near:
+                    survey.drop_near(signed)
+        _need_training_text(survey, self.config.data)
+        return survey
+
+    def train_tokenizer(self, survey: Survey | None) -> tokenizer.Tokenizer:
+        """Bytes, a file, or one trained on at most `tokenizer.train_bytes` of the training split: the documents with the smallest hashes."""
+        cfg, file = self.config.tokenizer, self.work / "tokenizer"
+        if _is_given(cfg):
+            tok = tokenizer.train((), cfg) if cfg.kind == "bytes" else tokenizer.load(Path(cfg.path).expanduser())
+        elif file.is_dir():
+            return tokenizer.load(file)
+        else:
+            with self._timed("tokenizer"):
+                chosen = survey.sample(self.config.data, cfg.train_bytes)
+                texts = (text for living in survey.living(chosen) for text in stages.texts_of(self.work, living, self.config.dedup.line_length))
+                if self.config.data.input_key:
+                    texts = (side for text in texts for side in text.split(readers.PAIR))
+                tok = tokenizer.train(texts, cfg)
+            self.log(f"tokenizer: {cfg.kind}, {tok.vocab_size} pieces, trained on {survey.sizes[chosen].sum() / 1e6:.1f} MB in "
+                     f"{self.seconds['tokenizer']:.1f} s")
+        unfinished = self.work / "tokenizer.unfinished"
+        unfinished.mkdir(exist_ok=True)
+        tok.save(unfinished)
+        if not file.is_dir():
+            unfinished.rename(file)
+        return tok
+
+    def tokenise(self, survey: Survey, tok: tokenizer.Tokenizer) -> None:
+        self._over("tokenised", "tokens", survey.living(), functools.partial(stages.tokenise_batch, self.config, self.work, tok.fingerprint))
+        self.bytes["tokens"] = int(survey.sizes[survey.live].sum())
+
+    def timings(self) -> dict[str, Any]:
+        """Seconds of each stage in this run, and text that went through it, MB/s."""
+        rates = {name: {"bytes": size, "MB/s": round(size / self.seconds[name] / 1e6, 2)} for name, size in self.bytes.items()}
+        return {name: {"seconds": round(seconds, 3)} | rates.get(name, {}) for name, seconds in self.seconds.items()}
+
+    def _over(self, verb: str, name: str, tasks: list[stages.Living], function: Callable[[stages.Living], tuple[int, int]]) -> None:
+        expand = functools.partial(_unless_done, self.work, name if name == "tokens" else "signed")
+        self._run(name, run.Work(verb, self.work, tasks, expand, function, functools.partial(_clean_size, self.work)))
+
+    def _run(self, name: str, work: run.Work) -> None:
+        with self._timed(name):
+            self._runner(work, self.log)
+
+    def _timed(self, name: str) -> "_Timer":
+        return _Timer(self.seconds, name)
 
 
-def _reuse(folder: Path, made_from: Mapping[str, Any], log: Callable[[str], None]) -> shards.Corpus:
+class _Timer(NamedTuple):
+    seconds: dict[str, float]
+    name: str
+
+    def __enter__(self) -> None:
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) - time.monotonic()
+
+    def __exit__(self, *_) -> None:
+        self.seconds[self.name] += time.monotonic()
+
+
+def _unless_done(work: Path, stage: str, living: stages.Living) -> Iterator[stages.Living]:
+    if not stages.name(work, stage, living.unit, living.batch).exists():
+        yield living
+
+
+def _clean_size(work: Path, living: stages.Living) -> int:
+    return stages.name(work, "clean", living.unit, living.batch).stat().st_size
+
+
+def _write(stage: _Stages, survey: Survey, tok: tokenizer.Tokenizer, out: Path, made_from: Mapping[str, Any],
+           files: list[corpora.SourceFile]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tokens, shards, report and manifest."""
+    stage.tokenise(survey, tok)
+    data = stage.config.data
+    with stage._timed("shards"):
+        splits, names = survey.splits(data), corpora.sources(data)
+        writers = {split: shards.ShardWriter(out, split, tok.vocab_size, data.shard_bytes, names) for split in SPLITS}
+        tokens = summary.Tokens(tok)
+        for batch in survey.batches:
+            rows = np.flatnonzero(survey.live[batch.documents])
+            if not len(rows):
+                continue
+            with stages.load(stage.work, "clean", batch.unit, batch.number) as file:
+                ids = stages.strings(file, "id")
+            with stages.load(stage.work, "tokens", batch.unit, batch.number) as file:
+                sequences, sizes, inputs = np.split(file["tokens"], np.cumsum(file["lengths"])[:-1]), file["sizes"], file["inputs"]
+                tokens.add(file["occurrences"])
+            for row, sequence, size, read in zip(rows, sequences, sizes, inputs):
+                document = row + batch.documents.start
+                source, licence = survey.origins[survey.origin[document]]
+                split = SPLITS[splits[document]]
+                writers[split].add(ids[row].decode("utf-8", "surrogateescape"), sequence, int(size), source, licence, int(read))
+                tokens.document(source, licence, split, len(sequence), int(size))
+        entries = {split: writer.close() for split, writer in writers.items()}
+        report = summary.report(made_from, survey, tokens, entries)
+        (out / summary.NAME).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (out / page.NAME).write_text(page.render(report), encoding="utf-8")
+        manifest = {
+            "jaxlm": jaxlm.__version__,
+            "made_from": made_from,
+            "source": _size(files),
+            "empty_documents_dropped": report["removed"].get("clean.empty", {}).get("documents", 0),
+            "tokenizer": shards.file_entry(tok.save(out)) | {k: getattr(tok, k) for k in ("kind", "vocab_size", "bos", "eos", "pad")},
+            "splits": entries,
+        }
+        shards.write_manifest(out, manifest)
+    return manifest, report
+
+
+def _config(data: DataConfig, tokenizer_cfg: TokenizerConfig, clean: CleanConfig, filter: FilterConfig, dedup: DedupConfig) -> Config:
+    """The parts that the bytes depend on; what concerns the model alone stays at its defaults."""
+    free = {key: DataConfig.__dataclass_fields__[key].default for key in ("sequence_length", "batch_size")}
+    objective = ObjectiveConfig(name="seq2seq" if data.input_key else "next_token")
+    return Config(data=dataclasses.replace(data, **free), objective=objective, tokenizer=tokenizer_cfg, clean=clean, filter=filter, dedup=dedup)
+
+
+def _is_given(cfg: TokenizerConfig) -> bool:
+    return cfg.kind == "bytes" or bool(cfg.path)
+
+
+def _made_from(config: Config) -> dict[str, Any]:
+    made_from = {f"data.{key}": getattr(config.data, key) for key in _KEYS}
+    for part in ("tokenizer", "clean", "filter", "dedup"):
+        made_from |= {f"{part}.{key}": value for key, value in dataclasses.asdict(getattr(config, part)).items()}
+    return json.loads(json.dumps(made_from))
+
+
+def _files(data: DataConfig, folder: Path) -> list[corpora.SourceFile]:
+    """The files of the sources but what lies in `folder`: a report may lie where pages are read from."""
+    inside = os.path.join(os.path.realpath(folder), "")
+    return [file for file in corpora.files(data) if not os.path.realpath(file.path).startswith(inside)]
+
+
+def _size(files: list[corpora.SourceFile]) -> dict[str, int]:
+    """Number of files and their bytes; what Python or TFDS hold counts as none."""
+    sizes = [file.size for file in files if os.path.exists(file.path)]
+    return {"files": len(sizes), "bytes": sum(sizes)}
+
+
+def _fingerprints(files: list[corpora.SourceFile], made_from: Mapping[str, Any]) -> list[Any]:
+    """Sizes and times of change of all files that are read or that the config names: where one differs, work is not gone on with."""
+    named = [os.path.expanduser(text) for value in made_from.values() for text in _texts(value)]
+    named = [path if os.path.exists(path) else path.rpartition(":")[0] for path in named]  # "path.jsonl:field"
+    paths = [file.path for file in files] + [path for path in named if os.path.exists(path)]
+    found = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) if os.path.exists(path) else path for path in paths]
+    return [sys.version, stages.UNIT_BYTES, stages.BATCH_BYTES, found]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
+
+
+def _reuse(folder: Path, made_from: Mapping[str, Any], data: DataConfig, log: Callable[[str], None]) -> shards.Corpus:
     corpus = shards.open_corpus(folder)
     old = corpus.manifest["made_from"]
-    changes = [f"{key}: {old.get(key)!r} -> {value!r}" for key, value in made_from.items() if old.get(key) != value]
+    default = keys()  # of keys that came after the folder was prepared
+    changes = [f"{key}: {old.get(key, default[key])!r} -> {value!r}" for key, value in made_from.items() if old.get(key, default[key]) != value]
     file = Path(made_from["tokenizer.path"]).expanduser()
     if not changes and file.is_file() and tokenizer.load(file).fingerprint != corpus.manifest["tokenizer"]["sha256"]:
         changes = [f"tokenizer.path: {file} has changed"]
@@ -125,7 +290,7 @@ def _reuse(folder: Path, made_from: Mapping[str, Any], log: Callable[[str], None
         raise ValueError(f"{folder} was prepared from another config ({'; '.join(changes)}): choose another data.dir, or delete it")
     log(f"using the corpus prepared in {folder}")
     try:
-        now = corpora.size_on_disk(tuple(made_from["data.source"]))
+        now = _size(_files(data, folder))
     except ValueError:  # shards may be used where the raw text is not
         return corpus
     if now != corpus.manifest["source"]:
@@ -135,52 +300,17 @@ def _reuse(folder: Path, made_from: Mapping[str, Any], log: Callable[[str], None
     return corpus
 
 
-def _need_training_text(splits: Mapping[str, Mapping[str, int]], data: DataConfig) -> None:
-    counts = {name: split["documents"] for name, split in splits.items()}
-    if not sum(counts.values()):
-        raise ValueError(f"data.source={list(data.source)} holds no text: every document is empty")
-    if not counts["train"]:
-        raise ValueError(f"no training document: all {sum(counts.values())} fell to validation ({counts['validation']}) and test "
-                         f"({counts['test']}); give more documents, or lower data.validation and data.test")
-
-
-def _place(text: str, data: DataConfig) -> tuple[str, int]:
-    """The split of a document, by its text alone so that equal texts are never apart, and its size as UTF-8; size 0 if it is blank."""
-    if not text or text.isspace():
-        return "train", 0
-    share = _fraction(text, 0)
-    return "test" if share < data.test else "validation" if share < data.test + data.validation else "train", len(text.encode())
-
-
-def _fraction(text: str, offset: int) -> float:
-    """Eight bytes of the text's sha256 as a number in [0, 1)."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[offset:offset + 8], "big") / 2**64
-
-
-def _batches(documents: Iterator[corpora.Document]) -> Iterator[list[corpora.Document]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-class _Progress:
-    def __init__(self, verb: str, log: Callable[[str], None]):
-        self._verb, self._log, self._documents, self._bytes = verb, log, 0, 0
-        self._started = self._shown = 0.0
-
-    def add(self, documents: int, size: int) -> None:
-        self._documents += documents
-        self._bytes += size
-        now = time.monotonic()
-        self._started = self._started or now  # with the first documents: the standard library takes seconds to parse
-        self._shown = self._shown or now
-        if now - self._shown >= _PROGRESS_SECONDS:
-            seconds, self._shown = now - self._started, now
-            self._log(f"{self._verb} {self._documents:,} documents, {self._bytes / 1e6:,.1f} MB "
-                      f"({self._documents / seconds:,.0f} documents/s, {self._bytes / seconds / 1e6:.1f} MB/s)")
+def _need_training_text(survey: Survey, data: DataConfig) -> None:
+    if not survey.live.any():
+        removed = summary.removed(survey.counts)
+        if set(removed) <= {"clean.empty"}:
+            raise ValueError(f"data.source={list(data.source)} holds no text: every document is empty")
+        rule, most = max(removed.items(), key=lambda item: (item[1]["documents"], item[0]))
+        total = sum(entry["documents"] for entry in removed.values())
+        low, high = survey.counts.values.get(rule, (math.nan, math.nan))
+        raise ValueError(f"none of {total:,} documents is left: {rule} removed the most, {most['documents']:,} (values from {low:g} to {high:g}): "
+                         f"loosen config.{rule}, or set it off")
+    counts = np.bincount(survey.splits(data)[survey.live], minlength=3)
+    if not counts[0]:
+        raise ValueError(f"no training document: all {counts.sum()} fell to validation ({counts[1]}) and test ({counts[2]}); "
+                         "give more documents, or lower data.validation and data.test")

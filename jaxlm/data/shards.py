@@ -1,9 +1,9 @@
 """The prepared corpus on disk: documents of token ids in ArrayRecord shards, found by number. Home of array_record.
 
-A folder holds, for each split, shards and two indexes (lengths, ids), the tokenizer's file, and `manifest.json`, which lists every other
-file with its size and sha256. A record is a header and up to `RECORD_TOKENS` ids of one document: a row of training that needs a part of a
-very long document reads that part only. Every record carries a checksum of its own and says what it is, so no damage, exchange or
-truncation of a file is ever read as different tokens. The folder appears whole or not at all.
+A folder holds, for each split, shards and two indexes (lengths, with source and licence, and ids), the tokenizer's file, two files that make it a TFDS
+data set, and `manifest.json`, which lists every other file (but the reports) with its size and sha256. A record holds up to `RECORD_TOKENS` ids of one
+document: a row of training that needs a part of a very long document reads that part only. Every record carries a checksum of its own and says what it is
+(records.py), so no damage, exchange or truncation of a file is ever read as different tokens. The folder appears whole or not at all.
 """
 
 import contextlib
@@ -11,55 +11,68 @@ import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
-import struct
 import zlib
 from array import array
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from array_record.python import array_record_module
 
-FORMAT = 1
+from jaxlm.data import records
+
+FORMAT = 2
 MANIFEST = "manifest.json"
 RECORD_TOKENS = 1 << 12
 
-# crc32 of all that follows, first token of this record in the document, document in the split, bytes of the document's text
-_HEADER = struct.Struct("<IIQQ")
+_WRITER = "group_size:1,uncompressed"
 _OPEN_SHARDS = 256  # file handles kept; the kernel's usual limit is 1,024
 
 
 class ShardWriter:
     """Writes one split. A shard is closed when its ids reach `shard_bytes` and the document ends."""
 
-    def __init__(self, folder: Path, split: str, vocab_size: int, shard_bytes: int):
+    def __init__(self, folder: Path, split: str, vocab_size: int, shard_bytes: int, sources: Sequence[str] = ("",)):
+        """`sources`: the names of all sources of the corpus; the same for each split."""
         self._folder, self._split, self._vocab_size, self._shard_bytes = folder, split, vocab_size, shard_bytes
         self._dtype = token_dtype(vocab_size)
         self._writer, self._shards = None, []
         self._tokens, self._text_bytes, self._ids, self._id_ends = array("i"), array("q"), bytearray(), array("q")
+        self._numbers = {name: number for number, name in enumerate(sources)}
+        self._sources, self._licences, self._licence_numbers = array("i"), array("i"), {}
+        self._begins, self._sizes, self._checksums = array("q"), array("i"), []
+        self._inputs = array("i")
 
-    def add(self, document_id: str, tokens: np.ndarray, text_bytes: int) -> None:
-        """Appends a document of `tokens` (whole numbers in [0, vocab_size)) whose text has `text_bytes` bytes as UTF-8."""
+    def add(self, document_id: str, tokens: np.ndarray, text_bytes: int, source: str = "", licence: str = "", inputs: int = 0) -> None:
+        """Appends a document of `tokens` (whole numbers in [0, vocab_size)) whose text has `text_bytes` bytes as UTF-8. Of a pair the first `inputs` tokens,
+        eos included, are what an encoder reads."""
         assert len(tokens) and 0 <= tokens.min() and tokens.max() < self._vocab_size, "token id out of range"
         if self._writer is None:
             self._shard = dict.fromkeys(("documents", "records", "tokens", "text_bytes"), 0)
             self._path = self._folder / f"{self._split}-{len(self._shards):05d}.array_record"
-            self._writer = array_record_module.ArrayRecordWriter(str(self._path), "group_size:1")
+            self._writer = array_record_module.ArrayRecordWriter(str(self._path), _WRITER)
         for start in range(0, len(tokens), RECORD_TOKENS):
-            payload = tokens[start:start + RECORD_TOKENS].astype(self._dtype).tobytes()
-            header = _HEADER.pack(0, start, len(self._tokens), text_bytes)[4:]
+            part = tokens[start:start + RECORD_TOKENS].astype(self._dtype)
+            record = records.encode(part, len(self._tokens), start, text_bytes, document_id, source)
+            self._checksums.append(zlib.crc32(record))
             with self._naming_disk_errors():
-                self._writer.write(struct.pack("<I", zlib.crc32(payload, zlib.crc32(header))) + header + payload)
+                self._writer.write(record)
             self._shard["records"] += 1
         for key, value in (("documents", 1), ("tokens", len(tokens)), ("text_bytes", text_bytes)):
             self._shard[key] += value
         self._tokens.append(len(tokens))
         self._text_bytes.append(text_bytes)
+        self._inputs.append(inputs)
+        self._sources.append(self._numbers[source])
+        self._licences.append(self._licence_numbers.setdefault(licence, len(self._licence_numbers)))
         self._ids += document_id.encode("utf-8", "surrogateescape")
         self._id_ends.append(len(self._ids))
         if self._shard["tokens"] * self._dtype.itemsize >= self._shard_bytes:
@@ -70,17 +83,31 @@ class ShardWriter:
         if self._writer is not None:
             self._close_shard()
         lengths, ids = f"lengths-{self._split}.npz", f"ids-{self._split}.npz"
-        np.savez(self._folder / lengths, tokens=np.array(self._tokens, np.int32), text_bytes=np.array(self._text_bytes, np.int64))
+        pairs = {"inputs": np.array(self._inputs, np.int32)} if any(self._inputs) else {}
+        np.savez(self._folder / lengths, **pairs, tokens=np.array(self._tokens, np.int32), text_bytes=np.array(self._text_bytes, np.int64),
+                 sources=np.array(self._sources, np.int32), licences=np.array(self._licences, np.int32),
+                 record_begins=np.array(self._begins, np.int64), record_sizes=np.array(self._sizes, np.int32))
         np.savez(self._folder / ids, text=np.frombuffer(bytes(self._ids), np.uint8), ends=np.array(self._id_ends, np.int64))
         totals = {key: sum(shard[key] for shard in self._shards) for key in ("documents", "tokens", "text_bytes")}
-        return totals | {"lengths": file_entry(self._folder / lengths), "ids": file_entry(self._folder / ids), "shards": self._shards}
+        return totals | {"sources": self._by_source(), "licences": list(self._licence_numbers), "lengths": file_entry(self._folder / lengths),
+                         "ids": file_entry(self._folder / ids), "shards": self._shards}
+
+    def _by_source(self) -> dict[str, dict[str, Any]]:
+        """Of each source, in the order of their numbers: documents, tokens, bytes of text, and documents of each licence."""
+        of, names = np.array(self._sources, np.int64), list(self._licence_numbers)
+        counts = lambda values: [int(np.array(values, np.int64)[of == number].sum()) for number in range(len(self._numbers))]
+        licences = [Counter(names[i] for i in np.array(self._licences, np.int64)[of == number].tolist()) for number in range(len(self._numbers))]
+        columns = zip(self._numbers, counts(np.ones(len(of))), counts(self._tokens), counts(self._text_bytes), licences)
+        return {name: {"documents": documents, "tokens": tokens, "text_bytes": size, "licences": dict(sorted(found.items()))}
+                for name, documents, tokens, size, found in columns}
 
     def _close_shard(self) -> None:
         with self._naming_disk_errors():
             self._writer.close()
-            written = _open_shard(self._path).num_records()
-        if written != self._shard["records"]:
-            raise OSError(f"{self._path}: {written} of {self._shard['records']} records were written")
+        begins, sizes = records.places(self._path, self._checksums)
+        self._begins.extend(begins)
+        self._sizes.extend(sizes)
+        self._checksums.clear()
         self._shards.append(file_entry(self._path) | self._shard)
         self._writer = None
 
@@ -104,49 +131,85 @@ def file_entry(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes `manifest` with its own checksum and the format's version."""
-    manifest = {"format": FORMAT, **manifest}
+    """Writes `manifest` with its own checksum and the format's version, and the files with which TFDS reads the folder."""
+    described = records.descriptions("jaxlm_corpus", token_dtype(manifest["tokenizer"]["vocab_size"]), manifest["splits"])
+    for name, content in described.items():
+        (folder / name).write_bytes(content)
+    manifest = {"format": FORMAT, **manifest, "tfds": [file_entry(folder / name) for name in described]}
     text = json.dumps({**manifest, "sha256": _canonical_sha256(manifest)}, indent=1)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name when the block ends well, after everything is on the disk.
+def replacing(folder: Path, made_from: Mapping[str, Any], log: Callable[[str], None] = print) -> Iterator[tuple[Path, Path]]:
+    """Two temporary folders beside `folder`: the second takes its name when the block ends well, after everything is on the disk.
 
-    What an earlier, killed writer left is removed.
+    The first holds work that a later call goes on with if this one is killed or interrupted; only what was made from the same things, a JSON
+    value, is kept. Where the block ends with an error that the user must mend, nothing is left.
 
     Raises:
       ValueError: `folder` is there and not empty, or another process is writing it now.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already and holds no prepared corpus: choose another folder, or remove it")
-    parent, prefix = folder.absolute().parent, f".{folder.name}.preparing-"
+    parent = folder.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
-    for leftover in parent.glob(f"{prefix}*"):
-        _remove_unless_locked(leftover, folder)
-    temporary = parent / f"{prefix}{os.getpid()}"
-    corpus = temporary / "corpus"
-    corpus.mkdir(parents=True)
-    try:
-        with open(temporary / "lock", "w") as lock:  # the kernel lets go of it however this process ends
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield corpus
+    work = parent / f".{folder.name}.preparing"
+    with _lock(work, folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            shutil.rmtree(work)
+            raise ValueError(f"{folder} is there already and holds no prepared corpus: choose another folder, or remove it")
+        corpus = work / "corpus"
+        _begin(work, json.dumps(made_from, sort_keys=True), log)
+        corpus.mkdir()
+        try:
+            yield work, corpus
             for path in [*corpus.iterdir(), corpus]:
                 _fsync(path)
             os.rename(corpus, folder)
             _fsync(parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        except (ValueError, OSError):
+            shutil.rmtree(work)
+            raise
+        shutil.rmtree(work)
 
 
-def _remove_unless_locked(leftover: Path, folder: Path) -> None:
-    with contextlib.suppress(FileNotFoundError), open(leftover / "lock", "r+") as lock:
+def remove_leftover(folder: Path) -> None:
+    """Removes the work that a writer left which was killed after `folder` had its name."""
+    work = folder.absolute().parent / f".{folder.name}.preparing"
+    if work.exists():
+        with _lock(work, folder):
+            shutil.rmtree(work)
+
+
+def _begin(work: Path, made_from: str, log: Callable[[str], None]) -> None:
+    """Removes what cannot be gone on with."""
+    note = work / "made_from.json"
+    old = note.read_text(encoding="utf-8") if note.exists() else ""
+    for path in work.iterdir():
+        if path.name == "corpus" or path.name != "lock" and old != made_from:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if old == made_from:
+        log(f"going on with the work that was interrupted in {work}")
+    else:
+        if old:
+            log(f"the files or the config have changed since the work that was interrupted in {work}: it starts anew")
+        note.write_text(made_from, encoding="utf-8")
+
+
+def _lock(work: Path, folder: Path) -> TextIO:
+    """Takes `work/lock`, which the kernel lets go of however this process ends."""
+    while True:
+        work.mkdir(exist_ok=True)
+        lock = open(work / "lock", "w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(work / "lock")):
+                return lock
         except BlockingIOError:
-            raise ValueError(f"another process is preparing {folder} now ({leftover}): wait for it, or choose another folder") from None
-    shutil.rmtree(leftover)
+            lock.close()
+            raise ValueError(f"another process is preparing {folder} now ({work}): wait for it, or choose another folder") from None
+        except FileNotFoundError:  # its last owner has just removed it
+            pass
+        lock.close()
 
 
 def _fsync(path: Path) -> None:
@@ -161,8 +224,13 @@ def _fsync(path: Path) -> None:
 class Split:
     tokens: np.ndarray  # int32 [documents], with bos and eos
     text_bytes: np.ndarray  # int64 [documents], of the text as UTF-8
+    sources: np.ndarray  # int32 [documents], numbers into `Corpus.sources`
+    licences: np.ndarray  # int32 [documents], numbers into the list "licences" of the split in the manifest
     first_record: np.ndarray  # int64 [documents + 1], counted over all shards
-    shard_ends: np.ndarray  # int64 [shards], one past the last record of each, counted likewise
+    record_begins: np.ndarray  # int64 [records], place in the shard, see `records.places`
+    record_sizes: np.ndarray  # int32 [records], bytes
+    shard_ends: tuple[int, ...]  # one past the last record of each shard, counted likewise
+    inputs: np.ndarray | None = None  # int32 [documents] of a corpus of pairs: tokens of the input, eos included; None: no pairs
 
 
 class Corpus:
@@ -172,6 +240,7 @@ class Corpus:
       folder: where it lies.
       manifest: the whole of manifest.json.
       splits: "train", "validation" and "test".
+      sources: names of the sources.
       fingerprint: sha256 over the tokens and the tokenizer. With a seed and a step it determines every batch.
     """
 
@@ -180,7 +249,8 @@ class Corpus:
         self.fingerprint = _canonical_sha256([manifest["tokenizer"]["sha256"], {
             name: [shard["sha256"] for shard in split["shards"]] for name, split in manifest["splits"].items()}])
         self._dtype = token_dtype(manifest["tokenizer"]["vocab_size"])
-        self._shard = functools.lru_cache(_OPEN_SHARDS)(_open_shard)
+        self.sources = list(next(iter(manifest["splits"].values()))["sources"])
+        self._shard = functools.lru_cache(_OPEN_SHARDS)(lambda split, number: open(self._path(split, number), "rb", buffering=0))
         self._ids = functools.cache(self._load_ids)
 
     @property
@@ -197,39 +267,48 @@ class Corpus:
         Raises:
           ValueError: the record is damaged or not the one that was written; names the shard's file and the record.
         """
-        index = self.splits[split]
+        index, document = self.splits[split], int(document)
         length = int(index.tokens[document])
         stop = length if stop is None else stop
         assert 0 <= start < stop <= length, (start, stop, length)
-        records = range(start // RECORD_TOKENS, (stop - 1) // RECORD_TOKENS + 1)
-        parts = [self._record(split, index, document, part, length) for part in records]
-        offset = start - start % RECORD_TOKENS
-        return (np.concatenate(parts) if len(parts) > 1 else parts[0])[start - offset:stop - offset].astype(np.int32)
+        first, last = start // RECORD_TOKENS, (stop - 1) // RECORD_TOKENS
+        parts = [self._record(split, index, document, part, length) for part in range(first, last + 1)]
+        offset = first * RECORD_TOKENS
+        return (np.concatenate(parts) if last > first else parts[0])[start - offset:stop - offset].astype(np.int32)
 
     def document_id(self, split: str, document: int) -> str:
         """Where the document came from: "path:line"."""
         text, ends = self._ids(split)
         return bytes(text[ends[document - 1] if document else 0:ends[document]]).decode("utf-8", "surrogateescape")
 
+    def document_ids(self, split: str) -> list[str]:
+        """Where each document came from."""
+        text, ends = self._ids(split)
+        data, ends = text.tobytes(), ends.tolist()
+        return [data[start:end].decode("utf-8", "surrogateescape") for start, end in zip([0, *ends], ends)]
+
+    def licence(self, split: str, document: int) -> str:
+        """The licence of a document, "" where none is known."""
+        return self.manifest["splits"][split]["licences"][self.splits[split].licences[document]]
+
+    def _path(self, split: str, shard: int) -> Path:
+        return self.folder / self.manifest["splits"][split]["shards"][shard]["file"]
+
     def _record(self, split: str, index: Split, document: int, part: int, length: int) -> np.ndarray:
         record = int(index.first_record[document]) + part
-        shard = int(np.searchsorted(index.shard_ends, record, side="right"))
-        record -= int(index.shard_ends[shard - 1]) if shard else 0
-        path = self.folder / self.manifest["splits"][split]["shards"][shard]["file"]
+        shard = bisect_right(index.shard_ends, record)
         start = part * RECORD_TOKENS
-        count = min(RECORD_TOKENS, length - start)
         try:
-            data = self._shard(path).read([record])[0]
-            whole = len(data) >= _HEADER.size and zlib.crc32(memoryview(data)[4:]) == _HEADER.unpack_from(data)[0]
-            fault = "" if whole else "its checksum is wrong"
-        except (RuntimeError, IndexError) as error:
-            fault = " ".join(str(error).split())
-        if not fault and (_HEADER.unpack_from(data)[1:3] != (start, document) or len(data) != _HEADER.size + count * self._dtype.itemsize):
-            fault = "it holds another document than the index says"
-        if fault:
-            raise ValueError(f"{path}, record {record} is damaged ({fault}): check with jaxlm prepare --verify --out={self.folder}, "
+            file = self._shard(split, shard)  # kept open while it is read, whatever other threads open
+            data = records.read(file.fileno(), int(index.record_begins[record]), int(index.record_sizes[record]))
+            found = records.decode(data, document, start, min(RECORD_TOKENS, length - start), self._dtype)
+        except OSError as error:
+            found = str(error)
+        if isinstance(found, str):
+            record -= index.shard_ends[shard - 1] if shard else 0
+            raise ValueError(f"{self._path(split, shard)}, record {record} is damaged ({found}): check with jaxlm prepare --verify --out={self.folder}, "
                              "then prepare again")
-        return np.frombuffer(data, self._dtype, count, _HEADER.size)
+        return found
 
     def _load_ids(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         ids = _load_index(self.folder, self.manifest["splits"][split]["ids"])
@@ -251,14 +330,16 @@ def open_corpus(folder: str | Path) -> Corpus:
         if path.stat().st_size != entry["size"]:
             raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {entry['size']}: it is cut off or damaged; "
                              "prepare the corpus again")
-    _checked_bytes(folder, manifest["tokenizer"])
+    for entry in (manifest["tokenizer"], *manifest["tfds"]):
+        _checked_bytes(folder, entry)
     splits = {}
     for name, split in manifest["splits"].items():
         lengths = _load_index(folder, split["lengths"])
         tokens = lengths["tokens"]
-        records = -(-tokens.astype(np.int64) // RECORD_TOKENS)
-        splits[name] = Split(tokens, lengths["text_bytes"], np.concatenate([[0], np.cumsum(records)]).astype(np.int64),
-                             np.cumsum([shard["records"] for shard in split["shards"]], dtype=np.int64))
+        parts = -(-tokens.astype(np.int64) // RECORD_TOKENS)
+        splits[name] = Split(tokens, lengths["text_bytes"], lengths["sources"], lengths["licences"], np.concatenate([[0], np.cumsum(parts)]).astype(np.int64),
+                             lengths["record_begins"], lengths["record_sizes"], tuple(itertools.accumulate(shard["records"] for shard in split["shards"])),
+                             lengths.get("inputs"))
         assert splits[name].first_record[-1] == sum(shard["records"] for shard in split["shards"]), name
     return Corpus(folder, manifest, splits)
 
@@ -297,7 +378,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _entries(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     splits = manifest["splits"].values()
-    return [manifest["tokenizer"], *(entry for split in splits for entry in (split["lengths"], split["ids"], *split["shards"]))]
+    return [manifest["tokenizer"], *manifest["tfds"], *(entry for split in splits for entry in (split["lengths"], split["ids"], *split["shards"]))]
 
 
 def _load_index(folder: Path, entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -311,10 +392,6 @@ def _checked_bytes(folder: Path, entry: Mapping[str, Any]) -> bytes:
         raise ValueError(f"{folder / entry['file']} is damaged or belongs to another corpus (its sha256 is not the one in {MANIFEST}): "
                          "prepare the corpus again")
     return data
-
-
-def _open_shard(path: Path):
-    return array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")  # for random access
 
 
 def _canonical_sha256(value: Any) -> str:

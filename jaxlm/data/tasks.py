@@ -12,6 +12,14 @@ A document is bos, its text's tokens, eos. Every token after bos is a target, ex
 
 With masked tokens (`mask_batch`) the target is the token itself, hidden in the inputs or not, and the weight is 1 where it was chosen to be told. The eos
 that ends a document is then never an input.
+
+For an encoder-decoder (`pair_batch`) the keys above are the decoder's, [B, T], and these the encoder's, [B, S]; a decoder token attends to the encoder's
+tokens with its own segment number.
+
+  encoder_tokens, encoder_positions, encoder_segments   int32
+
+The decoder's first input is the model's start, its targets are a text with eos (`seq2seq`: the second text of a pair), or hidden spans (`span_corruption`).
+A pair in the corpus is one document: the input's tokens, eos, the target's tokens, eos.
 """
 
 from collections.abc import Callable, Sequence
@@ -107,72 +115,85 @@ def mask_batch(batch: Batch, how: Masking, numbers: np.ndarray, *key: object) ->
                     "weights": np.where(chosen, batch["weights"], 0).astype(np.float32)}
 
 
-def seq2seq_batch(rows: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]], encoder_length: int, decoder_length: int, start: int) -> Batch:
+def pair_batch(counts_R: np.ndarray, read: np.ndarray, read_sizes: np.ndarray, said: np.ndarray, said_sizes: np.ndarray, documents: np.ndarray, *,
+               encoder_length: int, decoder_length: int, start: int) -> Batch:
     """A batch for an encoder-decoder: each row holds pairs of what the encoder reads and what the decoder should say, one segment each.
 
     Args:
-      rows: the pairs of each row, as token ids; both sides of a row must fit.
+      counts_R: pairs of each row; together P.
+      read: token ids of what the encoder reads, pair after pair; said: likewise of what the decoder should say.
+      read_sizes, said_sizes: [P], tokens of each pair; both sides of a row must fit.
+      documents: [P], each pair's document.
       start: id with which the decoder begins, before the first target.
 
     Returns:
-      tokens, targets, weights, positions, segments [len(rows), decoder_length] of the decoder, and encoder_tokens, encoder_positions,
-      encoder_segments int32 [len(rows), encoder_length].
-
-    Raises:
-      ValueError: one line, for a row that is too long.
+      All the keys above: of the decoder [R, decoder_length], of the encoder [R, encoder_length].
     """
-    batch = {key: np.zeros((len(rows), decoder_length), np.int32) for key in ("tokens", "targets", "positions", "segments")}
-    batch |= {f"encoder_{key}": np.zeros((len(rows), encoder_length), np.int32) for key in ("tokens", "positions", "segments")}
-    batch["weights"] = np.zeros((len(rows), decoder_length), np.float32)
-    for row, pairs in enumerate(rows):
-        read, said = (sum(len(pair[side]) for pair in pairs) for side in (0, 1))
-        if read > encoder_length or said > decoder_length:
-            raise ValueError(f"row {row} has {read} and {said} tokens, and there is room for {encoder_length} in the encoder and {decoder_length} in the "
-                             "decoder: shorten its pairs")
-        a = b = 0
-        for segment, (source, target) in enumerate(pairs, 1):
-            place, answer = (row, slice(a, a + len(source))), (row, slice(b, b + len(target)))
-            batch["encoder_tokens"][place], batch["encoder_positions"][place], batch["encoder_segments"][place] = source, np.arange(len(source)), segment
-            batch["tokens"][answer], batch["targets"][answer] = [start, *target][:len(target)], target
-            batch["positions"][answer], batch["segments"][answer], batch["weights"][answer] = np.arange(len(target)), segment, 1
-            a, b = a + len(source), b + len(target)
+    pairs, rows = len(read_sizes), len(counts_R)
+    row = np.repeat(np.arange(rows), counts_R)
+    first = np.repeat(np.cumsum(counts_R) - counts_R, counts_R)  # of each pair, the first one in its row
+    batch = {}
+    for side, length, sizes in (("encoder_", encoder_length, read_sizes), ("", decoder_length, said_sizes)):
+        begins = np.cumsum(sizes) - sizes
+        of = np.repeat(np.arange(pairs), sizes)
+        place = np.arange(len(of)) - begins[first[of]]
+        assert not len(of) or place.max() < length, "a row is too long"
+        positions = np.arange(len(of)) - begins[of]
+        shifted = np.where(positions > 0, np.concatenate([[0], said[:-1]]), start) if not side and len(of) else read
+        filled = {"tokens": shifted, "positions": positions, "segments": of - first[of] + 1}
+        if not side:
+            filled |= {"targets": said, "weights": 1, "documents": np.asarray(documents)[of]}
+        for key, values in filled.items():
+            out = np.full((rows, length), -1 if key == "documents" else 0, np.float32 if key == "weights" else np.int32)
+            out[row[of], place] = values
+            batch[side + key] = out
     return batch
 
 
-def span_corruption(tokens: Sequence[int], sentinels: Sequence[int], eos: int, seed: int, *, noise: float = 0.15,
-                    mean_span: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
-    """T5's task (Raffel et al. 2020): spans of the text are replaced by sentinels, and said after them. A pure function of its arguments.
+def span_sizes(sizes: np.ndarray, rate: float, length: float) -> tuple[np.ndarray, np.ndarray]:
+    """Of texts of `sizes` tokens, at least one: how many are hidden, in how many spans; both at least 1 (Raffel et al. 2020)."""
+    hidden = np.clip(np.rint(sizes * rate), 1, np.maximum(sizes - 1, 1)).astype(np.int64)
+    spans = np.clip(np.rint(hidden / length), 1, np.maximum(np.minimum(hidden, sizes - hidden), 1)).astype(np.int64)
+    return hidden, spans
+
+
+def span_corruption(tokens: np.ndarray, sizes: np.ndarray, numbers: np.ndarray, sentinels: np.ndarray, eos: int, *key: object, rate: float = 0.15,
+                    length: float = 3.0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """T5's task (Raffel et al. 2020): spans of a text are replaced by sentinels, and said after them. A pure function of its arguments.
 
     Args:
-      tokens: ids of a text without eos, at least two.
-      sentinels: ids of <extra_id_0>, <extra_id_1>, ...
-      seed: decides where the spans lie.
-      noise: share of the tokens that is replaced.
-      mean_span: mean length of a span, in tokens.
+      tokens: ids of the texts without eos, one after the other.
+      sizes: [N], tokens of each text, at least one.
+      numbers: uint64 [N]; with `key` each decides where the spans of its text lie.
+      sentinels: ids of <extra_id_0>, <extra_id_1>, ..., no fewer than the spans of a text.
+      rate: share of the tokens that is hidden.
+      length: mean length of a span, in tokens.
 
     Returns:
-      What the encoder reads, and what the decoder should say, int32: text and sentinels in turn, beginning with text, and the same beginning with
-      the first sentinel; both end with eos.
-
-    Raises:
-      ValueError: one line: a text too short, or more spans than sentinels.
+      What the encoder reads and the tokens of each text in it, what the decoder should say and likewise: text and sentinels in turn, beginning with text,
+      and the same beginning with the first sentinel; each ends with eos. Of a single token nothing is left to read.
     """
-    tokens, size = np.asarray(tokens, np.int32), len(tokens)
-    if size < 2:
-        raise ValueError(f"a text of {size} tokens has no span to leave out: give at least 2")
-    hidden = min(max(round(size * noise), 1), size - 1)
-    spans = min(max(round(hidden / mean_span), 1), hidden, size - hidden)
-    if spans > len(sentinels):
-        raise ValueError(f"a text of {size} tokens has {spans} spans, and there are {len(sentinels)} sentinels: cut it into shorter texts")
-    draw = np.random.Generator(np.random.PCG64(seed))
-    # Lengths of at least 1: cuts at different places, drawn by sorting raw 64-bit numbers, which numpy promises to keep.
-    cuts = lambda total: np.sort(np.argsort(draw.bit_generator.random_raw(total - 1), kind="stable")[:spans - 1]) + 1
-    lengths = lambda total: np.diff([0, *cuts(total), total])
-    kept, gone = lengths(size - hidden), lengths(hidden)
-    ends = np.cumsum(np.stack([kept, gone], 1).reshape(-1))
-    parts = np.split(tokens, ends[:-1])
-    mark = lambda i: np.array([sentinels[i]], np.int32)
-    read = [piece for i in range(spans) for piece in (parts[2 * i], mark(i))]
-    said = [piece for i in range(spans) for piece in (mark(i), parts[2 * i + 1])]
-    end = np.array([eos], np.int32)
-    return np.concatenate([*read, end]), np.concatenate([*said, end])
+    hidden, spans = span_sizes(sizes, rate, length)
+    first = np.cumsum(spans) - spans
+    kept, gone = (_spans(total, spans, hashed(numbers, name, *key)) for name, total in (("kept", sizes - hidden), ("hidden", hidden)))
+    out = np.repeat(np.tile([False, True], len(kept)), np.stack([kept, gone], axis=1).reshape(-1))
+    after = first + spans  # the span that follows each text: eos goes before it
+    marks = np.insert(sentinels[np.arange(len(kept)) - np.repeat(first, spans)], after, eos)
+    insert = lambda ids, at, ends: np.insert(ids, np.insert(at, after, ends[after - 1]), marks).astype(np.int32)
+    read = insert(tokens[~out], np.cumsum(kept), np.cumsum(kept))
+    said = insert(tokens[out], np.cumsum(gone) - gone, np.cumsum(gone))
+    return read, sizes - hidden + spans + 1, said, hidden + spans + 1
+
+
+def _spans(totals: np.ndarray, spans: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Lengths of the spans into which totals [N] are cut at different places, text after text: int64 [spans.sum()], each at least 1 where there is room."""
+    places = np.maximum(totals - 1, 0)
+    of = np.repeat(np.arange(len(totals)), places)
+    place = np.arange(len(of)) - np.repeat(np.cumsum(places) - places, places)
+    chance = hashed(draws[of] + place.astype(np.uint64), "place")
+    cut = np.zeros(len(of), bool)
+    cut[np.lexsort((chance, of))[place < (spans - 1)[of]]] = True  # the first of each text in the order of chance
+    ends = np.insert(place[cut] + 1, np.cumsum(spans - 1), totals)
+    begins = np.concatenate([[0], ends[:-1]])
+    begins[np.cumsum(spans) - spans] = 0
+    return ends - begins

@@ -34,6 +34,7 @@ _DESCRIPTIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_toke
 _MODELS = ("tokenizer.model", "spiece.model")  # SentencePiece
 # What a folder may hold, the first found is used.
 _VOCABULARIES = ((_HOLDER,), ("tokenizer.json",), *((name,) for name in _MODELS), ("vocab.json", "merges.txt"), ("vocab.txt",))
+_FILES = frozenset(name for names in _VOCABULARIES[1:] for name in names) | frozenset(_DESCRIPTIONS)  # all that is ever kept and written
 _LIMIT = 512 * 2**20  # bytes of a tokenizer's file; the largest published ones have some 40 MB
 _UNKNOWN = " \u2047 "  # how SentencePiece prints what a tokenizer without byte fallback could not encode
 # Trainer input: no line ends (a symbol of their own), nothing that it refuses (NUL, U+2585), at most 4,000 bytes (its limit is 4,192).
@@ -87,7 +88,7 @@ class Tokenizer:
         """Ids of `text`, without bos and eos."""
         return self.encode_batch([text], special)[0].tolist()
 
-    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], special: bool = False, threads: int = -1) -> list[np.ndarray]:
         """One int32 array for each text; SentencePiece and tokenizers use all cores.
 
         Args:
@@ -109,7 +110,7 @@ class Tokenizer:
             return [self._encode_special(text) for text in texts]
         if self.kind == "bytes":
             return [np.frombuffer(text, np.uint8).astype(np.int32) for text in encoded]
-        ids = self._processor.encode(list(texts), num_threads=-1)
+        ids = self._processor.encode(list(texts), num_threads=threads)
         for i, text in enumerate(texts):
             if SPACE in text and self._space:
                 ids[i] = self._encode_spelled(self._processor, text)
@@ -259,6 +260,7 @@ def train(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
     for token in cfg.special_tokens:
         if token in reserved or cfg.special_tokens.count(token) > 1 or SPACE in token or " " in token:
             raise ValueError(f"tokenizer.special_tokens: {token!r} is reserved, empty, there twice or has a space")
+    sentinels = [f"<extra_id_{i}>" for i in range(cfg.sentinels)]
     size, failures, model = 0, [], io.BytesIO()
 
     def sentences() -> Iterator[str]:
@@ -277,7 +279,7 @@ def train(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=sentences(), model_writer=model, model_type=cfg.kind, vocab_size=cfg.vocab_size,
-            user_defined_symbols=["\n", *cfg.special_tokens], byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=3,
+            user_defined_symbols=["\n", *cfg.special_tokens], control_symbols=sentinels, byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=3,
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
             num_threads=16,  # the order in which the unigram trainer adds up depends on it, so it is not the number of cores
             minloglevel=2)
@@ -360,6 +362,9 @@ def load(path: str | Path, vocab_size: int = 0) -> Tokenizer:
 
 def from_files(files: Mapping[str, bytes], *, vocab_size: int = 0, name: str = "the tokenizer") -> Tokenizer:
     """The tokenizer of a Hugging Face folder, whose files are given as bytes by name; see `load`."""
+    strange = next((key for key in files if key not in _FILES), None)
+    if strange is not None:  # it would be written to that path by an export
+        raise ValueError(f"{name} holds the file {strange[:60]!r}, which is none of a tokenizer's ({', '.join(sorted(_FILES))}): do not trust it")
     names = _names(files, name)
     model = next((key for key in _MODELS if key in files), None)
     if "tokenizer.json" not in files and model is not None:

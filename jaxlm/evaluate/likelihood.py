@@ -14,12 +14,23 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import metrics, sharding
 from jaxlm.data.loader import evaluation_batches
+from jaxlm.data.rows import Task, evaluation_documents, evaluation_targets
 from jaxlm.data.shards import Corpus
-from jaxlm.data.tasks import Masking
 from jaxlm.models.decoder import Model
 from jaxlm.objectives import token_nll
 
 Scorer = Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, ...]]
+
+# The figures that mean something for each objective, and their units in the table. Hidden tokens are no likelihood of a text, so they have no perplexity and
+# no bits per byte; of a pair only the target is scored, which has no bytes of its own in the corpus's index.
+_UNITS = {
+    "next_token": {"loss": "nats per token", "perplexity": "depends on the tokenizer", "bits_per_byte": "whatever the tokenizer",
+                   "accuracy": "of the next token"},
+    "masked_token": {"loss": "nats per masked token: no likelihood of a text, so no perplexity", "accuracy": "of the masked tokens"},
+    "span_corruption": {"loss": "nats per token of the hidden spans: no likelihood of a text, so no perplexity", "accuracy": "of the tokens of hidden spans"},
+    "seq2seq": {"loss": "nats per target token, given the input", "perplexity": "depends on the tokenizer", "accuracy": "of the next target token",
+                "exact_match": "of whole greedy outputs"},
+}
 
 
 class Scores(NamedTuple):
@@ -46,18 +57,18 @@ def scorer(model: Model, mesh: Mesh, chunk_rows: int = 0) -> Scorer:
     return score
 
 
-def score_documents(score: Scorer, params: Any, mesh: Mesh, corpus: Corpus, split: str, *, sequence_length: int, batch_size: int, overlap: float,
-                    limit_documents: int = 0, progress: Callable[[int, int], None] | None = None, masking: Masking | None = None) -> Scores:
+def score_documents(score: Scorer, params: Any, mesh: Mesh, corpus: Corpus, split: str, task: Task, *, batch_size: int, overlap: float,
+                    limit_documents: int = 0, progress: Callable[[int, int], None] | None = None) -> Scores:
     """Evaluates each document of a split exactly once. In several processes all call this together, and all get everything.
 
     Args:
       score: from `scorer`.
-      sequence_length: window in tokens; a longer document is read in windows that overlap.
+      task: what is asked of the model. A document longer than its row is read in windows that overlap; masked tokens and hidden spans are the same in each
+        evaluation, and documents where no token was chosen are left out.
       batch_size: rows of a batch, rounded up to a multiple of the devices that share them. It does not change the result.
       overlap: share of a window that a longer document sees again as context, in [0, 1).
       limit_documents: at most so many, spread evenly over the split; 0: all.
       progress: called after each batch with targets done and targets in all (about, under a limit or with masked tokens).
-      masking: score hidden tokens only, which are the same in each evaluation; documents where none was chosen are left out.
 
     Raises:
       ValueError: one line, for a split without documents or a damaged shard.
@@ -66,12 +77,12 @@ def score_documents(score: Scorer, params: Any, mesh: Mesh, corpus: Corpus, spli
     ways = sharding.ways("batch", mesh)
     batch_size = -(-batch_size // ways) * ways
     documents = len(index.tokens)
-    expected = min(limit_documents or documents, documents)
-    local = evaluation_batches(corpus, split, sequence_length=sequence_length, batch_size=batch_size, overlap=overlap,
-                               rows=sharding.local_rows(mesh, batch_size), limit_documents=limit_documents, masking=masking)
+    local = evaluation_batches(corpus, split, task, batch_size=batch_size, overlap=overlap, rows=sharding.local_rows(mesh, batch_size),
+                               limit_documents=limit_documents)
     totals = np.zeros((3, documents))  # nll, right, tokens
-    total = int(index.tokens.astype(np.int64).sum() - documents) * expected // max(documents, 1)
-    total = total if masking is None else int(total * masking.cfg.mask_rate)
+    asked = evaluation_documents(index, limit_documents)
+    expected = evaluation_targets(task, index, asked)
+    total = int(expected.sum() * (1 if task.masking is None else task.masking.cfg.mask_rate))
     for parts in _one_behind(lambda batch: score(params, sharding.to_device(mesh, batch, batch_size)), local, mesh):
         nll, right, weights, document = map(np.asarray, parts)
         counts = weights > 0
@@ -81,9 +92,9 @@ def score_documents(score: Scorer, params: Any, mesh: Mesh, corpus: Corpus, spli
             progress(int(totals[2].sum()), total)
     chosen = np.flatnonzero(totals[2])
     tokens = totals[2, chosen].astype(np.int64)
-    assert masking or (len(chosen) == expected and np.array_equal(tokens, index.tokens[chosen] - 1)), "a document was left out or counted twice"
+    assert task.masking or np.array_equal(totals[2, asked], expected) and tokens.sum() == expected.sum(), "a document was left out or counted twice"
     if not len(chosen):
-        raise ValueError(f"no token of the {split} split was masked: raise objective.mask_rate, or give more text")
+        raise ValueError(f"no token of the {split} split was hidden: raise objective.mask_rate, or give more text")
     return Scores(chosen, totals[0, chosen], totals[1, chosen], tokens, index.text_bytes[chosen].astype(np.int64))
 
 
@@ -100,21 +111,26 @@ def _one_behind(work: Callable, batches: Iterator, mesh: Mesh) -> Iterator:
         yield pending
 
 
-def summary(scores: Scores, bootstrap: int, masked: bool = False) -> dict[str, float]:
-    """`loss` (nats per token), `perplexity`, `bits_per_byte`, `accuracy`, each with the ends `_low` and `_high` of its 95 % interval over
-    documents (left out for a single document, which has none), and `tokens`, `documents`, `bytes`.
+def summary(scores: Scores, bootstrap: int, objective: str = "next_token", exact: np.ndarray | None = None) -> dict[str, float]:
+    """`loss` (nats per token), `perplexity`, `bits_per_byte`, `accuracy`, `exact_match`, those of them that mean something for the objective, each with the
+    ends `_low` and `_high` of its 95 % interval over documents (left out for a single document, which has none), and `tokens`, `documents`, `bytes`.
 
     Args:
       bootstrap: resamples behind the intervals.
-      masked: the scores are of masked tokens, which have no perplexity and no bits per byte: their likelihoods are not that of a text.
+      objective: `ObjectiveConfig.name`.
+      exact: of some pairs, whether the output was the target (`outputs.exact_matches`).
     """
     columns = np.stack([scores.nll, scores.right, scores.tokens, scores.bytes], axis=1)
     result = {name: float(value) for name, value in _figures(columns.sum(axis=0)).items()}
     if len(columns) > 1:
         for name, values in _figures(metrics.resample(columns, bootstrap)).items():
             result[f"{name}_low"], result[f"{name}_high"] = metrics.interval(values)
-    if masked:
-        result = {name: value for name, value in result.items() if not name.startswith(("perplexity", "bits_per_byte"))}
+    result = {name: value for name, value in result.items() if name.removesuffix("_low").removesuffix("_high") in _UNITS[objective]}
+    if exact is not None and len(exact):
+        result |= {"exact_match": float(exact.mean()), "outputs": len(exact)}
+        if len(exact) > 1:
+            drawn = metrics.resample(exact[:, None], bootstrap)[:, 0] / len(exact)
+            result["exact_match_low"], result["exact_match_high"] = metrics.interval(drawn)
     return result | {"tokens": int(scores.tokens.sum()), "documents": len(columns), "bytes": int(scores.bytes.sum())}
 
 
@@ -126,15 +142,16 @@ def _figures(sums: np.ndarray) -> dict[str, Any]:
             "accuracy": metrics.ratio(right, tokens)}
 
 
-def table(summary: dict[str, float]) -> str:
+def table(summary: dict[str, float], objective: str = "next_token") -> str:
     """A summary as lines to print."""
     lines = [f"  {'':<14} {'estimate':>10}   95 % interval" if "loss_low" in summary else f"  {'':<14} {'estimate':>10}"]
-    units = {"loss": "nats per token", "perplexity": "depends on the tokenizer", "bits_per_byte": "whatever the tokenizer", "accuracy": "of the next token"}
-    if "perplexity" not in summary:
-        units = {"loss": "nats per masked token: no likelihood of a text, so no perplexity", "accuracy": "of the masked tokens"}
-    for name, unit in units.items():
+    for name, unit in _UNITS[objective].items():
+        if name not in summary:
+            continue
+        unit += f" ({summary['outputs']:,} pairs)" if name == "exact_match" else ""
         digits = 2 if name == "perplexity" else 4
         between = f"{summary[f'{name}_low']:.{digits}f} to {summary[f'{name}_high']:.{digits}f}" if f"{name}_low" in summary else ""
         lines.append(f"  {name.replace('_', ' '):<14} {summary[name]:>10.{digits}f}   {between:<22} {unit}".rstrip())
-    of = f"  {summary['documents']:,} documents, {summary['tokens']:,} {'masked ' * ('perplexity' not in summary)}tokens, {summary['bytes']:,} bytes"
+    kinds = {"masked_token": "masked tokens", "span_corruption": "tokens of hidden spans", "seq2seq": "target tokens"}
+    of = f"  {summary['documents']:,} documents, {summary['tokens']:,} {kinds.get(objective, 'tokens')}, {summary['bytes']:,} bytes"
     return "\n".join([*lines, of + ("" if "loss_low" in summary else "; no interval from a single document")])

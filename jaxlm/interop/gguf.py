@@ -17,7 +17,7 @@ import numpy as np
 from jaxlm import trees
 from jaxlm.config import TransformerConfig
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.interop import gguf_config, gguf_header, gguf_tokenizer
+from jaxlm.interop import gguf_config, gguf_header, gguf_tokenizer, hf_files
 from jaxlm.interop.gguf_config import ROPE_FACTORS
 from jaxlm.interop.hf_names import FORMS as HF_FORMS
 from jaxlm.interop.hf_names import Entry, Form, Shape
@@ -137,7 +137,7 @@ def load(source: Source, shardings: Any = None) -> dict[str, Any]:
 
     def part(path: str, row: int) -> np.ndarray:
         place, i = found[path][row]
-        return FORMS[place.entry.form].read(read(place.name), _own_shapes(place, source.shapes))[i]
+        return FORMS[place.entry.form].read(hf_files.finite(read(place.name), f"{source.path}: {place.name}"), _own_shapes(place, source.shapes))[i]
 
     def build(path: str, index: tuple[slice, ...]) -> np.ndarray:
         if not path.startswith("layers/"):
@@ -193,7 +193,7 @@ def write(path: pathlib.Path | str, cfg: TransformerConfig, params: Any, tok: To
       name: general.name.
 
     Raises:
-      ValueError: one line: GGUF has no form for this model or this tokenizer.
+      ValueError: one line: GGUF has no form for this model or this tokenizer, or the type none for a weight.
       OSError: the disk is full, or what was read back is not what was written.
     """
     package = _package()
@@ -216,7 +216,7 @@ def write(path: pathlib.Path | str, cfg: TransformerConfig, params: Any, tok: To
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor, values in tensors(cfg, params):
-            writer.write_tensor_data(package.quants.quantize(values, kinds[tensor]))
+            writer.write_tensor_data(package.quants.quantize(_fitting(values, tensor, kinds[tensor].name), kinds[tensor]))
         writer.close()
         source = open_file(temporary)
         for tensor, values in tensors(cfg, params):
@@ -226,6 +226,15 @@ def write(path: pathlib.Path | str, cfg: TransformerConfig, params: Any, tok: To
     finally:
         temporary.unlink(missing_ok=True)
     return source._replace(path=path)
+
+
+def _fitting(values: np.ndarray, name: str, kind: str) -> np.ndarray:
+    """`values` as they are, which must be finite and small enough: float16 ends at 65504, q8_0 where the scale of a block, its largest / 127, does."""
+    largest, most = float(np.abs(hf_files.finite(values, name)).max()), {"F16": 65504.0, "Q8_0": 127 * 65504.0}.get(kind, math.inf)
+    if largest > most:
+        other = " or q8_0" if kind == "F16" and largest <= 127 * 65504 else ""
+        raise ValueError(f"{name} holds {largest:g}, more than {kind} can, {most:g}: take --dtype=float32{other}")
+    return values
 
 
 def _kind(package: Any, name: str, shape: Shape, chosen: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.config import TransformerConfig
-from jaxlm.interop.hf_config import COMPUTED
+from jaxlm.interop.hf_config import COMPUTED, believable
 
 ROPE_FACTORS = "rope_freqs.weight"
 # llama3's rotary scaling is in the file as the factors that follow from it; these three of its four numbers are the same in all of Llama 3.
@@ -96,6 +96,7 @@ def read(metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], facto
         values["windows"] = (window,)
     if family == "gemma3" and window:
         values["rope_local_theta"] = keys.get("rope.freq_base_swa", float, 10_000.0)
+    believable(values)
     return family, TransformerConfig(**values).filled()
 
 

@@ -38,7 +38,8 @@ def open_directory(folder: pathlib.Path | str) -> Source:
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a directory: give one with config.json and model.safetensors")
-    family, cfg = hf_config.read(hf_files.read_json(folder / "config.json"))
+    config = hf_files.read_json(folder / "config.json")
+    family, cfg = hf_config.read(config)
     files = hf_files.open_files(folder)
     shapes = _shapes(cfg)
     places = hf_names.places(family.table, shapes, _rows(cfg))
@@ -51,7 +52,9 @@ def open_directory(folder: pathlib.Path | str) -> Source:
             missing.append(place.theirs)
         else:
             names[place.theirs] = name
-    ignored = {name for name in set(files.tensors) - set(names.values()) if hf_names.IGNORED.fullmatch(name) or (cfg.tied and name in hf_names.TIED)}
+    unused = lambda name: (hf_names.IGNORED.fullmatch(name) or (cfg.tied and name in hf_names.TIED)
+                           or ("vision_config" in config and hf_names.PICTURES.fullmatch(name)))
+    ignored = {name for name in set(files.tensors) - set(names.values()) if unused(name)}
     left = sorted(set(files.tensors) - set(names.values()) - ignored)
     if missing or left:
         say = lambda what, list_: f"{what} {list_[0]}{f' and {len(list_) - 1} more' * (len(list_) > 1)}" if list_ else ""
@@ -76,7 +79,9 @@ def load(source: Source, shardings: Any = None) -> dict[str, Any]:
               for path in source.shapes if "layers" in path.split("/")}
     whole = {}
     for place in source.places:
-        parts = hf_names.FORMS[place.entry.form].read(source.files.read(source.names[place.theirs]), hf_names.own_shapes(place, source.shapes))
+        name = source.names[place.theirs]
+        found = hf_files.finite(source.files.read(name), f"{source.files.tensors[name].path}: {name}")
+        parts = hf_names.FORMS[place.entry.form].read(found, hf_names.own_shapes(place, source.shapes))
         for path, part in zip(place.entry.ours, parts):
             part = part.astype(np.float32)
             if not place.index:
@@ -112,14 +117,15 @@ def save(folder: pathlib.Path | str, cfg: TransformerConfig, params: Any, *, dty
       extra: more of config.json, such as ids of special tokens.
 
     Raises:
-      ValueError: one line: no architecture of theirs computes this model.
+      ValueError: one line: no architecture of theirs computes this model, or a weight is not finite.
       OSError: what was read back is not what was written.
     """
     folder = pathlib.Path(folder)
     family, config = hf_config.write(cfg, architecture)
     shapes, kind = _shapes(cfg), np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
     names = {place.theirs: (_their_shape(place, shapes), kind) for place in hf_names.places(family.table, shapes, _rows(cfg))}
-    hf_files.write_files(folder, names, tensors(family.table, cfg, params, kind), shard_bytes)
+    checked = ((name, hf_files.finite(array, f"{name} as {dtype}")) for name, array in tensors(family.table, cfg, params, kind))
+    hf_files.write_files(folder, names, checked, shard_bytes)
     (folder / "config.json").write_text(json.dumps({**extra, **config, "torch_dtype": dtype}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     source = open_directory(folder)
     for name, expected in tensors(family.table, cfg, params, kind):
@@ -137,7 +143,7 @@ def verify(source: Source, params: Any) -> None:
     """
     for name, ours in tensors(source.family.table, source.cfg, params):
         theirs = source.files.read(source.names[name]).astype(np.float32)
-        if theirs.tobytes() != np.ascontiguousarray(ours).tobytes():
+        if not np.array_equal(theirs.view(np.uint32), np.ascontiguousarray(ours).view(np.uint32)):  # NaN or -0 are compared too, without copies
             raise OSError(f"{source.files.tensors[source.names[name]].path}: {name} was not read the same twice: check the disk")
 
 
@@ -151,7 +157,10 @@ def mapping(source: Source) -> str:
              for (theirs, ours), found in rows.items()]
     widths = [max(len(line[i]) for line in lines) for i in range(2)]
     text = "\n".join(f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in lines)
-    return text + (f"\n  not needed: {', '.join(source.ignored[:3])}{' ...' * (len(source.ignored) > 3)}" if source.ignored else "")
+    pictures = [match[2] for name in source.ignored if (match := hf_names.PICTURES.fullmatch(name))]
+    text += "".join(f"\n  left out: {part}, {pictures.count(part)} tensors" for part in sorted(set(pictures)))
+    other = [name for name in source.ignored if not hf_names.PICTURES.fullmatch(name)]
+    return text + (f"\n  not needed: {', '.join(other[:3])}{' ...' * (len(other) > 3)}" if other else "")
 
 
 def _their_shape(place: hf_names.Place, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

@@ -16,7 +16,11 @@ Json = Mapping[str, Any]
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
                "relu": "relu"}
 # How a model is computed and trained, which no config.json says: not compared.
-COMPUTED = ("dtype", "remat", "attention", "dropout", "init", "init_std", "init_depth_scaled")
+COMPUTED = ("dtype", "remat", "attention", "dropout", "attention_dropout", "init", "init_std", "init_depth_scaled")
+
+
+_MOST, _MOST_LAYERS = 1 << 24, 1 << 12  # of any size, and of layers or experts; the largest published are some 10^7 (a context) and 126
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
 
 
 class Family(NamedTuple):
@@ -34,14 +38,42 @@ def read(config: Json) -> tuple[Family, TransformerConfig]:
     Raises:
       ValueError: one line: an unknown architecture (with the known ones), a missing key, or something that this code does not compute.
     """
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"config.json has architectures={str(names)[:60]}, which must be a list of names: download it again")
+    if "Gemma3ForConditionalGeneration" in names:
+        if not isinstance(config.get("text_config"), Mapping):
+            raise ValueError("config.json of Gemma3ForConditionalGeneration lacks text_config: download it again")
+        config = _GEMMA3_TEXT | config["text_config"] | {"architectures": ["Gemma3ForCausalLM"]}
     family = _family(config)
+    believable({key: config[key] for key in _LAYERS if key in config}, most=_MOST_LAYERS)  # what follows makes lists as long
     try:
-        cfg = TransformerConfig(**family.read(config))
+        values = family.read(config)
+        believable(values)
+        cfg = TransformerConfig(**values).filled()
     except KeyError as error:
         raise ValueError(f"config.json of {family.architecture} lacks {error.args[0]}: download it again") from None
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"config.json of {family.architecture} holds a value of the wrong type ({error}): download it again") from None
-    return family, cfg.filled()
+    return family, cfg
+
+
+def believable(values: Json, most: int = _MOST) -> None:
+    """Refuses sizes of a model that cannot be meant, before anything is made as large.
+
+    Raises:
+      ValueError: one line: a number that is not finite, a size above `most`, or a matrix of more than 2^36 numbers.
+    """
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"the model's {key} is {value}, not a finite number: download it again")
+        if type(value) is int and abs(value) > most:
+            raise ValueError(f"the model's {key} is {value:,}, more than the {most:,} that are believable: download it again")
+    size = lambda key: max(1, values.get(key) or 0)
+    widest = max(size("heads") * size("head_size"), *map(size, ("feedforward", "expert_feedforward", "vocab_size", "context")))
+    if size("width") * widest > 1 << 36 or size("experts") > _MOST_LAYERS:
+        raise ValueError(f"the model has a matrix of {size('width'):,} x {widest:,} and {size('experts'):,} experts, more than is believable: "
+                         "download it again")
 
 
 def write(cfg: TransformerConfig, architecture: str = "") -> tuple[Family, dict[str, Any]]:
@@ -141,22 +173,36 @@ def _windows_json(cfg: TransformerConfig) -> dict[str, Any]:
     return {"sliding_window": max(sizes) or None, "layer_types": ["sliding_attention" if size else "full_attention" for size in sizes]}
 
 
+def _rates(c: Json, branches: str, probabilities: str, usual: float = 0.0) -> dict[str, Any]:
+    """Shares that training drops, under a family's names; `usual` where config.json does not say, as in transformers."""
+    given = {"dropout": c.get(branches, usual) if branches else 0.0, "attention_dropout": c.get(probabilities, usual)}
+    return {key: float(value or 0.0) for key, value in given.items()}
+
+
+def _biases(c: Json) -> bool:
+    """Whether a Llama's projections have biases: all of them or none."""
+    attention, mlp = bool(c.get("attention_bias")), bool(c.get("mlp_bias"))
+    if attention != mlp:
+        raise ValueError(f"config.json has attention_bias={attention} and mlp_bias={mlp}, which is not computed here; allowed: both or neither")
+    return attention
+
+
 def _base(c: Json, *, eps: float = 1e-6, theta: float = 10_000.0, tied: bool = False) -> dict[str, Any]:
     """What the families around Llama share."""
-    _must(c, attention_bias=False, mlp_bias=False, rope_interleaved=False, use_bidirectional_attention=False)
+    _must(c, attention_bias=False, rope_interleaved=False, use_bidirectional_attention=False)
     heads = c["num_attention_heads"]
     return dict(vocab_size=c["vocab_size"], context=c["max_position_embeddings"], layers=c["num_hidden_layers"], width=c["hidden_size"], heads=heads,
                 kv_heads=c.get("num_key_value_heads") or heads, head_size=c.get("head_dim") or c["hidden_size"] // heads,
                 feedforward=c["intermediate_size"], norm="rms", norm_eps=c.get("rms_norm_eps", eps), positions="rotary", gated=True,
                 activation=_activation(c.get("hidden_act", "silu")), tied=c.get("tie_word_embeddings", tied), bias=False,
-                init_std=c.get("initializer_range", 0.02), **_rope(c, theta))
+                init_std=c.get("initializer_range", 0.02), **_rates(c, "", "attention_dropout"), **_rope(c, theta))
 
 
 def _base_json(cfg: TransformerConfig) -> dict[str, Any]:
     return dict(vocab_size=cfg.vocab_size, max_position_embeddings=cfg.context, num_hidden_layers=cfg.layers, hidden_size=cfg.width,
                 num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_size, intermediate_size=cfg.feedforward,
                 rms_norm_eps=cfg.norm_eps, hidden_act=_activation_json(cfg), tie_word_embeddings=cfg.tied, initializer_range=cfg.init_std,
-                attention_bias=False, attention_dropout=0.0, **_rope_json(cfg))
+                attention_bias=False, attention_dropout=cfg.attention_dropout, **_rope_json(cfg))
 
 
 def _gpt2(c: Json) -> dict[str, Any]:
@@ -164,13 +210,14 @@ def _gpt2(c: Json) -> dict[str, Any]:
     return dict(vocab_size=c["vocab_size"], context=c["n_positions"], layers=c["n_layer"], width=c["n_embd"], heads=c["n_head"],
                 feedforward=c.get("n_inner") or 4 * c["n_embd"], norm="layer", norm_eps=c.get("layer_norm_epsilon", 1e-5), positions="learned",
                 activation=_activation(c.get("activation_function", "gelu_new")), gated=False, tied=c.get("tie_word_embeddings", True), bias=True,
-                init_std=c.get("initializer_range", 0.02))
+                init_std=c.get("initializer_range", 0.02), **_rates(c, "resid_pdrop", "attn_pdrop", 0.1))
 
 
 def _gpt2_json(cfg: TransformerConfig) -> dict[str, Any]:
     return dict(vocab_size=cfg.vocab_size, n_positions=cfg.context, n_layer=cfg.layers, n_embd=cfg.width, n_head=cfg.heads, n_inner=cfg.feedforward,
                 layer_norm_epsilon=cfg.norm_eps, activation_function={"gelu_tanh": "gelu_new"}.get(cfg.activation, cfg.activation),
-                tie_word_embeddings=cfg.tied, initializer_range=cfg.init_std)
+                tie_word_embeddings=cfg.tied, initializer_range=cfg.init_std, resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout,
+                attn_pdrop=cfg.attention_dropout)
 
 
 def _neox(c: Json) -> dict[str, Any]:
@@ -181,7 +228,7 @@ def _neox(c: Json) -> dict[str, Any]:
                 positions="rotary", rotary_fraction=float(rope.get("partial_rotary_factor", c.get("rotary_pct", 0.25))),
                 parallel_residual=c.get("use_parallel_residual", True), activation=_activation(c.get("hidden_act", "gelu")), gated=False,
                 tied=c.get("tie_word_embeddings", False), bias=True, init_std=c.get("initializer_range", 0.02),
-                **_rope(c, c.get("rotary_emb_base") or 10_000.0))
+                **_rates(c, "hidden_dropout", "attention_dropout"), **_rope(c, c.get("rotary_emb_base") or 10_000.0))
 
 
 def _neox_json(cfg: TransformerConfig) -> dict[str, Any]:
@@ -189,11 +236,16 @@ def _neox_json(cfg: TransformerConfig) -> dict[str, Any]:
     return dict(vocab_size=cfg.vocab_size, max_position_embeddings=cfg.context, num_hidden_layers=cfg.layers, hidden_size=cfg.width,
                 num_attention_heads=cfg.heads, intermediate_size=cfg.feedforward, layer_norm_eps=cfg.norm_eps, rotary_pct=cfg.rotary_fraction,
                 rotary_emb_base=rope.pop("rope_theta"), use_parallel_residual=cfg.parallel_residual, hidden_act=_activation_json(cfg),
-                tie_word_embeddings=cfg.tied, attention_bias=True, initializer_range=cfg.init_std, attention_dropout=0.0, hidden_dropout=0.0, **rope)
+                tie_word_embeddings=cfg.tied, attention_bias=True, initializer_range=cfg.init_std,
+                attention_dropout=cfg.attention_dropout, hidden_dropout=cfg.dropout, **rope)
 
 
 def _llama(c: Json) -> dict[str, Any]:
-    return _base(c)
+    return _base({**c, "attention_bias": False}) | dict(bias=_biases(c))
+
+
+def _llama_json(cfg: TransformerConfig) -> dict[str, Any]:
+    return _base_json(cfg) | dict(attention_bias=cfg.bias, mlp_bias=cfg.bias)
 
 
 def _mistral(c: Json) -> dict[str, Any]:
@@ -282,6 +334,10 @@ def _gemma3(c: Json) -> dict[str, Any]:
                                     rope_local_theta=local)
 
 
+# What transformers takes where the text part of a directory with pictures says nothing, as Google's own files do.
+_GEMMA3_TEXT = dict(vocab_size=262208, max_position_embeddings=131072, num_attention_heads=8, num_key_value_heads=4, head_dim=256, sliding_window=4096)
+
+
 def _gemma3_json(cfg: TransformerConfig) -> dict[str, Any]:
     return _gemma2_json(cfg) | {"rope_local_base_freq": cfg.rope_local_theta}
 
@@ -289,20 +345,29 @@ def _gemma3_json(cfg: TransformerConfig) -> dict[str, Any]:
 _ENCODER = dict(kind="encoder", causal=False, norm="layer", norm_position="post", positions="learned", gated=False, tied=True, bias=True)
 
 
-def _label_count(c: Json) -> int:
-    return len(c["id2label"]) if c.get("id2label") else c.get("num_labels") or 2
+def _labels(c: Json) -> tuple[str, ...]:
+    """Names of the classes in their order; by default LABEL_0, LABEL_1."""
+    given = c.get("id2label") or _usual_labels(c.get("num_labels") or 2)
+    names = {int(i): name for i, name in given.items()}
+    if sorted(names) != list(range(len(names))):
+        raise ValueError(f"config.json numbers its labels {', '.join(map(str, sorted(names)[:5]))} ... in id2label, which must be 0, 1, 2 ...")
+    return tuple(str(names[i]) for i in range(len(names)))
+
+
+def _usual_labels(count: int) -> dict[int, str]:
+    return {i: f"LABEL_{i}" for i in range(count)}
 
 
 def _head(c: Json, output: str, activation: str = "tanh") -> dict[str, Any]:
     if output == "tokens":
         _must(c, tie_word_embeddings=True)
-    labels = _label_count(c) if output.endswith("_labels") else 0
-    return dict(output=output, labels=labels, pooler_activation=activation if output == "sequence_labels" else "tanh")
+    names = _labels(c) if output.endswith("_labels") else ()
+    return dict(output=output, labels=len(names), label_names=() if names == tuple(_usual_labels(len(names)).values()) else names, pooler_activation=activation if output == "sequence_labels" else "tanh")
 
 
 def _head_json(cfg: TransformerConfig) -> dict[str, Any]:
-    names = {str(i): f"LABEL_{i}" for i in range(cfg.labels)}
-    return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}} if names else {}
+    names = dict(enumerate(cfg.label_names)) or _usual_labels(cfg.labels)
+    return {"id2label": {str(i): name for i, name in names.items()}, "label2id": {name: i for i, name in names.items()}} if names else {}
 
 
 def _bert(c: Json, output: str, offset: int = 0) -> dict[str, Any]:
@@ -310,7 +375,8 @@ def _bert(c: Json, output: str, offset: int = 0) -> dict[str, Any]:
     return _ENCODER | _head(c, output) | dict(
         vocab_size=c["vocab_size"], context=c["max_position_embeddings"] - offset, layers=c["num_hidden_layers"], width=c["hidden_size"],
         heads=c["num_attention_heads"], feedforward=c["intermediate_size"], norm_eps=c.get("layer_norm_eps", 1e-12), token_types=c.get("type_vocab_size", 2),
-        position_offset=offset, activation=_activation(c.get("hidden_act", "gelu")), init_std=c.get("initializer_range", 0.02))
+        position_offset=offset, activation=_activation(c.get("hidden_act", "gelu")), init_std=c.get("initializer_range", 0.02),
+        **_rates(c, "hidden_dropout_prob", "attention_probs_dropout_prob", 0.1))
 
 
 def _bert_json(cfg: TransformerConfig) -> dict[str, Any]:
@@ -319,7 +385,8 @@ def _bert_json(cfg: TransformerConfig) -> dict[str, Any]:
     return _head_json(cfg) | dict(
         vocab_size=cfg.vocab_size, max_position_embeddings=cfg.context + cfg.position_offset, num_hidden_layers=cfg.layers, hidden_size=cfg.width,
         num_attention_heads=cfg.heads, intermediate_size=cfg.feedforward, layer_norm_eps=cfg.norm_eps, type_vocab_size=cfg.token_types,
-        hidden_act=_activation_json(cfg), tie_word_embeddings=cfg.tied, initializer_range=cfg.init_std, position_embedding_type="absolute")
+        hidden_act=_activation_json(cfg), tie_word_embeddings=cfg.tied, initializer_range=cfg.init_std, position_embedding_type="absolute",
+        hidden_dropout_prob=cfg.dropout, attention_probs_dropout_prob=cfg.attention_dropout)
 
 
 def _roberta(c: Json, output: str) -> dict[str, Any]:
@@ -339,13 +406,15 @@ def _distilbert(c: Json, output: str) -> dict[str, Any]:
     _must(c, sinusoidal_pos_embds=False)
     return _ENCODER | _head(c, output, activation="relu") | dict(
         vocab_size=c["vocab_size"], context=c["max_position_embeddings"], layers=c["n_layers"], width=c["dim"], heads=c["n_heads"], feedforward=c["hidden_dim"],
-        norm_eps=1e-12, activation=_activation(c.get("activation", "gelu")), init_std=c.get("initializer_range", 0.02))
+        norm_eps=1e-12, activation=_activation(c.get("activation", "gelu")), init_std=c.get("initializer_range", 0.02),
+        **_rates(c, "dropout", "attention_dropout", 0.1))
 
 
 def _distilbert_json(cfg: TransformerConfig) -> dict[str, Any]:
     return _head_json(cfg) | dict(
         vocab_size=cfg.vocab_size, max_position_embeddings=cfg.context, n_layers=cfg.layers, dim=cfg.width, n_heads=cfg.heads, hidden_dim=cfg.feedforward,
-        activation=_activation_json(cfg), tie_word_embeddings=cfg.tied, initializer_range=cfg.init_std, sinusoidal_pos_embds=False)
+        activation=_activation_json(cfg), tie_word_embeddings=cfg.tied, initializer_range=cfg.init_std, sinusoidal_pos_embds=False,
+        dropout=cfg.dropout, attention_dropout=cfg.attention_dropout)
 
 
 def _encoder(architecture: str, table: str, read: Callable, output: str, write: Callable) -> Family:
@@ -356,8 +425,8 @@ def _encoder(architecture: str, table: str, read: Callable, output: str, write: 
 _SAME = {"BertForPreTraining": "BertForMaskedLM"}  # and a head that tells whether one sentence follows the other, which is left out
 
 
-
 def _t5(c: Json) -> dict[str, Any]:
+    """T5 has one rate for all that it drops; also inside the MLP, where nothing is dropped here."""
     gate, _, name = c.get("feed_forward_proj", "relu").rpartition("-")
     if gate not in ("", "gated"):
         raise ValueError(f"config.json has feed_forward_proj={c['feed_forward_proj']!r}, which is not known here; known: gated-NAME and NAME")
@@ -368,7 +437,8 @@ def _t5(c: Json) -> dict[str, Any]:
                 norm="rms", norm_eps=c.get("layer_norm_epsilon", 1e-6), positions="relative", relative_buckets=c.get("relative_attention_num_buckets", 32),
                 relative_distance=c.get("relative_attention_max_distance", 128), query_scale=1.0, gated=gate == "gated",
                 activation="gelu_tanh" if (gate, name) == ("gated", "gelu") else _activation(name), tied=tied, bias=False,
-                logit_scale=c["d_model"] ** -0.5 if tied else 1.0, decoder_start=c.get("decoder_start_token_id") or 0)
+                logit_scale=c["d_model"] ** -0.5 if tied else 1.0, decoder_start=c.get("decoder_start_token_id") or 0,
+                **_rates(c, "dropout_rate", "dropout_rate", 0.1))
 
 
 def _t5_json(cfg: TransformerConfig) -> dict[str, Any]:
@@ -377,12 +447,12 @@ def _t5_json(cfg: TransformerConfig) -> dict[str, Any]:
                 d_model=cfg.width, num_heads=cfg.heads, d_kv=cfg.head_size, d_ff=cfg.feedforward, layer_norm_epsilon=cfg.norm_eps,
                 relative_attention_num_buckets=cfg.relative_buckets, relative_attention_max_distance=cfg.relative_distance,
                 feed_forward_proj=f"gated-{name}" if cfg.gated else name, tie_word_embeddings=cfg.tied, scale_decoder_outputs=cfg.tied,
-                decoder_start_token_id=cfg.decoder_start, is_encoder_decoder=True, pad_token_id=0)
+                decoder_start_token_id=cfg.decoder_start, is_encoder_decoder=True, pad_token_id=0, dropout_rate=cfg.dropout)
 
 
 # In the order in which `write` tries them: the plainest first.
 FAMILIES: dict[str, Family] = {family.architecture: family for family in (
-    Family("LlamaForCausalLM", "llama", "llama", _llama, _base_json),
+    Family("LlamaForCausalLM", "llama", "llama", _llama, _llama_json),
     Family("GPT2LMHeadModel", "gpt2", "gpt2", _gpt2, _gpt2_json),
     Family("GPTNeoXForCausalLM", "gpt_neox", "gpt_neox", _neox, _neox_json),
     Family("MistralForCausalLM", "mistral", "llama", _mistral, _mistral_json),

@@ -16,6 +16,7 @@ import safetensors
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+_JSON_BYTES = 64 * 2**20  # of config.json or an index; the largest published ones have some 10 MB
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F64": np.dtype(np.float64),
            "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "U8": np.dtype(np.uint8), "BOOL": np.dtype(bool)}
 _CODES = {dtype.name: code for code, dtype in _DTYPES.items()}
@@ -44,6 +45,17 @@ class Files(NamedTuple):
         return array if array.dtype in (np.float32, ml_dtypes.bfloat16) else array.astype(np.float32)
 
 
+def finite(array: np.ndarray, where: str) -> np.ndarray:
+    """`array` as it is.
+
+    Raises:
+      ValueError: one line: `where` it holds a value that is not finite.
+    """
+    if array.dtype.kind in "fV" and not np.isfinite(array).all():
+        raise ValueError(f"{where} holds {array[~np.isfinite(array)][0]}: weights must be finite; take an earlier checkpoint, or download it again")
+    return array
+
+
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object.
 
@@ -51,10 +63,12 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       ValueError: one line, when it is missing or not one.
     """
     try:
+        if path.stat().st_size > _JSON_BYTES:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes, more than the {_JSON_BYTES:,} that are believable")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path.parent} holds no {path.name}: give a directory as save_pretrained of transformers writes it") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): download it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}: download it again")

@@ -76,13 +76,13 @@ _LLAMA_ENDS = _table(("model.embed_tokens.weight", "embed/tokens", "same"), ("mo
                      ("lm_head.weight", "head/kernel", "linear"))
 _LLAMA_ATTENTION = [
     *_linears("self_attn", "attn", {"q": "q_proj", "k": "k_proj", "v": "v_proj"}), ("self_attn.o_proj.weight", "attn/o", "linear_out"),
-    *((f"self_attn.{x}_proj.bias", f"attn/{x}_bias", "flat") for x in "qkv"),
+    *((f"self_attn.{x}_proj.bias", f"attn/{x}_bias", "flat") for x in "qkv"), ("self_attn.o_proj.bias", "attn/o_bias", "same"),
     *((f"self_attn.{x}_norm.weight", f"attn/{x}_norm", "flat") for x in "qk")]
 _PRE = [("input_layernorm.weight", "attn_norm/scale", "same"), ("post_attention_layernorm.weight", "mlp_norm/scale", "same")]
 _BRANCH = [("post_attention_layernorm.weight", "attn_norm/scale", "same"), ("post_feedforward_layernorm.weight", "mlp_norm/scale", "same")]
 _SANDWICH = [("input_layernorm.weight", "attn_norm/scale", "same"), ("post_attention_layernorm.weight", "attn_out_norm/scale", "same"),
              ("pre_feedforward_layernorm.weight", "mlp_norm/scale", "same"), ("post_feedforward_layernorm.weight", "mlp_out_norm/scale", "same")]
-_MLP = _linears("mlp", "mlp", _GATED)
+_MLP = [*_linears("mlp", "mlp", _GATED), *((f"mlp.{theirs}.bias", f"mlp/{ours}_bias", "same") for ours, theirs in _GATED.items())]
 _QWEN_MOE = [("mlp.gate.weight", "moe/router", "linear"), *_linears("mlp.experts.{expert}", "moe", _GATED),
              *_linears("mlp.shared_expert", "moe/shared", _GATED), ("mlp.shared_expert_gate.weight", "moe/shared_gate", "row")]
 _MIXTRAL_MOE = [("block_sparse_moe.gate.weight", "moe/router", "linear"),
@@ -184,12 +184,16 @@ IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias
                      r"((bert|roberta)\.)?pooler\.dense\.(weight|bias)|cls\.seq_relationship\.(weight|bias)|"
                      r"(encoder|decoder)\.embed_tokens\.weight|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight")
 TIED = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "lm_head.decoder.weight",
-        "lm_head.decoder.bias", "vocab_projector.weight")
+        "lm_head.decoder.bias", "vocab_projector.weight", "language_model.lm_head.weight")
+
+# Parts beside the text model of one that also sees pictures (Gemma 3), which are left out.
+PICTURES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..+")
 
 
 def spellings(theirs: str, prefix: str) -> tuple[str, ...]:
-    """How files call a tensor: as the table does, without the model's prefix (saved without a head) or with it, and with BERT's first names of norms."""
-    names = (theirs, theirs.removeprefix(prefix), prefix + theirs)
+    """How files call a tensor: as the table does, without the model's prefix (saved without a head) or with it, as the text part of a model that also
+    sees pictures, and with BERT's first names of norms."""
+    names = (theirs, theirs.removeprefix(prefix), prefix + theirs, f"language_model.{theirs}", f"{prefix}language_model.{theirs.removeprefix(prefix)}")
     older = [re.sub(r"LayerNorm\.bias$", "LayerNorm.beta", re.sub(r"LayerNorm\.weight$", "LayerNorm.gamma", name)) for name in names]
     return (*names, *older)
 

@@ -15,15 +15,16 @@ _ROWS = ("batch", "sequence")
 
 
 def attend(cfg: TransformerConfig, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries: Tokens, keys: Tokens, *, window: jax.Array | None,
-           cached: bool, bias_BNTS: jax.Array | None) -> jax.Array:
+           cached: bool, bias_BNTS: jax.Array | None, **dropping: Any) -> jax.Array:
     """`[B, T, N, H]`: what `attention.reference` computes, by the kernel and over the devices that `cfg` and the mesh say.
 
-    With a cache (generation) or with a bias (T5) devices that share a row have no method of their own: `reference`, and the compiler gathers the keys.
+    With a cache (generation), a bias (T5) or dropout of probabilities (`dropout` and `key` of `attention.reference`) there is only `reference`: where
+    devices share a row the compiler gathers the keys.
     """
     options = {"causal": cfg.causal, "softcap": cfg.attention_softcap, "scale": (cfg.query_scale or cfg.head_size) ** -0.5}
-    if cached or bias_BNTS is not None:
+    if cached or bias_BNTS is not None or dropping:
         biased = {} if bias_BNTS is None else {"bias_BNTS": bias_BNTS}
-        return attention.reference(q_BTNH, k_BSKH, v_BSKH, queries, keys, window=window, **options, **biased)
+        return attention.reference(q_BTNH, k_BSKH, v_BSKH, queries, keys, window=window, **options, **biased, **dropping)
     name, parts = attention.choose(cfg, q_BTNH.shape[1]), sharding.ways("sequence")
     evenly = sharding.divides(q_BTNH, *_ROWS, "heads", None)
     if parts > 1 and (cfg.attention == "reference" or not evenly):
@@ -48,8 +49,10 @@ def check(cfg: TransformerConfig, mesh: Any, length: int) -> str:
       ValueError: one line: a forced kernel that cannot do what the model needs, heads that do not divide.
     """
     name, parts = attention.choose(cfg, length), mesh.shape["sequence"]
-    if parts == 1 or cfg.positions == "relative":
-        return "reference" if cfg.positions == "relative" else name
+    if cfg.positions == "relative" or cfg.attention_dropout:
+        return "reference"
+    if parts == 1:
+        return name
     if cfg.sequence_attention == "ring":
         if cfg.attention not in ("auto", "reference"):
             raise ValueError(f"model.attention={cfg.attention} needs whole rows, and mesh.sequence={parts} splits them: set "

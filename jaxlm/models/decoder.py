@@ -63,7 +63,7 @@ def _init(cfg: TransformerConfig, key: jax.Array) -> dict:
 
 def init_embed(cfg: TransformerConfig, k_tokens: jax.Array, k_positions: jax.Array) -> dict:
     """Tables of tokens and, where they are learned, of positions."""
-    table = lambda key, rows: initialiser(cfg, rows, cfg.width)(key, (rows, cfg.width), jnp.float32)
+    table = lambda key, rows: initialiser(cfg, rows, cfg.width, t5=1.0)(key, (rows, cfg.width), jnp.float32)
     embed = {"tokens": table(k_tokens, cfg.vocab_size)}
     return embed | {"positions": table(k_positions, cfg.context + cfg.position_offset)} if cfg.positions == "learned" else embed
 
@@ -123,7 +123,7 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: dict | 
     dtype = jnp.dtype(cfg.dtype)
     view = view or (lambda layer: jax.tree.map(lambda w: w.astype(dtype), layer))
     slots = make_slots(cfg, inputs, cache)
-    k_embed, k_layers = (None, None) if key is None or cfg.dropout == 0 else jax.random.split(key)
+    k_embed, k_layers = (None, None) if key is None or not cfg.drops else jax.random.split(key)
     x = embed(cfg, params, inputs, dtype)
     x = constrain(dropout(x, cfg.dropout, k_embed), "batch", "tokens", "residual")
     x, kv, routing = pipeline.run(cfg, params["layers"], x, slots, None if cache is None else {"k": cache["k"], "v": cache["v"]}, k_layers, view)

@@ -38,14 +38,14 @@ def _encoder(cfg: TransformerConfig) -> TransformerConfig:
 
 def _init(cfg: TransformerConfig, key: jax.Array) -> dict:
     k_tokens, k_encoder, k_decoder, k_head = jax.random.split(key, 4)
-    params = {"embed": {"tokens": initialiser(cfg, cfg.vocab_size, cfg.width)(k_tokens, (cfg.vocab_size, cfg.width), jnp.float32)}}
+    params = {"embed": {"tokens": initialiser(cfg, cfg.vocab_size, cfg.width, t5=1.0)(k_tokens, (cfg.vocab_size, cfg.width), jnp.float32)}}
     one = jnp.zeros((1, 1), jnp.int32)
     memory = Memory(jnp.zeros((1, 1, cfg.width), jnp.float32), one)
     for name, part, k, given in (("encoder", _encoder(cfg), k_encoder, None), ("decoder", cfg, k_decoder, memory)):
         k_layers, k_bias, k_norm = jax.random.split(k, 3)
         tokens = attention.Tokens(one, one)
         params[name] = {"layers": stack.init(part, k_layers, Slots(tokens, tokens, None, None, None, memory=given)),
-                        "relative_bias": initialiser(cfg, cfg.relative_buckets, cfg.heads)(k_bias, (cfg.relative_buckets, cfg.heads), jnp.float32),
+                        "relative_bias": initialiser(cfg, cfg.relative_buckets, cfg.heads, t5=cfg.width ** -0.5)(k_bias, (cfg.relative_buckets, cfg.heads), jnp.float32),
                         "final_norm": Norm(cfg).init(k_norm, jnp.zeros((1, 1, cfg.width)))["params"]}
     if not cfg.tied:
         params["head"] = {"kernel": initialiser(cfg, cfg.width, cfg.vocab_size)(k_head, (cfg.width, cfg.vocab_size), jnp.float32)}
@@ -62,7 +62,7 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: dict | 
     """
     dtype = jnp.dtype(cfg.dtype)
     view = view or (lambda layer: jax.tree.map(lambda w: w.astype(dtype), layer))
-    k_encoder, k_decoder = (None, None) if key is None or cfg.dropout == 0 else jax.random.split(key)
+    k_encoder, k_decoder = (None, None) if key is None or not cfg.drops else jax.random.split(key)
     run = functools.partial(_stack, embedding=gathered(params["embed"]["tokens"].astype(dtype), "vocab", "embed"), view=view)
     if "encoder_tokens" in inputs:
         read = dict(zip(("tokens", "positions", "segments"), (inputs[name] for name in ENCODER_INPUTS)))

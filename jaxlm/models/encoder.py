@@ -48,7 +48,7 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: None = 
     assert cache is None, "an encoder has no cache"
     dtype = jnp.dtype(cfg.dtype)
     view = view or (lambda layer: jax.tree.map(lambda w: w.astype(dtype), layer))
-    k_embed, k_layers = (None, None) if key is None or cfg.dropout == 0 else jax.random.split(key)
+    k_embed, k_layers = (None, None) if key is None or not cfg.drops else jax.random.split(key)
     x = decoder.embed(cfg, params, inputs, dtype)
     if cfg.token_types:
         types = params["embed"]["types"].astype(dtype)

@@ -59,15 +59,17 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
 
-def initialiser(cfg: TransformerConfig, inputs: int, outputs: int, into_residual: bool = False) -> Callable:
+def initialiser(cfg: TransformerConfig, inputs: int, outputs: int, into_residual: bool = False, t5: float | None = None) -> Callable:
     """An `(key, shape, dtype)` initialiser of a weight that maps `inputs` numbers to `outputs`, by the name in `cfg.init`.
 
     normal, truncated_normal: std `init_std`. xavier (Glorot & Bengio 2010): std sqrt(2 / (in + out)). kaiming (He et al. 2015): sqrt(2 / in).
     lecun: sqrt(1 / in); the last three are normal. Projections into the residual stream are divided by sqrt(2 L) where `init_depth_scaled` says so (GPT-2).
+    t5 (Raffel et al. 2020, as Mesh TensorFlow and transformers draw it): sqrt(1 / in), normal, but for the weights that give their std as `t5`; never
+    divided. An untied output projection is sqrt(1 / in) too, as in t5x; transformers draws it with 1, which begins with a loss in the hundreds.
     """
     std = {"normal": cfg.init_std, "truncated_normal": cfg.init_std, "xavier": math.sqrt(2 / (inputs + outputs)),
-           "kaiming": math.sqrt(2 / inputs), "lecun": math.sqrt(1 / inputs)}[cfg.init]
-    if into_residual and cfg.init_depth_scaled:
+           "kaiming": math.sqrt(2 / inputs), "lecun": math.sqrt(1 / inputs), "t5": math.sqrt(1 / inputs) if t5 is None else t5}[cfg.init]
+    if into_residual and cfg.init_depth_scaled and cfg.init != "t5":
         std /= math.sqrt(2 * cfg.layers)
     if cfg.init == "truncated_normal":  # cut at two deviations; the constant restores the std
         return lambda key, shape, dtype: std / 0.87962566103423978 * jax.random.truncated_normal(key, -2, 2, shape, dtype)
@@ -111,10 +113,10 @@ class Attention(nn.Module):
     cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BTD, slots: Slots, window: jax.Array | None, cache: dict | None):
+    def __call__(self, x_BTD, slots: Slots, window: jax.Array | None, cache: dict | None, dropout_key: jax.Array | None = None):
         cfg = self.cfg
         d, n, k, h = x_BTD.shape[-1], cfg.heads, cfg.kv_heads, cfg.head_size
-        q = project(x_BTD, self.param("q", initialiser(cfg, d, n * h), (d, n, h), jnp.float32))
+        q = project(x_BTD, self.param("q", initialiser(cfg, d, n * h, t5=(d * h) ** -0.5), (d, n, h), jnp.float32))
         key = project(x_BTD, self.param("k", initialiser(cfg, d, k * h), (d, k, h), jnp.float32))
         value = project(x_BTD, self.param("v", initialiser(cfg, d, k * h), (d, k, h), jnp.float32))
         if cfg.bias or cfg.qkv_bias:
@@ -136,11 +138,17 @@ class Attention(nn.Module):
             cache = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), slots.start, axis=1)
                      for name, new in (("k", key), ("v", value))}
             key, value = cache["k"].astype(q.dtype), cache["v"].astype(q.dtype)
-        out_BTNH = attend(cfg, q, key, value, slots.queries, slots.keys, window=window, cached=cache is not None, bias_BNTS=slots.bias)
+        out_BTNH = attend(cfg, q, key, value, slots.queries, slots.keys, window=window, cached=cache is not None, bias_BNTS=slots.bias,
+                          **_dropping(cfg, dropout_key))
         out = project(out_BTNH, self.param("o", initialiser(cfg, n * h, d, into_residual=True), (n, h, d), jnp.float32), inputs=2)
         if cfg.bias:
             out = out + self.param("o_bias", nn.initializers.zeros, (d,), jnp.float32)
         return out, cache
+
+
+def _dropping(cfg: TransformerConfig, key: jax.Array | None) -> dict:
+    """Options of a kernel that drops probabilities; none in evaluation."""
+    return {} if key is None else {"dropout": cfg.attention_dropout, "key": key}
 
 
 class CrossAttention(nn.Module):
@@ -148,11 +156,11 @@ class CrossAttention(nn.Module):
     cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, slots: Slots, cache: dict | None):
+    def __call__(self, x_BTD: jax.Array, slots: Slots, cache: dict | None, dropout_key: jax.Array | None = None):
         """The branch, and the keys and values where a cache wants them: `{"cross_k", "cross_v"}`, else empty."""
         cfg, memory = self.cfg, slots.memory
         d, n, k, h = x_BTD.shape[-1], cfg.heads, cfg.kv_heads, cfg.head_size
-        q = project(x_BTD, self.param("q", initialiser(cfg, d, n * h), (d, n, h), jnp.float32))
+        q = project(x_BTD, self.param("q", initialiser(cfg, d, n * h, t5=(d * h) ** -0.5), (d, n, h), jnp.float32))
         made = {}
         if memory.hidden is None:
             key, value = cache["cross_k"].astype(q.dtype), cache["cross_v"].astype(q.dtype)
@@ -164,7 +172,8 @@ class CrossAttention(nn.Module):
         q = constrain(q, "batch", "sequence", "heads", "head_size")
         # Not causal and without a window, only segments count; positions of the two sides are not comparable.
         places = attention.Tokens(jnp.zeros_like(memory.segments), memory.segments)
-        out_BTNH = attention.reference(q, key, value, slots.queries, places, causal=False, softcap=cfg.attention_softcap, scale=(cfg.query_scale or h) ** -0.5)
+        out_BTNH = attention.reference(q, key, value, slots.queries, places, causal=False, softcap=cfg.attention_softcap, scale=(cfg.query_scale or h) ** -0.5,
+                                       **_dropping(cfg, dropout_key))
         return project(out_BTNH, self.param("o", initialiser(cfg, n * h, d, into_residual=True), (n, h, d), jnp.float32), inputs=2), made
 
 
@@ -244,7 +253,8 @@ class Block(nn.Module):
         crossed = slots.memory is not None
         keys = (None,) * 3 if key is None else jax.random.split(key, 3 if crossed else 2)
         given = cache
-        attn = lambda x: Attention(cfg, name="attn")(x, slots, window, given)
+        inner = [None if k is None or not cfg.attention_dropout else jax.random.fold_in(k, 1) for k in keys]  # of the probabilities
+        attn = lambda x: Attention(cfg, name="attn")(x, slots, window, given, inner[0])
         if self.sparse:
             mlp = lambda x: Moe(cfg, name="moe")(x, slots.queries.segments > 0)
         else:
@@ -255,7 +265,7 @@ class Block(nn.Module):
             return constrain(x_BTD + mixed + hidden, "batch", "tokens", "residual"), cache, statistics
         x_BTD = self._join("attn", x_BTD, mixed)
         if crossed:
-            mixed, made = self._branch("cross", lambda x: CrossAttention(cfg, name="cross")(x, slots, given), x_BTD, keys[2])
+            mixed, made = self._branch("cross", lambda x: CrossAttention(cfg, name="cross")(x, slots, given, inner[2]), x_BTD, keys[2])
             x_BTD, cache = self._join("cross", x_BTD, mixed), None if cache is None else cache | made
         hidden, statistics = self._branch("mlp", mlp, x_BTD, keys[1])
         return self._join("mlp", x_BTD, hidden), cache, statistics

@@ -1,5 +1,9 @@
-"""Published models by name. Each entry states only sizes and conventions; the parameter counts are checked by a test against the papers and model
-cards. Import of the released weights reads these from their config.json instead."""
+"""Published models by name. Each entry states only sizes and conventions. Import of the released weights reads these from their config.json instead.
+
+Each parameter count is checked twice: tests/models/test_decoder.py holds it against the published figure (papers, model cards, headers of the released
+safetensors), and tests/interop/test_torch.py against what transformers makes of the same config.json on torch's meta device. Counted are the weights of
+the class that the family exports to (with the masked-token head: BERT, RoBERTa, DistilBERT; with the pooler: MiniLM); tied matrices count once.
+"""
 
 import math
 
@@ -62,6 +66,9 @@ PRESETS: dict[str, TransformerConfig] = {
     "roberta_base": TransformerConfig(**_ROBERTA, layers=12, width=768, heads=12),
     "roberta_large": TransformerConfig(**_ROBERTA, layers=24, width=1024, heads=16),
     "distilbert": TransformerConfig(**(_BERT | dict(token_types=0)), layers=6, width=768, heads=12),
+    # Wang et al. 2020; of six layers is all-MiniLM-L6-v2, the sentence encoder. Without a masked-token head.
+    "minilm_l6": TransformerConfig(**_BERT, layers=6, width=384, heads=12, output="pooled"),
+    "minilm_l12": TransformerConfig(**_BERT, layers=12, width=384, heads=12, output="pooled"),
     # Radford et al. 2019; the released checkpoints.
     "gpt2_124m": TransformerConfig(**_GPT2, layers=12, width=768, heads=12),
     "gpt2_medium": TransformerConfig(**_GPT2, layers=24, width=1024, heads=16),
@@ -101,11 +108,15 @@ PRESETS: dict[str, TransformerConfig] = {
     # Jiang et al. 2023 and 2024.
     "mistral_7b": TransformerConfig(**_MISTRAL, windows=(4096,)),
     "mixtral_8x7b": TransformerConfig(**_MISTRAL, rope_theta=1e6, experts=8, experts_per_token=2),
-    # Yang et al. 2024 (Qwen 2 and 2.5); 2.5 has the sizes of 2, and three more.
+    # Yang et al. 2024 (Qwen 2 and 2.5): 2.5 has the sizes of 2, and three more.
     "qwen2_0.5b": _sized(_QWEN2_SMALL, 24, 896, 14, 2, 4864),
     "qwen2_1.5b": _sized(_QWEN2_SMALL, 28, 1536, 12, 2, 8960),
     "qwen2_7b": _sized(_QWEN2, 28, 3584, 28, 4, 18944),
     "qwen2_72b": _sized(_QWEN2, 80, 8192, 64, 8, 29568),
+    "qwen2.5_0.5b": _sized(_QWEN2_SMALL, 24, 896, 14, 2, 4864),
+    "qwen2.5_1.5b": _sized(_QWEN2_SMALL, 28, 1536, 12, 2, 8960),
+    "qwen2.5_7b": _sized(_QWEN2, 28, 3584, 28, 4, 18944),
+    "qwen2.5_72b": _sized(_QWEN2, 80, 8192, 64, 8, 29568),
     "qwen2.5_3b": _sized(_QWEN2_SMALL, 36, 2048, 16, 2, 11008),
     "qwen2.5_14b": _sized(_QWEN2, 48, 5120, 40, 8, 13824),
     "qwen2.5_32b": _sized(_QWEN2, 64, 5120, 40, 8, 27648),

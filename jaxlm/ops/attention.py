@@ -37,9 +37,9 @@ def mask(queries: Tokens, keys: Tokens, window: jax.Array | None, causal: bool =
 
 
 def reference(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=None, causal: bool = True, softcap: float = 0.0,
-              scale: float, bias_BNTS=None) -> jax.Array:
+              scale: float, bias_BNTS=None, dropout: float = 0.0, key: jax.Array | None = None) -> jax.Array:
     """Plain attention, softmax in float32. Query heads `N` share `K` key heads, `N / K` neighbours each (Ainslie et al. 2023). A bias is added
-    to the scores."""
+    to the scores. With a `key`, a share `dropout` of the probabilities is set to 0 and the others grow by as much, as in BERT."""
     b, t, n, h = q_BTNH.shape
     k = k_BSKH.shape[2]
     q_BTKGH = (q_BTNH * scale).reshape(b, t, k, n // k, h)
@@ -50,7 +50,10 @@ def reference(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=N
         scores = scores + bias_BNTS.reshape(-1, k, n // k, *scores.shape[-2:]).astype(jnp.float32)
     # A finite floor: a query that sees nothing (padding against an empty cache) gets the mean, not NaN; nothing reads it.
     scores = jnp.where(mask(queries, keys, window, causal)[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if key is not None and dropout:
+        weights = jnp.where(jax.random.bernoulli(key, 1 - dropout, weights.shape), weights / (1 - dropout), 0)
+    weights = weights.astype(v_BSKH.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v_BSKH).reshape(b, t, n, h)
 
 

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxlm import config as configs
 from jaxlm import trees
 from jaxlm.config import Config, DataConfig, MeshConfig, ObjectiveConfig, TransformerConfig
+from jaxlm.data import ledger
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.interop import gguf, hf
 from jaxlm.interop.hf_config import COMPUTED
@@ -112,22 +113,23 @@ def _step(workdir: str, log: Callable[[str], None] = print) -> int:
 
 
 def _merge(asked: TransformerConfig, given: TransformerConfig, origin: str) -> TransformerConfig:
-    """The model that is given, computed as asked. What the recipe leaves at its default is not asked for."""
+    """The model that is given, computed as asked. What the recipe leaves at its default is not asked for: dropout of 0 leaves that of the model."""
     default, given = TransformerConfig(), given.filled()
     for field in dataclasses.fields(asked):
         value, name = getattr(asked, field.name), field.name
         if name not in COMPUTED and value != getattr(default, name) and value != getattr(given, name):
             raise ValueError(f"model.{name}={value!r}, but the model in {origin} has {getattr(given, name)!r}: leave the key out, or train from nothing")
-    return dataclasses.replace(given, **{name: getattr(asked, name) for name in COMPUTED})
+    rates = {name: getattr(asked, name) or getattr(given, name) for name in ("dropout", "attention_dropout")}
+    return dataclasses.replace(given, **{name: getattr(asked, name) for name in COMPUTED} | rates)
 
 
-def params(origin: str, target: Any, *, log: Callable[[str], None] = print) -> Any:
-    """The parameters that `init_from` names, each where `target` (of `jax.ShapeDtypeStruct` with shardings) wants it."""
+def params(origin: str, target: Any, *, log: Callable[[str], None] = print) -> tuple[Any, list[dict[str, Any]]]:
+    """The parameters that `init_from` names, each where `target` (of `jax.ShapeDtypeStruct` with shardings) wants it, and what they were trained on."""
     if source := _foreign(origin):
-        return source.load(jax.tree.map(lambda leaf: leaf.sharding, target))
+        return source.load(jax.tree.map(lambda leaf: leaf.sharding, target)), ledger.inherited(origin, None)
     step = _step(origin, log)
-    ema = saved.read_files(pathlib.Path(origin), step)[0].optim.ema > 0
-    return checkpoint.restore_params(origin, step, target, ema=ema)
+    config, _, data = saved.read_files(pathlib.Path(origin), step)
+    return checkpoint.restore_params(origin, step, target, ema=config.optim.ema > 0), ledger.inherited(origin, data)
 
 
 def import_model(path: pathlib.Path, workdir: pathlib.Path, *, dtype: str = "float32", log: Callable[[str], None] = print) -> TransformerConfig:
@@ -143,7 +145,7 @@ def import_model(path: pathlib.Path, workdir: pathlib.Path, *, dtype: str = "flo
     tokenizer = source.tokenizer()
     cfg = dataclasses.replace(source.cfg, dtype=dtype)
     config = Config(model=decoder.vocabulary(cfg, tokenizer.vocab_size), data=DataConfig(sequence_length=min(1024, cfg.context)),
-                    objective=ObjectiveConfig(name="masked_token" if cfg.kind == "encoder" else "next_token"))
+                    objective=ObjectiveConfig(name="masked_token" if cfg.kind == "encoder" else "seq2seq" if cfg.encoder_layers else "next_token"))
     if checkpoint.steps(workdir) or (workdir / "config.json").exists():
         raise ValueError(f"{workdir} holds a run already: choose another --to")
     log(f"{source.name}:\n{source.mapping()}")
@@ -153,8 +155,8 @@ def import_model(path: pathlib.Path, workdir: pathlib.Path, *, dtype: str = "flo
     count = trees.count(found)
     whole = NamedSharding(mesh, PartitionSpec())
     state = State(jax.device_put(jnp.zeros((), jnp.int32), whole), found, (), None, jax.device_put(jax.random.key_data(jax.random.key(0)), whole))
-    data = {"step": 0, "dir": str((workdir / "data").absolute()), "manifest": ""}
-    files = {"config.json": configs.to_json(config).encode(), tokenizer.filename: tokenizer.model, "data.json": json.dumps(data).encode()}
+    data = {"step": 0, "dir": str((workdir / "data").absolute()), "manifest": "", "history": ledger.inherited(str(path), None)}
+    files = {"config.json": configs.to_json(config).encode(), tokenizer.filename: tokenizer.model, ledger.FILE: json.dumps(data).encode()}
     with Lock(workdir) as lock, checkpoint.Checkpoints(lock, keep_last=1, keep_best=0, keep_every=0, log=log) as checkpoints:
         checkpoints.save(0, state, files)
         checkpoints.wait()

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import json
 import pathlib
 import time
@@ -11,13 +12,14 @@ from typing import Any
 import jax
 
 from jaxlm import config as configs
-from jaxlm import generate, sharding, trees
+from jaxlm import sharding, trees
 from jaxlm import metrics as figures
 from jaxlm.config import Config
-from jaxlm.data import loader, pack, prepare, shards, tasks
+from jaxlm.data import ledger, loader, mixture, pack, prepare, rows, shards
+from jaxlm.data import stream as streams
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.evaluate import compression, likelihood
-from jaxlm.train import checkpoint, initial, report, setup
+from jaxlm.train import checkpoint, evaluation, initial, report, setup
 from jaxlm.train import lock as locks
 from jaxlm.train.state import State
 from jaxlm.train.stop import StopRequest, Watchdog
@@ -48,12 +50,17 @@ def run(config: Config, workdir: pathlib.Path) -> int:
         mesh = sharding.make_mesh(config.mesh)
         folder = pathlib.Path(config.data.dir) if config.data.dir else workdir / "data"
         corpus = _corpus(config, folder, note)
-        epoch = loader.epoch_size(corpus, "train", sequence_length=config.data.sequence_length, batch_size=config.data.batch_size)
-        parts = setup.build(config, mesh, corpus.vocab_size, epoch.rows * config.data.sequence_length)
+        tokenizer = tokenizers.load(corpus.tokenizer_path)
+        task = rows.build(config, tokenizer, corpus)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, target_length=task.target_length))
+        epoch = loader.epoch_size(corpus, "train", task, config.data.batch_size)
+        parts = setup.build(config, mesh, corpus.vocab_size, epoch.positions)
+        subject = evaluation.Subject(parts.config, parts.model, mesh, corpus, tokenizer, task,
+                                     likelihood.scorer(parts.model, mesh, config.objective.chunk_rows))
         keep_every = parts.steps("checkpoint.keep_every", config.checkpoint.keep_every)
         with checkpoint.Checkpoints(lock, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best, keep_every=keep_every,
                                     log=note) as checkpoints, jax.set_mesh(mesh):
-            return _train(parts, corpus, epoch, workdir, checkpoints, stop, progress, peak)
+            return _train(parts, subject, epoch, workdir, checkpoints, stop, progress, peak)
 
 
 def _adopt(config: Config, workdir: pathlib.Path) -> None:
@@ -71,17 +78,18 @@ def _adopt(config: Config, workdir: pathlib.Path) -> None:
 def _corpus(config: Config, folder: pathlib.Path, note) -> shards.Corpus:
     """Process 0 prepares what is missing; then all open the same shards. A `data.dir` without a `data.source` is taken as it is."""
     if config.data.source or not config.data.dir:
-        sharding.first(lambda: prepare.prepare(config.data, config.tokenizer, folder, log=note) and None)
+        sharding.first(lambda: prepare.prepare(config.data, config.tokenizer, folder, clean=config.clean, filter=config.filter, dedup=config.dedup,
+                                               log=note) and None)
     return shards.open_corpus(folder)
 
 
-def _train(parts: setup.Setup, corpus: shards.Corpus, epoch: pack.EpochSize, workdir: pathlib.Path, checkpoints: checkpoint.Checkpoints,
+def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSize, workdir: pathlib.Path, checkpoints: checkpoint.Checkpoints,
            stop: StopRequest, progress: report.Progress, peak: tuple[float, str]) -> int:
     config, total, primary = parts.config, parts.total, jax.process_index() == 0
+    corpus, tokenizer, task = subject.corpus, subject.tokenizer, subject.task
     note = progress.note if primary else lambda line: None
-    tokenizer = tokenizers.load(corpus.tokenizer_path)
-    start, state = _start(parts, corpus, workdir, note)
-    note(_introduction(parts, epoch, state, start, peak[1]))
+    start, state, history = _start(parts, corpus, task, workdir, note)
+    note(_introduction(parts, epoch, state, start, peak[1], [*_sources(parts, corpus, task), *rows.notes(task, corpus.splits["train"])]))
     finished = workdir / "FINISHED"
     if start >= total and finished.exists():
         note(f"this run is finished (step {start}); jaxlm eval and jaxlm generate use it; for a longer one choose another --workdir")
@@ -96,19 +104,16 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, epoch: pack.EpochSize, wor
     files = {"config.json": configs.to_json(config).encode(), tokenizer.filename: tokenizer.model}
 
     def save(step: int, state: State, loss: float | None) -> None:
-        position = {"step": step, "dir": str(corpus.folder.absolute()), "manifest": corpus.fingerprint}
-        checkpoints.save(step, state, files | {"data.json": json.dumps(position).encode()}, loss)
+        entry = ledger.entry(corpus, step, config.data.seed, config.data.batch_size, history)
+        checkpoints.save(step, state, files | {ledger.FILE: json.dumps(entry).encode()}, loss)
 
-    evaluator = likelihood.scorer(parts.model, parts.mesh, config.objective.chunk_rows)
     # Compiled before any data is read: a request to stop that came meanwhile is seen before the first step.
     step_fn = parts.step.lower(state, parts.batch).compile()
-    rows = sharding.local_rows(parts.mesh, config.data.batch_size)
-    batches = loader.batches(corpus, "train", sequence_length=config.data.sequence_length, batch_size=config.data.batch_size, seed=config.data.seed,
-                             start_step=start, stop_step=total, rows=rows, threads=config.data.threads, prefetch=config.data.prefetch,
-                             masking=tasks.masking(config.objective, tokenizer))
+    batches = loader.batches(corpus, "train", task, batch_size=config.data.batch_size, seed=config.data.seed, start_step=start, stop_step=total,
+                             rows=sharding.local_rows(parts.mesh, config.data.batch_size), threads=config.data.threads, prefetch=config.data.prefetch)
     reporter = report.Reporter(workdir, start, {"config": configs.to_json(config), "parameters": report.overview(state.params)}) if primary else None
     clock, health = _Clock(), _Health(config, workdir)
-    log = _Log(parts, trees.count(state.params), peak[0], clock, health, reporter, progress, lambda step: due("log", step))
+    log = _Log(parts, epoch, trees.count(state.params), peak[0], clock, health, reporter, progress, lambda step: due("log", step))
     pending: tuple[int, dict] | None = None
     saved_step, step = start, start
     stop.arm()
@@ -129,7 +134,7 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, epoch: pack.EpochSize, wor
             with clock.paused():
                 loss = None
                 if due("eval", step) and not stop.now():
-                    loss = _evaluate(parts, corpus, tokenizer, evaluator, state, step, reporter, progress, watchdog, stop)
+                    loss = _evaluate(subject, state, step, reporter, progress, watchdog, stop)
                 if due("save", step):
                     save(step, state, loss)
                     saved_step = step
@@ -142,116 +147,115 @@ def _train(parts: setup.Setup, corpus: shards.Corpus, epoch: pack.EpochSize, wor
             safe = "nothing is lost, nothing was done yet" if acknowledged is None else f"the checkpoint of step {acknowledged} is safe"
             note(f"stopped at step {step} of {total}; {safe}; the same command goes on from there")
             return stop.exit_code
-        _finish(parts, corpus, tokenizer, evaluator, state, workdir, reporter, progress, watchdog, stop)
+        _finish(total, subject, state, workdir, reporter, progress, watchdog, stop)
     return stop.exit_code
 
 
-def _start(parts: setup.Setup, corpus: shards.Corpus, workdir: pathlib.Path, note: Callable[[str], None]) -> tuple[int, State]:
-    """The step to go on from and its state: the newest whole checkpoint, or step 0 with new or given parameters."""
+def _start(parts: setup.Setup, corpus: shards.Corpus, task: rows.Task, workdir: pathlib.Path,
+           note: Callable[[str], None]) -> tuple[int, State, list[dict[str, Any]]]:
+    """The step to go on from and its state: the newest whole checkpoint, or step 0 with new or given parameters; and what those had been trained on."""
     start = checkpoint.newest(workdir, log=note) or 0
     if not start:
         origin = parts.config.train.init_from
-        return 0, parts.begin(initial.params(origin, parts.target.params, log=note)) if origin else parts.init()
-    saved = json.loads(checkpoint.read_file(workdir, start, "data.json"))
-    if saved["manifest"] != corpus.fingerprint:
-        raise ValueError(f"{corpus.folder} holds another corpus than the run in {workdir} was trained on until step {start}: bring that one back, "
-                         "or choose another --workdir")
-    return start, checkpoint.restore(workdir, start, parts.target)
+        if not origin:
+            return 0, parts.init(), []
+        params, history = initial.params(origin, parts.target.params, log=note)
+        return 0, parts.begin(params), history
+    saved = json.loads(checkpoint.read_file(workdir, start, ledger.FILE))
+    regrouped = task.mixture != mixture.Mixture() and saved["sources"] != ledger.sources_sha256(corpus)
+    if saved["manifest"] != corpus.fingerprint or regrouped:
+        raise ValueError(f"{corpus.folder} holds another corpus than the run in {workdir} was trained on until step {start}" + " (other sources)" * regrouped +
+                         ": bring that one back, or choose another --workdir")
+    return start, checkpoint.restore(workdir, start, parts.target), saved.get("history", [])
 
 
-def _introduction(parts: setup.Setup, epoch: pack.EpochSize, state: State, start: int, peak_source: str) -> str:
+def _sources(parts: setup.Setup, corpus: shards.Corpus, task: rows.Task) -> list[str]:
+    """Of a mixture what the run takes of each source."""
+    if task.mixture == mixture.Mixture():
+        return []
+    total = parts.total * parts.config.data.batch_size
+    taken = streams.passes(streams.build(corpus, "train", task), total)
+    unused = [name for name in corpus.sources if name not in [part[0] for part in taken]]
+    return [*(f"source {name!r}: {count / total:.2%} of the rows, {report.count(targets)} tokens, {epochs:.2f} epochs"
+              for name, count, targets, epochs in taken), *(f"source {name!r} is not in the mixture" for name in unused)]
+
+
+def _introduction(parts: setup.Setup, epoch: pack.EpochSize, state: State, start: int, peak_source: str, notes: list[str]) -> str:
     config = parts.config
-    device, tokens = jax.devices()[0], config.data.batch_size * config.data.sequence_length
+    device, tokens = jax.devices()[0], config.data.batch_size * setup.row_tokens(config)
+    encoder = f"{config.model.encoder_layers} encoder and " * (config.model.encoder_layers > 0)
     axes = " x ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items() if size > 1) or "one device"
     epochs = parts.total * config.data.batch_size / epoch.rows
     return "\n".join([
-        f"model    {report.count(trees.count(state.params))} parameters: {config.model.layers} layers, width {config.model.width}, "
+        f"model    {report.count(trees.count(state.params))} parameters: {encoder}{config.model.layers} layers, width {config.model.width}, "
         f"{config.model.heads} heads, vocabulary {config.model.vocab_size}",
         f"devices  {jax.device_count()} x {device.device_kind} ({axes}, {jax.process_count()} process{'es' * (jax.process_count() > 1)}), peak {peak_source}",
         f"layout   {setup.layout(config, parts.mesh)}",
-        f"plan     {parts.total} steps of {tokens} tokens = {report.count(parts.total * tokens)} tokens, {epochs:.2f} epochs (padding {epoch.padding} tokens each)"
-        + (f"; resumed after step {start}" if start else "")])
+        f"plan     {parts.total} steps of {tokens} tokens = {report.count(parts.total * tokens)} tokens, {epochs:.2f} epochs "
+        f"(padding {epoch.padding} tokens each, {epoch.padding / epoch.positions:.2%})" + (f"; resumed after step {start}" if start else ""),
+        *([f"rows     {config.data.sequence_length} tokens for the encoder, {config.data.target_length} for the decoder"] if encoder else []),
+        *(f"note     {line}" for line in notes)])
 
 
-def _evaluate(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tokenizer, evaluator: likelihood.Scorer, state: State, step: int,
-              reporter: report.Reporter | None, progress: report.Progress, watchdog: Watchdog, stop: StopRequest) -> float | None:
+def _evaluate(subject: evaluation.Subject, state: State, step: int, reporter: report.Reporter | None, progress: report.Progress, watchdog: Watchdog,
+              stop: StopRequest) -> float | None:
     """Validation loss in nats per token; None without a validation split, or when the run was asked to stop meanwhile."""
-    if not len(corpus.splits["validation"].tokens):
+    if not len(subject.corpus.splits["validation"].tokens):
         return None
-    summary = _score(parts, corpus, tokenizer, evaluator, state, "validation", parts.config.train.eval_documents, watchdog, stop)
+    summary = _score(subject, state, "validation", subject.config.train.eval_documents, watchdog, stop)
     if summary is None:
         return None
-    sample = _sample(parts, corpus, tokenizer, state)
+    sample = evaluation.sample(subject, _averaged(state))
     if reporter:
         reporter.scalars(step, {f"eval/{name}": value for name, value in summary.items()})
-        detail = f"{summary['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in summary else f"{summary['accuracy']:.4f} of the masked tokens right"
-        progress.note(f"step {step}  validation loss {summary['loss']:.4f}  {detail} ({summary['documents']} documents)")
+        progress.note(f"step {step}  {evaluation.line(subject.config, summary)}")
         if sample:
             reporter.text(step, "sample", sample)
     return summary["loss"]
 
 
-def _score(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tokenizer, evaluator: likelihood.Scorer, state: State, split: str, limit: int,
-           watchdog: Watchdog, stop: StopRequest) -> dict[str, float] | None:
-    config = parts.config
-
+def _score(subject: evaluation.Subject, state: State, split: str, limit: int, watchdog: Watchdog, stop: StopRequest) -> dict[str, float] | None:
     def alive(*_) -> None:
         watchdog.beat()
         if stop.now():
             raise _Stopped
 
-    params = state.params if state.ema is None else state.ema
     try:
-        scores = likelihood.score_documents(evaluator, params, parts.mesh, corpus, split, sequence_length=config.data.sequence_length,
-                                            batch_size=config.eval.batch_size or config.data.batch_size, overlap=config.eval.overlap,
-                                            limit_documents=limit, progress=alive, masking=tasks.masking(config.objective, tokenizer))
+        return evaluation.score(subject, _averaged(state), split, limit=limit, progress=alive)
     except _Stopped:
         return None
-    return likelihood.summary(scores, config.eval.bootstrap, masked=config.objective.name == "masked_token")
 
 
 class _Stopped(Exception):
     pass
 
 
-def _sample(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tokenizer, state: State) -> str:
-    """A prompt in brackets and the model's continuation; "" for a model that continues nothing."""
-    config = parts.config
-    if config.model.kind != "decoder":
-        return ""
-    if config.train.sample_prompt:
-        prompt = [tokenizer.bos, *tokenizer.encode(config.train.sample_prompt)][:config.model.context // 2]
-    else:
-        split = "validation" if len(corpus.splits["validation"].tokens) else "train"
-        prompt = [int(i) for i in corpus.read(split, 0)[:min(16, config.data.sequence_length // 4)] if i != tokenizer.eos]
-    length = min(128, config.model.context - len(prompt))
-    settings = generate.Settings(temperature=0.8, top_p=0.95, seed=config.train.seed)
-    params = state.params if state.ema is None else state.ema
-    [ids] = generate.generate(parts.model, params, [prompt], max_tokens=length, context=config.model.context, settings=settings,
-                              stop_ids=(tokenizer.eos,), vocab_size=tokenizer.vocab_size)
-    return f"[{tokenizer.decode(prompt)}]{tokenizer.decode(ids)}"
+def _averaged(state: State) -> Any:
+    return state.params if state.ema is None else state.ema
 
 
-def _finish(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tokenizer, evaluator: likelihood.Scorer, state: State,
-            workdir: pathlib.Path, reporter: report.Reporter | None, progress: report.Progress, watchdog: Watchdog, stop: StopRequest) -> None:
+def _finish(total: int, subject: evaluation.Subject, state: State, workdir: pathlib.Path, reporter: report.Reporter | None, progress: report.Progress,
+            watchdog: Watchdog, stop: StopRequest) -> None:
     """The last word of a complete run: the whole test split, beside what compressors reach, a sample, and what to try next."""
+    config, corpus = subject.config, subject.corpus
     split = next((s for s in ("test", "validation") if len(corpus.splits[s].tokens)), None)
-    summary = _score(parts, corpus, tokenizer, evaluator, state, split, 0, watchdog, stop) if split else None
+    summary = _score(subject, state, split, 0, watchdog, stop) if split else None
     if split and summary is None:  # asked to stop: the same command evaluates when it is run again
         return
-    sample = _sample(parts, corpus, tokenizer, state)
+    sample = evaluation.sample(subject, _averaged(state))
     if reporter is None:
         return
     if summary:
-        reporter.scalars(parts.total, {f"{split}/{name}": value for name, value in summary.items()})
-        progress.note(f"\n{split} split, {summary['documents']} documents the model never saw:\n" + likelihood.table(summary))
+        reporter.scalars(total, {f"{split}/{name}": value for name, value in summary.items()})
+        progress.note(f"\n{split} split, {summary['documents']} documents the model never saw:\n" + likelihood.table(summary, config.objective.name))
         if "bits_per_byte" in summary:
-            progress.note(compression.table(corpus, tokenizer, split, summary["bits_per_byte"]))
+            progress.note(compression.table(corpus, subject.tokenizer, split, summary["bits_per_byte"]))
     if sample:
-        reporter.text(parts.total, "sample", sample)
+        reporter.text(total, "sample", sample)
         progress.note(f"\nA sample, after the prompt in brackets:\n{sample}\n")
-    (workdir / "FINISHED").write_text(json.dumps({"step": parts.total}) + "\n", encoding="utf-8")
-    continues = [f"  jaxlm generate --workdir={workdir} --prompt=\"Return the\""] * (parts.config.model.kind == "decoder")
+    (workdir / "FINISHED").write_text(json.dumps({"step": total}) + "\n", encoding="utf-8")
+    prompt = "an input" if config.objective.name == "seq2seq" else "Return the"
+    continues = [f"  jaxlm generate --workdir={workdir} --prompt=\"{prompt}\""] * (bool(sample))
     progress.note("\n".join([
         "Next:", *continues, f"  jaxlm eval --workdir={workdir}",
         f"  tensorboard --logdir={workdir}        (pip install tensorboard)"]))
@@ -260,12 +264,13 @@ def _finish(parts: setup.Setup, corpus: shards.Corpus, tokenizer: tokenizers.Tok
 class _Log:
     """Reads a finished step's metrics, looks at their health, shows and writes them."""
 
-    def __init__(self, parts: setup.Setup, params: int, peak: float, clock: "_Clock", health: "_Health", reporter: report.Reporter | None,
-                 progress: report.Progress, due: Callable[[int], bool]):
+    def __init__(self, parts: setup.Setup, epoch: pack.EpochSize, params: int, peak: float, clock: "_Clock", health: "_Health",
+                 reporter: report.Reporter | None, progress: report.Progress, due: Callable[[int], bool]):
         self._total, self._clock, self._health, self._reporter, self._progress, self._due = parts.total, clock, health, reporter, progress, due
         config = parts.config
-        self._tokens = config.data.batch_size * config.data.sequence_length
-        self._load = self._tokens * report.flops_per_token(config.model, params, config.data.sequence_length) / peak  # seconds at the peak
+        self._tokens, self._padding = config.data.batch_size * setup.row_tokens(config), epoch.padding / epoch.positions
+        flops = report.flops_per_token(config.model, params, config.data.sequence_length, config.data.target_length)
+        self._load = self._tokens * flops / peak  # seconds at the peak
 
     def __call__(self, step: int, metrics: dict[str, Any]) -> None:
         values = jax.device_get(metrics)
@@ -279,7 +284,8 @@ class _Log:
             self._reporter.scalars(step, {
                 **{f"train/{name}": value for name, value in means.items()}, **{f"train/{name}": float(value) for name, value in values.items()},
                 "train/skipped": self._health.skipped, "train/tokens": step * self._tokens, "perf/tokens_per_second": self._tokens / seconds,
-                "perf/mfu": self._load / seconds, "perf/step_seconds": seconds, "perf/data_wait": self._clock.wait_share(), **report.memory_gib()})
+                "perf/mfu": self._load / seconds, "perf/step_seconds": seconds, "perf/data_wait": self._clock.wait_share(), "perf/padding": self._padding,
+                **report.memory_gib()})
         self._progress.show(f"step {step}/{self._total}  loss {means['loss']:.3f}  {report.count(self._tokens / seconds)} tokens/s  "
                             f"MFU {self._load / seconds:.0%}  left {report.duration((self._total - step) * seconds)}", final=step == self._total)
 

@@ -106,15 +106,27 @@ def overview(params: Any) -> str:
     return parameter_overview.get_parameter_overview(params, include_stats=False)
 
 
-def flops_per_token(cfg: TransformerConfig, params: int, sequence_length: int) -> float:
+def flops_per_token(cfg: TransformerConfig, params: int, sequence_length: int, target_length: int = 0) -> float:
     """Floating-point operations of one training step per token: `6 N + 6 L T N_heads H` (Chowdhery et al. 2022, appendix B, with the causal half of
-    attention counted once; encoders have both halves). `N` are the parameters that multiply: all but the embedding tables when these are only looked up, and the experts that a token does not
-    pass."""
+    attention counted once; encoders have both halves; encoder-decoders: `_flops_of_pair`). `N` are the parameters that multiply: all but the embedding
+    tables when these are only looked up, and the experts that a token does not pass."""
     cfg = cfg.filled()
+    if cfg.encoder_layers:
+        return _flops_of_pair(cfg, sequence_length, target_length) / (sequence_length + target_length)
     looked_up = (0 if cfg.tied else cfg.vocab_size * cfg.width) + cfg.token_types * cfg.width
     looked_up += (cfg.context + cfg.position_offset) * cfg.width if cfg.positions == "learned" else 0
     idle = len(cfg.sparse_layers) * (cfg.experts - cfg.experts_per_token) * 3 * cfg.width * cfg.expert_feedforward
     return 6 * (params - looked_up - idle) + (6 if cfg.causal else 12) * cfg.layers * sequence_length * cfg.heads * cfg.head_size
+
+
+def _flops_of_pair(cfg: TransformerConfig, read: int, said: int) -> float:
+    """The same for a row of an encoder-decoder, where each matrix multiplies the tokens of its own side only: keys and values of cross-attention those
+    that the encoder read."""
+    heads = cfg.heads * cfg.head_size
+    own = 2 * cfg.width * (heads + cfg.kv_heads * cfg.head_size) + (3 if cfg.gated else 2) * cfg.width * cfg.feedforward
+    encoder = cfg.encoder_layers * read * (6 * own + 12 * read * heads)
+    decoder = cfg.layers * said * (6 * (own + 2 * cfg.width * heads) + 6 * said * heads + 12 * read * heads)
+    return encoder + decoder + cfg.layers * read * 12 * cfg.width * cfg.kv_heads * cfg.head_size + 6 * said * cfg.width * cfg.vocab_size
 
 
 def peak_flops() -> tuple[float, str]:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxlm import config as configs
 from jaxlm import sharding
 from jaxlm.config import Config, MeshConfig
-from jaxlm.data import shards
+from jaxlm.data import ledger, shards
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.models import decoder, kinds
 from jaxlm.train import checkpoint
@@ -26,7 +26,7 @@ class Run(NamedTuple):
     step: int
     config: Config  # with the vocabulary filled in
     tokenizer: tokenizers.Tokenizer
-    data: dict[str, Any]  # "dir": the prepared corpus, "manifest": its fingerprint
+    data: dict[str, Any]  # the ledger; "dir": the prepared corpus, "manifest": its fingerprint
     model: decoder.Model
     params: Any  # on `mesh`; the moving average where the run keeps one
     mesh: Mesh
@@ -76,7 +76,7 @@ def read_files(workdir: pathlib.Path, step: int) -> tuple[Config, tokenizers.Tok
     config = configs.from_json(checkpoint.read_file(workdir, step, "config.json").decode())
     names = sorted(path.name for path in (workdir / "checkpoints" / str(step) / "files").glob("tokenizer.*"))
     tokenizer = tokenizers.from_bytes(checkpoint.read_file(workdir, step, names[0] if names else "tokenizer.model"))
-    data = json.loads(checkpoint.read_file(workdir, step, "data.json"))
+    data = json.loads(checkpoint.read_file(workdir, step, ledger.FILE))
     return dataclasses.replace(config, model=decoder.vocabulary(config.model, tokenizer.vocab_size)), tokenizer, data
 
 
@@ -100,6 +100,17 @@ def place(cfg: MeshConfig, model: decoder.Model, shapes: Any) -> tuple[Mesh, Any
         return mesh, sharding.params_shardings(mesh, model.axes, shapes)
 
 
+def data_folder(workdir: pathlib.Path, ledger: dict[str, Any], folder: str = "") -> pathlib.Path:
+    """Where the corpus of a run lies: `folder` if given, where it lay, or `<workdir>/data` if the run has moved."""
+    moved = workdir / "data"
+    path = pathlib.Path(folder or ledger["dir"])
+    if not folder and not path.is_dir() and moved.is_dir():
+        path = moved
+    if not path.is_dir():
+        raise ValueError(f"the corpus {path} is not here: give --data=FOLDER, prepared with the tokenizer of this run")
+    return path
+
+
 def open_data(run: Run, folder: str = "") -> shards.Corpus:
     """The corpus that the run was trained on, or another one with the same tokenizer.
 
@@ -109,12 +120,7 @@ def open_data(run: Run, folder: str = "") -> shards.Corpus:
     Raises:
       ValueError: one line, when it is missing, not the run's own though no other was asked for, or made with another tokenizer.
     """
-    moved = run.workdir / "data"
-    path = pathlib.Path(folder or run.data["dir"])
-    if not folder and not path.is_dir() and moved.is_dir():
-        path = moved
-    if not path.is_dir():
-        raise ValueError(f"the corpus {path} is not here: give --data=FOLDER, prepared with the tokenizer of this run")
+    path = data_folder(run.workdir, run.data, folder)
     corpus = shards.open_corpus(path)
     if corpus.manifest["tokenizer"]["sha256"] != run.tokenizer.fingerprint:
         raise ValueError(f"{path} was prepared with another tokenizer than {run.workdir} was trained with: prepare it again with "

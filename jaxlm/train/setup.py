@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import optim, sharding, trees
 from jaxlm.config import Config, steps_of
-from jaxlm.models import attend, decoder, kinds, pipeline
+from jaxlm.models import attend, decoder, encdec, kinds, pipeline
 from jaxlm.objectives import KINDS, OBJECTIVES
 from jaxlm.train.state import State
 from jaxlm.train.step import init_state, mean_gradient, train_step
@@ -25,6 +25,9 @@ def layout(config: Config, mesh: Mesh) -> str:
     """
     cfg, found = config.model.filled(), []
     found.append(f"attention {attend.check(cfg, mesh, config.data.sequence_length)}")
+    for length in (config.data.sequence_length, *([config.data.target_length] if cfg.encoder_layers else [])):
+        if mesh.shape["sequence"] > 1:
+            sharding.zigzag(mesh.shape["sequence"], length)  # refuses what does not divide
     if mesh.shape["expert"] > 1 and not cfg.experts:
         raise ValueError(f"mesh.expert={mesh.shape['expert']} splits the experts of a mixture, and model.experts=0: give these devices to mesh.fsdp")
     if mesh.shape["stage"] > 1:
@@ -37,9 +40,23 @@ def layout(config: Config, mesh: Mesh) -> str:
     return ", ".join(found)
 
 
+def row_tokens(config: Config) -> int:
+    """Tokens of one row of a batch, on both sides of an encoder-decoder: what a step's tokens are counted in."""
+    return config.data.sequence_length + (config.data.target_length if config.model.encoder_layers else 0)
+
+
+def _batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    array = lambda length: jax.ShapeDtypeStruct((config.data.batch_size, length), jnp.int32, sharding=sharding.batch_sharding(mesh))
+    paired = config.model.encoder_layers > 0
+    assert config.data.target_length or not paired, "data/rows.py fills in data.target_length"
+    tokens = array(config.data.target_length if paired else config.data.sequence_length)
+    batch = {key: tokens for key in ("tokens", "targets", "positions", "segments")} | {"weights": tokens.update(dtype=jnp.float32)}
+    return batch | (dict.fromkeys(encdec.ENCODER_INPUTS, array(config.data.sequence_length)) if paired else {})
+
+
 class Setup(NamedTuple):
     """All that training needs, as functions; nothing is allocated yet."""
-    config: Config  # with the vocabulary filled in
+    config: Config  # with the vocabulary and the length of targets filled in
     mesh: Mesh
     model: decoder.Model
     total: int  # steps of the run
@@ -66,22 +83,20 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
         that matches nothing.
     """
     config = dataclasses.replace(config, model=decoder.vocabulary(config.model, tokenizer_size))
-    if config.model.kind != KINDS[config.objective.name]:
-        fits = next(name for name, kind in KINDS.items() if kind == config.model.kind)
-        raise ValueError(f"objective.name={config.objective.name} does not train model.kind={config.model.kind}: set objective.name={fits}")
+    given, kind = f"model.kind={config.model.kind}", config.model.kind
+    if config.model.encoder_layers:
+        given, kind = f"model.encoder_layers={config.model.encoder_layers} (an encoder-decoder)", "encoder-decoder"
+    if kind != KINDS[config.objective.name]:
+        fits = " or ".join(name for name, fitting in KINDS.items() if fitting == kind)
+        raise ValueError(f"objective.name={config.objective.name} does not train {given}: set objective.name={fits}")
     if config.model.output != "tokens":
         raise ValueError(f"objective.name={config.objective.name} trains models with model.output=tokens, not {config.model.output}")
-    if config.model.encoder_layers:
-        raise ValueError(f"model.encoder_layers={config.model.encoder_layers}: `jaxlm train` trains decoders only; set it to 0, or write the step with "
-                         "models/encdec.py")
     rows, parts, ways = config.data.batch_size, config.train.microbatches, sharding.ways("batch", mesh)
     if rows % (parts * ways):
         raise ValueError(f"data.batch_size={rows} must be a multiple of train.microbatches={parts} times {sharding.over('batch', mesh)}: "
                          f"try {max(1, round(rows / (parts * ways))) * parts * ways}")
-    if mesh.shape["sequence"] > 1:
-        sharding.zigzag(mesh.shape["sequence"], config.data.sequence_length)  # refuses what does not divide
     layout(config, mesh)
-    tokens_per_step = rows * config.data.sequence_length
+    tokens_per_step = rows * row_tokens(config)
     total = steps_of("train.steps", config.train.steps, tokens_per_step=tokens_per_step, tokens_per_epoch=tokens_per_epoch)
     if total < 1:
         raise ValueError(f"train.steps={config.train.steps!r} is no step at all; give at least one")
@@ -104,8 +119,7 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
     whole = NamedSharding(mesh, PartitionSpec())
     state_places = State(whole, places, sharding.like_params(mesh, state_shapes.opt, places, shapes), places if config.optim.ema else None, whole)
     target = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), state_shapes, state_places)
-    tokens = jax.ShapeDtypeStruct((rows, config.data.sequence_length), jnp.int32, sharding=sharding.batch_sharding(mesh))
-    batch = {key: tokens for key in ("tokens", "targets", "positions", "segments")} | {"weights": tokens.update(dtype=jnp.float32)}
+    batch = _batch(config, mesh)
     objective = functools.partial(OBJECTIVES[config.objective.name], config.objective, model)
     step = functools.partial(train_step, objective=objective, tx=tx, rate=rate, trainable=trainable, microbatches=parts, ema=config.optim.ema)
 

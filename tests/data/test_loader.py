@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from jaxlm.config import DataConfig, TokenizerConfig
-from jaxlm.data import loader, prepare, shards
+from jaxlm.data import loader, prepare, rows, shards
 
-SIZES = {"sequence_length": 64, "batch_size": 16}
+TASK, ROWS = rows.Task(64), 16
 KEYS = {"tokens", "targets", "weights", "positions", "segments"}
 
 
 def stream(corpus, start, stop, **changes):
-    options = SIZES | {"seed": 5, "threads": 1} | changes
-    return list(loader.batches(corpus, "train", start_step=start, stop_step=stop, **options))
+    options = {"batch_size": ROWS, "seed": 5, "threads": 1} | changes
+    return list(loader.batches(corpus, "train", TASK, start_step=start, stop_step=stop, **options))
 
 
 def digest(batches):
@@ -29,13 +29,13 @@ def digest(batches):
 @pytest.fixture(scope="module")
 def whole(corpus):
     """Two epochs and a bit."""
-    size = loader.epoch_size(corpus, "train", **SIZES)
-    return stream(corpus, 0, 2 * size.rows // SIZES["batch_size"] + 3)
+    size = loader.epoch_size(corpus, "train", TASK, ROWS)
+    return stream(corpus, 0, 2 * size.rows // ROWS + 3)
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4, 8])
 def test_any_number_of_hosts_reads_the_same_batches(corpus, whole, hosts):
-    share = SIZES["batch_size"] // hosts
+    share = ROWS // hosts
     parts = [stream(shards.open_corpus(corpus.folder), 0, len(whole), rows=(host * share, (host + 1) * share)) for host in range(hosts)]
     assert all(part[0][1]["tokens"].shape == (share, 64) for part in parts)
     joined = [{key: np.concatenate([batch[key] for _, batch in step]) for key in step[0][1]} for step in zip(*parts)]
@@ -60,7 +60,7 @@ def test_resumed_anywhere_with_any_threads_it_goes_on_the_same(corpus, whole, th
 
 
 def test_epochs_follow_each_other_without_loss(corpus, whole):
-    size = loader.epoch_size(corpus, "train", **SIZES)
+    size = loader.epoch_size(corpus, "train", TASK, ROWS)
     lengths = corpus.splits["train"].tokens
     assert (size.targets, size.rows) == (int(lengths.sum()) - len(lengths), -(-size.targets // 64))
     assert size.padding == size.rows * 64 - size.targets
@@ -76,7 +76,7 @@ def test_epochs_follow_each_other_without_loss(corpus, whole):
 
 
 def test_a_split_smaller_than_a_batch_is_refused(corpus):
-    rows = loader.epoch_size(corpus, "train", **SIZES).rows
+    rows = loader.epoch_size(corpus, "train", TASK, ROWS).rows
     with pytest.raises(ValueError, match=rf"the train split in .* is smaller than one batch: its \d+ tokens fill {rows} rows of "
                        rf"data.sequence_length=64, data.batch_size={rows + 1} needs more: lower one"):
         stream(corpus, 0, 1, batch_size=rows + 1)
@@ -99,7 +99,7 @@ def test_damage_reaches_the_caller_in_its_own_words(corpus, tmp_path, threads):
 
 
 def evaluate(corpus, **changes):
-    return list(loader.evaluation_batches(corpus, "validation", **SIZES | {"overlap": 0.5} | changes))
+    return list(loader.evaluation_batches(corpus, "validation", TASK, **{"batch_size": ROWS, "overlap": 0.5} | changes))
 
 
 def test_an_evaluation_has_every_target_once_in_batches_of_one_shape(corpus):

@@ -56,9 +56,9 @@ def check_segments(batch, documents):
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_an_epoch_has_every_target_once_and_pads_only_its_end(documents, epoch):
     lengths = lengths_of(documents)
-    plan, size = pack.epoch_plan(lengths, T, seed=3, epoch=epoch), pack.epoch_size(lengths, T)
+    plan, size = pack.epoch_plan(lengths, T, 3, epoch), pack.epoch_size(lengths, T)
     assert len(plan.rows) == size.rows
-    batch = tasks.next_token_batch([pack.epoch_row(plan, i) for i in range(size.rows)], reader(documents), T)
+    batch = tasks.next_token_batch([pack.row(plan, i) for i in range(size.rows)], reader(documents), T)
     check_segments(batch, documents)
     targets = batch["targets"][batch["weights"] > 0]
     assert sorted(targets) == sorted(token for document in documents for token in document[1:])
@@ -76,7 +76,7 @@ def test_epochs_and_seeds_differ_and_rows_of_a_long_document_are_spread():
         assert (orders[a].documents != orders[b].documents).any() and (orders[a].rows != orders[b].rows).any()
     again = pack.epoch_plan(lengths, T, 0, 0)
     assert (again.documents == orders[0].documents).all() and (again.rows == orders[0].rows).all()
-    places = [i for i in range(len(again.rows)) if pack.epoch_row(again, i)[0].document == 17]
+    places = [i for i in range(len(again.rows)) if pack.row(again, i)[0].document == 17]
     assert len(places) >= 99 and max(np.diff(places)) > 8 and places[-1] - places[0] > 0.9 * len(again.rows)
 
 
@@ -92,7 +92,7 @@ def test_the_shuffle_is_a_permutation_and_stays_what_it_is():
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.9, 0.999])
 def test_an_evaluation_counts_every_target_once(documents, overlap):
     plan = pack.evaluation_plan(lengths_of(documents), T, overlap)
-    batch = tasks.next_token_batch([pack.evaluation_row(plan, i) for i in range(len(plan.row_ends))], reader(documents), T)
+    batch = tasks.next_token_batch([pack.row(plan, i) for i in range(len(plan.row_ends))], reader(documents), T)
     check_segments(batch, documents)
     counted = batch["weights"] == 1
     assert ((batch["weights"] == 0) | counted).all()
@@ -107,7 +107,7 @@ def test_an_evaluation_counts_every_target_once(documents, overlap):
 def test_an_evaluation_of_some_documents_only():
     documents = [np.arange(10 * i, 10 * i + size) for i, size in enumerate((5, 1, 9, 10, 3))]
     plan = pack.evaluation_plan(lengths_of(documents), 4, 0.5, np.array([1, 2, 4]))
-    batch = tasks.next_token_batch([pack.evaluation_row(plan, i) for i in range(len(plan.row_ends))], reader(documents), 4)
+    batch = tasks.next_token_batch([pack.row(plan, i) for i in range(len(plan.row_ends))], reader(documents), 4)
     assert sorted(batch["targets"][batch["weights"] > 0]) == [*range(21, 29), 41, 42]
 
 

@@ -2,13 +2,16 @@ import json
 import random
 import re
 import shutil
+import subprocess
+import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from array_record.python import array_record_module
 
 from jaxlm.config import DataConfig, TokenizerConfig
-from jaxlm.data import prepare, shards
+from jaxlm.data import prepare, records, shards
 
 
 @pytest.fixture
@@ -53,7 +56,8 @@ def test_one_flipped_bit_is_never_other_tokens(corpus, tmp_path, tokens):
 
 def test_a_flipped_bit_elsewhere_is_noticed_on_opening(corpus, tmp_path, tokens):
     rng = random.Random(1)
-    names = [path.name for path in corpus.folder.iterdir() if not path.name.endswith(".array_record")]
+    for_people = {"report.json", "report.html", "timings.json"}
+    names = [path.name for path in corpus.folder.iterdir() if not path.name.endswith(".array_record") and path.name not in for_people]
     for name in names * 3:
         folder = shutil.copytree(corpus.folder, tmp_path / "flipped")
         flip(folder / name, rng.randrange((folder / name).stat().st_size), rng.randrange(8))
@@ -65,7 +69,7 @@ def test_a_flipped_bit_elsewhere_is_noticed_on_opening(corpus, tmp_path, tokens)
             shards.verify(folder)
         shutil.rmtree(folder)
     indexes = {f"{kind}-{split}.npz" for kind in ("ids", "lengths") for split in prepare.SPLITS}
-    assert set(names) == {"manifest.json", "tokenizer.json"} | indexes
+    assert set(names) == {"manifest.json", "tokenizer.json", "features.json", "dataset_info.json"} | indexes
 
 
 def test_a_cut_or_missing_shard_is_named(copy):
@@ -139,7 +143,7 @@ def test_no_manifest_an_old_one_or_no_json(copy, tmp_path):
     manifest = copy / "manifest.json"
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps(content | {"format": 0}))
-    with pytest.raises(ValueError, match="manifest.json has format 0, this jaxlm reads format 1"):
+    with pytest.raises(ValueError, match="manifest.json has format 0, this jaxlm reads format 2"):
         shards.open_corpus(copy)
     for broken in ("", "[]", "{}", json.dumps(content)[:-20], json.dumps(content | {"jaxlm": "9.9"})):
         manifest.write_text(broken)
@@ -173,3 +177,84 @@ def test_ids_out_of_the_vocabulary_are_our_bug(tmp_path):
     for bad in ([300], [-1], []):
         with pytest.raises(AssertionError):
             writer.add("x", np.array(bad, np.int64), 1)
+
+
+def test_records_lie_where_the_index_says_whatever_their_size(tmp_path):
+    rng, written = random.Random(0), []
+    writer = array_record_module.ArrayRecordWriter(str(tmp_path / "a"), shards._WRITER)
+    for size in (1, 65_512, 65_400, 65_536, 3, 200_000, *(rng.choice((20, 300, 3000, 9000)) for _ in range(300))):
+        written.append(rng.randbytes(size))
+        writer.write(written[-1])
+    writer.close()
+    begins, sizes = records.places(tmp_path / "a", [zlib.crc32(record) for record in written])
+    with open(tmp_path / "a", "rb") as file:
+        assert [records.read(file.fileno(), *place) for place in zip(begins, sizes)] == written
+    with pytest.raises(OSError, match="a: record 1 is not there as it was written"):
+        records.places(tmp_path / "a", [zlib.crc32(record) for record in (written[0], written[0])])
+    (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:500_000])
+    with pytest.raises(OSError, match=r"a: \d+ of 306 records were written"):
+        records.places(tmp_path / "a", [zlib.crc32(record) for record in written])
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory, write_jsonl):
+    """Two named sources, one with licences of its own, and a document of several records."""
+    folder = tmp_path_factory.mktemp("named")
+    lines = [{"text": f"web {i} " * (i % 7 + 1), "license": "CC0-1.0" if i % 3 else None} for i in range(60)]
+    (folder / "web.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    books = write_jsonl(folder / "books.jsonl", [f"book {i} " * (2000 if i == 4 else 3) for i in range(30)])
+    source = f"web={folder}/web.jsonl", f"books={books}", f"{folder}/web.jsonl"
+    data = DataConfig(source=source, licence_key="license", licences=(("web", "MIT"), ("books", "PD")),
+                      validation=0.2, test=0.1, shard_bytes=3000)
+    return prepare.prepare(data, TokenizerConfig(kind="bytes"), folder / "data", log=lambda line: None)
+
+
+def test_each_document_keeps_its_source_and_licence(named):
+    assert named.sources == ["web", "books", named.sources[2]]
+    for split, index in named.splits.items():
+        sums = {name: {"documents": 0, "tokens": 0, "text_bytes": 0, "licences": {}} for name in named.sources}
+        for i in range(len(index.tokens)):
+            path, _, line = named.document_id(split, i).rpartition(":")
+            name = named.sources[index.sources[i]]
+            assert path.endswith(f"{name}.jsonl")
+            assert named.licence(split, i) == ("PD" if name == "books" else "CC0-1.0" if (int(line) - 1) % 3 else "MIT")
+            found = sums[name]
+            for key, value in (("documents", 1), ("tokens", int(index.tokens[i])), ("text_bytes", int(index.text_bytes[i]))):
+                found[key] += value
+            found["licences"][named.licence(split, i)] = found["licences"].get(named.licence(split, i), 0) + 1
+        assert named.manifest["splits"][split]["sources"] == sums and sums["web"]["documents"] > 2
+
+
+def test_tfds_reads_the_folder_without_tensorflow(named):
+    code = """
+import json, sys
+import tensorflow_datasets as tfds
+builder = tfds.builder_from_directory(sys.argv[1])
+found = []
+for split in builder.info.splits:
+    source = builder.as_data_source(split=split)
+    assert len(source) == builder.info.splits[split].num_examples
+    for e in source:
+        found.append([split, *(int(e[key]) for key in ("document", "start", "text_bytes")), e["id"].decode(), e["source"].decode(),
+                      str(e["tokens"].dtype), e["tokens"].tolist()])
+assert "tensorflow" not in sys.modules
+print(json.dumps(found))
+"""
+    ran = subprocess.run([sys.executable, "-c", code, str(named.folder)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    expected = []
+    for split, index in named.splits.items():
+        for i, length in enumerate(index.tokens.tolist()):
+            for start in range(0, length, shards.RECORD_TOKENS):
+                tokens = named.read(split, i, start, min(start + shards.RECORD_TOKENS, length)).tolist()
+                expected.append([split, i, start, int(index.text_bytes[i]), named.document_id(split, i), named.sources[index.sources[i]], "uint16", tokens])
+    found = json.loads(ran.stdout)
+    assert sorted(found) == sorted(expected) and any(start for _, _, start, *_ in found)
+    assert [example for example in found if example[0] == "train"] == [example for example in expected if example[0] == "train"]
+
+
+def test_a_manifest_of_the_old_format_is_refused_in_one_line(copy):
+    manifest = copy / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 1}))
+    with pytest.raises(ValueError, match="manifest.json has format 1, this jaxlm reads format 2: prepare the corpus again"):
+        shards.open_corpus(copy)

@@ -296,3 +296,13 @@ def test_published_legacy_files(name, files, tmp_path):
     assert (legacy.bos, legacy.eos, legacy.vocab_size) == (whole.bos, whole.eos, whole.vocab_size)
     for case in json.loads((PUBLISHED / name / "reference.json").read_text())["cases"]:
         assert legacy.encode(case["text"]) == whole.encode(case["text"])
+
+
+@pytest.mark.parametrize("name", ["../config.json", "/etc/passwd", "model.safetensors", "a\\b", "", ".."])
+def test_a_file_that_a_checkpoint_should_not_hold_is_refused(name):
+    """Export would write it beside the model's own files, or outside of the directory."""
+    held = json.loads(tokenizer.load(FIXTURES / "byte_level").model)
+    held["files"][name] = "{}"
+    with pytest.raises(ValueError, match="which is none of a tokenizer's") as caught:
+        tokenizer.from_bytes(json.dumps(held).encode())
+    assert "\n" not in str(caught.value)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import MeshConfig
+from jaxlm.data import rows
 from jaxlm.data.shards import Corpus, Split
 from jaxlm.evaluate import likelihood
 from jaxlm.sharding import make_mesh, params_shardings
@@ -19,8 +20,8 @@ ONE = MeshConfig(data=1, fsdp=1, tensor=1)
 def score(model, params, corpus, sizes=ONE, split="validation", **options):
     mesh = make_mesh(sizes, jax.devices()[:1] if sizes == ONE else None)
     places = params_shardings(mesh, model.axes, jax.eval_shape(model.init, jax.random.key(0)))
-    options = {"sequence_length": 64, "batch_size": 8, "overlap": 0.5, **options}
-    return likelihood.score_documents(likelihood.scorer(model, mesh), jax.device_put(params, places), mesh, corpus, split, **options)
+    options = {"batch_size": 8, "overlap": 0.5, **options}
+    return likelihood.score_documents(likelihood.scorer(model, mesh), jax.device_put(params, places), mesh, corpus, split, rows.Task(64), **options)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_a_limit_takes_documents_from_all_over_the_split_and_progress_reaches_th
 
 def test_an_empty_split_is_one_line(model, params, corpus):
     none = np.zeros(0, np.int64)
-    empty = Corpus(corpus.folder, corpus.manifest, {**corpus.splits, "test": Split(none, none, np.zeros(1, np.int64), none)})
+    empty = Corpus(corpus.folder, corpus.manifest, {**corpus.splits, "test": Split(*(none,) * 4, np.zeros(1, np.int64), none, none, ())})
     with pytest.raises(ValueError, match="the test split in .* has no documents"):
         score(model, params, empty, split="test")
 

@@ -290,7 +290,7 @@ def changed(good, name, offset, packed):
     ("llama.block_count", 4, struct.pack("<I", 4_000_000_000), "it claims 4000000000 layers"), ("llama.block_count", 4, struct.pack("<I", 3), "lacks the tensor blk.2"),
     ("llama.block_count", 4, struct.pack("<I", 1), "has a tensor that this model has no place for: blk.1"),
     ("llama.attention.head_count", 4, struct.pack("<I", 0), "it claims 2 layers of 0 heads"), ("llama.attention.head_count", 4, struct.pack("<I", 3), "must divide"),
-    ("llama.feed_forward_length", 4, struct.pack("<I", 63), "has the shape"), ("llama.embedding_length", 4, struct.pack("<I", 1 << 31), "has the shape"),
+    ("llama.feed_forward_length", 4, struct.pack("<I", 63), "has the shape"), ("llama.embedding_length", 4, struct.pack("<I", 1 << 31), "width is 2,147,483,648, more than"),
     ("llama.context_length", 0, struct.pack("<I", 6), "llama.context_length is .* not one whole number"),
     ("tokenizer.ggml.eos_token_id", 4, struct.pack("<I", 5000), "eos_token_id=5000 is not one of its"),
     ("tokenizer.ggml.pre", 4, struct.pack("<Q", 6) + b"nobody", "called 'nobody', which is not known here"),
@@ -333,3 +333,18 @@ def test_the_verbs_take_and_make_gguf(tok, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.run("export", [f"--workdir={workdir}", f"--to={tmp_path / 'x.gguf'}", "--dtype=bfloat16"])
     assert "allowed here are float32, float16, q8_0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype, value, words", [
+    ("f16", 70_000.0, "blk.1.ffn_up.weight holds 70000, more than F16 can, 65504: take --dtype=float32 or q8_0"),
+    ("f16", np.nan, "blk.1.ffn_up.weight holds nan: weights must be finite"),
+    ("q8_0", 1e7, "blk.1.ffn_up.weight holds 1e+07, more than Q8_0 can, 8.31901e+06: take --dtype=float32"),
+    ("f32", -np.inf, "blk.1.ffn_up.weight holds -inf: weights must be finite"),
+])
+def test_weights_that_a_type_cannot_hold(dtype, value, words, tmp_path):
+    cfg = MODELS["llama"]
+    params = random_params(cfg)
+    params["layers"]["mlp"]["up"] = jax.numpy.asarray(params["layers"]["mlp"]["up"]).at[1, 2, 3].set(value)
+    with pytest.raises(ValueError) as caught:
+        gguf.write(tmp_path / "m.gguf", cfg, params, tokenizer.load(FIXTURES / "byte_level"), dtype)
+    assert str(caught.value).startswith(words) and "\n" not in str(caught.value) and not list(tmp_path.iterdir())

@@ -1,6 +1,5 @@
-"""Import and export as a user meets them: the binaries, what a run begins from, bad directories, both spellings of config.json."""
+"""Import and export as a user meets them: the binaries, what a run begins from, bad directories."""
 
-import dataclasses
 import json
 import pathlib
 import shutil
@@ -12,11 +11,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxlm import cli, config
-from jaxlm.config import TransformerConfig
-from jaxlm.interop import hf, hf_config, hf_files
-from jaxlm.models import decoder
-from jaxlm.models.presets import PRESETS
+from jaxlm import cli, config, sharding
+from jaxlm.config import MeshConfig
+from jaxlm.interop import hf, hf_files
+from jaxlm.models import kinds
 from jaxlm.train import initial, saved
 from tests.train import runs
 
@@ -149,6 +147,10 @@ def configure(folder, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def nested(path, text):
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+
+
 def cut(folder, size):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
@@ -179,6 +181,18 @@ BAD = {
     "absurd header": (lambda f: (f / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}"), "truncated or damaged"),
     "offsets outside": (lambda f: header(f, lambda c: first(c).update(data_offsets=[10**9, 10**9 + 64])), "truncated or damaged"),
     "offsets backwards": (lambda f: header(f, lambda c: first(c).update(data_offsets=first(c)["data_offsets"][::-1])), "truncated or damaged"),
+    "offsets overlapping": (lambda f: header(f, lambda c: first(c).update(data_offsets=c["model.layers.0.input_layernorm.weight"]["data_offsets"])),
+                            "truncated or damaged"),
+    "header of nested lists": (lambda f: nested(f / "model.safetensors", b"[" * 100_000), "truncated or damaged"),
+    "config of nested lists": (lambda f: (f / "config.json").write_text('{"a":' + "[" * 100_000), "config.json is not JSON"),
+    "config too large": (lambda f: (f / "config.json").write_bytes(b" " * (64 * 2**20 + 1)), "more than the 67,108,864 that are believable"),
+    "a billion layers": (lambda f: configure(f, num_hidden_layers=10**9), "num_hidden_layers is 1,000,000,000, more than the 4,096 that are believable"),
+    "absurd width": (lambda f: configure(f, hidden_size=10**8), "width is 100,000,000, more than"),
+    "absurd vocabulary": (lambda f: configure(f, vocab_size=10**10), "vocab_size is 10,000,000,000, more than"),
+    "absurd heads": (lambda f: configure(f, num_attention_heads=10**7, head_dim=10**7), "a matrix of 16 x 100,000,000,000,000"),
+    "infinite base": (lambda f: configure(f, rope_theta=float("inf"), rope_parameters=None), "rope_theta is inf, not a finite number"),
+    "architecture not a name": (lambda f: configure(f, architectures=[["LlamaForCausalLM"]]), "must be a list of names"),
+    "weight not a number": (lambda f: rewrite(f, lambda t: t["model.norm.weight"].fill(np.nan)), "model.norm.weight holds nan: weights must be finite"),
     "size against shape": (lambda f: header(f, lambda c: first(c).update(shape=[17])), "truncated or damaged"),
     "unknown type": (lambda f: header(f, lambda c: [e.update(dtype="F8_E4M3", shape=[*e["shape"][:-1], 4 * e["shape"][-1]]) for k, e in c.items()
                                                     if k != "__metadata__"]), "is of type F8_E4M3"),
@@ -191,7 +205,7 @@ BAD = {
     "rope not an object": (lambda f: configure(f, rope_parameters="linear"), "wrong type"),
     "unknown scaling": (lambda f: configure(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "rope scaling 'yarn'"),
     "unknown activation": (lambda f: configure(f, hidden_act="xielu"), "activation 'xielu'"),
-    "not computed": (lambda f: configure(f, attention_bias=True), "attention_bias=True, which is not computed here"),
+    "not computed": (lambda f: configure(f, attention_bias=True), "attention_bias=True and mlp_bias=False, which is not computed here"),
     "no tokenizer": (lambda f: (f / "vocab.txt").unlink(), "holds no tokenizer"),
 }
 
@@ -222,16 +236,17 @@ def test_shards_are_written_and_read(tmp_path):
         hf.open_directory(tmp_path)
 
 
-def test_load_lands_on_its_sharding():
-    from jaxlm import sharding
-    from jaxlm.config import MeshConfig
-
-    source = hf.open_directory(FIXTURES / "llama")
-    model = decoder.build(source.cfg)
-    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+@pytest.mark.parametrize("name", ["llama", "mixtral", "encoders/bert_masked", "encdec/t5_v1_1"])
+@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=4, tensor=2)])
+def test_load_lands_on_its_sharding(name, sizes):
+    """Split over eight devices it is what one device holds."""
+    source = hf.open_directory(FIXTURES / name)
+    model = kinds.build(source.cfg)
+    mesh = sharding.make_mesh(MeshConfig(**sizes))
     places = sharding.params_shardings(mesh, model.axes, jax.eval_shape(model.init, jax.random.key(0)))
     found = hf.load(source, places)
     jax.tree.map(lambda a, place: np.testing.assert_equal(a.sharding.is_equivalent_to(place, a.ndim), True), found, places)
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(found))
     equal(found, hf.load(source))
 
 
@@ -248,46 +263,3 @@ def test_older_files_with_buffers_no_prefix_and_a_tied_head(tmp_path):
     source = hf.open_directory(folder)
     assert source.ignored == ("h.0.attn.bias", "lm_head.weight")
     equal(hf.load(source), hf.load(hf.open_directory(FIXTURES / "gpt2")))
-
-
-# --- config.json ---
-
-OLD = dict(vocab_size=64, max_position_embeddings=48, num_hidden_layers=6, hidden_size=16, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24)
-
-
-@pytest.mark.parametrize("old, new", [
-    (dict(architectures=["LlamaForCausalLM"], rope_theta=5e5, torch_dtype="bfloat16", rope_scaling=dict(
-        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)),
-     dict(architectures=["LlamaForCausalLM"], dtype="bfloat16", rope_parameters=dict(
-         rope_theta=5e5, rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16))),
-    (dict(architectures=["LlamaForCausalLM"], rope_scaling=dict(type="linear", factor=2.0)),
-     dict(architectures=["LlamaForCausalLM"], rope_parameters=dict(rope_theta=1e4, rope_type="linear", factor=2.0))),
-    (dict(model_type="gpt_neox", rotary_pct=0.5, rotary_emb_base=500),
-     dict(model_type="gpt_neox", rope_parameters=dict(rope_theta=500, rope_type="default", partial_rotary_factor=0.5))),
-    (dict(model_type="gemma3_text", rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling=dict(rope_type="linear", factor=8.0), sliding_window=4,
-          sliding_window_pattern=6, query_pre_attn_scalar=256),
-     dict(model_type="gemma3_text", sliding_window=4, layer_types=["sliding_attention"] * 5 + ["full_attention"], rope_parameters=dict(
-         full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6), sliding_attention=dict(rope_type="default", rope_theta=1e4)))),
-    (dict(model_type="gemma2", sliding_window=4), dict(model_type="gemma2", sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 3)),
-    (dict(model_type="qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=2),
-     dict(model_type="qwen2", use_sliding_window=True, sliding_window=4, layer_types=["full_attention"] * 2 + ["sliding_attention"] * 4)),
-    (dict(model_type="qwen2", use_sliding_window=False, sliding_window=4), dict(model_type="qwen2", sliding_window=None)),
-], ids=lambda c: c.get("model_type", "llama"))
-def test_both_spellings(old, new):
-    assert hf_config.read(OLD | old)[1] == hf_config.read(OLD | new)[1]
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_what_their_family_says(name):
-    start = name.partition("_")[0]
-    expected = "gptneox" if start in ("neox", "pythia") else "llama" if start.startswith("llama") else start.removesuffix(".5")
-    assert hf_config.write(PRESETS[name])[0].architecture.lower().startswith(expected)
-
-
-def test_a_model_of_no_family_says_what_differs():
-    cfg = TransformerConfig(vocab_size=64, width=16, heads=4, qk_norm="full")
-    with pytest.raises(ValueError, match="nearest: LlamaForCausalLM has another qk_norm"):
-        hf_config.write(cfg)
-    with pytest.raises(ValueError, match="'ElectraModel' is not known; known: Llama"):
-        hf_config.write(cfg, "ElectraModel")
-    assert hf_config.write(dataclasses.replace(cfg, qk_norm="none"))[0].architecture == "LlamaForCausalLM"

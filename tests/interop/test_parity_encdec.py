@@ -1,28 +1,16 @@
 """Encoder-decoders against what transformers and torch computed from the same tiny random checkpoints (tools/make_parity_fixtures.py)."""
 
-import functools
-import pathlib
-
 import jax
 import numpy as np
-import optax
 import pytest
 
 from jaxlm import generate
 from jaxlm.config import ObjectiveConfig
-from jaxlm.interop import hf, hf_config
-from jaxlm.models import kinds
 from jaxlm.objectives import next_token
 from jaxlm.ops import positions
+from tests.interop.parity import close, exports_exactly, names, opened, trains_alike
 
-FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "encdec"
-NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/reference.npz"))
-
-
-@functools.cache
-def opened(name):
-    source = hf.open_directory(FIXTURES / name)
-    return source, kinds.build(source.cfg), hf.load(source), dict(np.load(FIXTURES / name / "reference.npz"))
+NAMES = names("encdec")
 
 
 def pair_batch(reference, where=((0, 0, 0), (1, 0, 0), (2, 0, 0), (2, 9, 6)), read=32, said=24):
@@ -46,44 +34,24 @@ def test_logits(name):
     batch, spans = pair_batch(reference)
     logits = np.asarray(jax.jit(lambda p: model.head(p, model.apply(p, batch)[0]))(params))
     for i, (row, span) in enumerate(spans):
-        assert np.abs(logits[row, span] - reference[f"logits_{i}"]).max() < max(1e-4, 20 * reference["error"]), f"pair {i}"
+        close(logits[row, span], reference[f"logits_{i}"], reference)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_gradients_and_five_steps(name):
-    source, model, params, reference = opened(name)
+    _, model, _, reference = opened(name)
     batch, _ = pair_batch(reference)
 
     def mean(p):
         total, weight = next_token(ObjectiveConfig(), model, p, batch, None)["loss"]
         return total / weight
 
-    tx, step = optax.adamw(0.01, 0.9, 0.95, 1e-8, weight_decay=0.0), jax.jit(jax.value_and_grad(mean))
-    state, losses = tx.init(params), []
-    for i in range(5):
-        value, gradient = step(params)
-        losses.append(float(value))
-        if i == 0:
-            expected = {key[5:]: float(norm) for key, norm in reference.items() if key.startswith("grad_")}
-            found = {key: float(np.linalg.norm(array)) for key, array in hf.tensors(source.family.table, source.cfg, gradient)}
-            assert found.keys() == expected.keys()
-            for key, norm in expected.items():
-                assert found[key] == pytest.approx(norm, rel=1e-3, abs=1e-5 * max(expected.values())), key
-        updates, state = tx.update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
-    assert losses[0] == pytest.approx(float(reference["loss"]), abs=1e-4)
-    np.testing.assert_allclose(losses, reference["losses"], atol=2e-3)
+    trains_alike(name, mean)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_export_is_bit_exact(name, tmp_path):
-    source, _, params, _ = opened(name)
-    hf.verify(source, params)
-    assert hf_config.write(source.cfg)[0].architecture == source.family.architecture
-    written = hf.save(tmp_path, source.cfg, params)
-    assert written.files.tensors.keys() == source.files.tensors.keys() and written.cfg == source.cfg
-    for key in source.files.tensors:
-        assert written.files.read(key).tobytes() == source.files.read(key).tobytes(), key
+    exports_exactly(name, tmp_path)
 
 
 def test_buckets():

@@ -1,0 +1,241 @@
+"""From documents to rows: what each objective makes of a split, planned ahead (`pack.py`) and then filled (`tasks.py`)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlm.config import Config, ObjectiveConfig
+from jaxlm.data import pack, tasks
+from jaxlm.data.mixture import Mixture
+from jaxlm.data.pack import EpochSize, Piece, Plan
+from jaxlm.data.shards import Corpus, Split
+from jaxlm.data.tasks import Batch
+from jaxlm.data.tokenizer import Tokenizer
+
+PAIRED = ("span_corruption", "seq2seq")  # objectives of encoder-decoders
+
+
+class Task(NamedTuple):
+    """What is asked of a model, and of what size. `Task(n)` is the next token in rows of n that are cut from a stream."""
+    sequence_length: int
+    objective: ObjectiveConfig = ObjectiveConfig()
+    packing: str = "stream"
+    masking: tasks.Masking | None = None  # objective masked_token
+    mixture: Mixture = Mixture()  # of sources, in training
+    # Objectives of encoder-decoders:
+    target_length: int = 0  # the decoder's row; sequence_length is then the encoder's
+    start: int = 0  # id with which the decoder begins
+    eos: int = 0
+    sentinels: np.ndarray = np.zeros(0, np.int32)  # span_corruption: ids of <extra_id_0>, ...
+
+    @property
+    def fitted(self) -> bool:
+        """Whether rows hold whole pieces rather than parts of a stream."""
+        return self.packing == "best_fit" or self.objective.name in PAIRED
+
+    @property
+    def room(self) -> tuple[int, ...]:
+        """Places of a row, on each side."""
+        return (self.sequence_length, self.target_length) if self.objective.name in PAIRED else (self.sequence_length,)
+
+
+def build(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> Task:
+    """The task of a run, with `target_length` filled in.
+
+    Raises:
+      ValueError: one line: a tokenizer without mask or sentinels, a corpus with or without pairs that should be the other, a decoder's row too short.
+    """
+    name, data = config.objective.name, config.data
+    if (name == "seq2seq") != (corpus.splits["train"].inputs is not None):
+        raise ValueError(f"{corpus.folder} was prepared without data.input_key and holds no pairs: prepare it with that key for objective.name=seq2seq"
+                         if name == "seq2seq" else f"{corpus.folder} holds pairs (data.input_key): they are for objective.name=seq2seq, not {name}")
+    task = Task(data.sequence_length, config.objective, data.packing, tasks.masking(config.objective, tokenizer),
+                Mixture(data.weights, data.temperature, data.epochs), data.target_length, config.model.decoder_start, tokenizer.eos)
+    if name == "seq2seq":
+        task = task._replace(target_length=data.target_length or data.sequence_length)
+    if name == "span_corruption":
+        task = _with_sentinels(task, tokenizer, corpus, config.model.context)
+    if task.target_length > config.model.context:
+        raise ValueError(f"data.target_length={task.target_length} is longer than model.context={config.model.context}: make the first smaller or the second "
+                         "larger")
+    return task
+
+
+def _with_sentinels(task: Task, tokenizer: Tokenizer, corpus: Corpus, context: int) -> Task:
+    named, sentinels = tokenizer.special_tokens, []
+    while (found := named.get(f"<extra_id_{len(sentinels)}>")) is not None and found < tokenizer.vocab_size:
+        sentinels.append(found)
+    if not sentinels:
+        raise ValueError("objective.name=span_corruption needs a tokenizer with the special tokens <extra_id_0>, <extra_id_1>, ...: set "
+                         "tokenizer.sentinels=100 to train one, or tokenizer.path to that of a T5")
+    task = task._replace(sentinels=np.array(sentinels, np.int32))
+    most = longest_window(task)
+    if not most:
+        raise ValueError(f"data.sequence_length={task.sequence_length} and data.target_length={task.target_length} have no room for a hidden span: they must "
+                         "be at least 2 and 3")
+    if task.target_length:
+        return task
+    # What a full window needs, or, where short documents need more of the decoder's row than of the encoder's, what lets both fill at the same pace.
+    _, sizes = _items(task, corpus.splits["train"], None)
+    read, said = sizes.sum(axis=0)
+    full = int(_span_room(task, np.array([most]))[0, 1])
+    return task._replace(target_length=max(full, min(context, -(-task.sequence_length * int(said) // max(int(read), 1)))))
+
+
+def longest_window(task: Task) -> int:
+    """Tokens of the longest text whose corrupted form fits both sides of a row (the decoder's is not looked at where it is 0) and the sentinels."""
+    sizes = np.arange(1, int(task.sequence_length / (1 - task.objective.span_rate)) + 2 * task.sequence_length)
+    spans = tasks.span_sizes(sizes, task.objective.span_rate, task.objective.span_length)[1]
+    room = _span_room(task, sizes)
+    fits = (room[:, 0] <= task.sequence_length) & (spans <= len(task.sentinels)) & (room[:, 1] <= (task.target_length or np.inf))
+    return int(np.argmin(np.append(fits, False)))
+
+
+def _span_room(task: Task, sizes: np.ndarray) -> np.ndarray:
+    hidden, spans = tasks.span_sizes(sizes, task.objective.span_rate, task.objective.span_length)
+    return np.stack([sizes - hidden + spans + 1, hidden + spans + 1], axis=1)
+
+
+def _items(task: Task, split: Split, documents: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Whole pieces of the documents (all, or those numbered), and the places that each takes: int64 [pieces, 4] and [pieces, sides].
+
+    The start and stop of a piece count targets, as `pack.Piece` says; of a text for span corruption they count its tokens after the first; a pair has all.
+    """
+    documents = np.arange(len(split.tokens)) if documents is None else documents
+    lengths = split.tokens[documents].astype(np.int64)
+    if task.objective.name == "seq2seq":
+        read = split.inputs[documents].astype(np.int64)
+        sizes = np.minimum(np.stack([read, lengths - read], axis=1), task.room)
+        return np.stack([documents, np.zeros_like(lengths), lengths, np.zeros_like(lengths)], axis=1), sizes
+    spans = task.objective.name == "span_corruption"
+    of, start, stop = pack.windows(np.maximum(lengths - (2 if spans else 1), 0), longest_window(task) if spans else task.sequence_length)
+    sizes = _span_room(task, stop - start) if spans else (stop - start)[:, None]
+    return np.stack([documents[of], start, stop, np.zeros_like(of)], axis=1), sizes
+
+
+def piece_tokens(task: Task, split: Split, pieces: np.ndarray) -> np.ndarray:
+    """Tokens of its document that each piece, int64 [pieces, 4], brings into a row: targets; of a text for span corruption all that can be hidden; of a pair
+    both sides, as far as they are not cut. int64 [pieces]."""
+    if task.objective.name != "seq2seq":
+        return pieces[:, 2] - pieces[:, 1]
+    read, whole = split.inputs[pieces[:, 0]].astype(np.int64), split.tokens[pieces[:, 0]].astype(np.int64)
+    return np.minimum(read, task.room[0]) + np.minimum(whole - read, task.room[1])
+
+
+def document_tokens(task: Task, split: Split, documents: np.ndarray) -> np.ndarray:
+    """The same of whole documents, int64 [documents]."""
+    lengths = split.tokens[documents].astype(np.int64)
+    bare = 2 if task.objective.name == "span_corruption" else 1  # bos and eos, or the first token, which is no target
+    whole = np.stack([documents, np.zeros_like(lengths), np.maximum(lengths - bare, 0), np.zeros_like(lengths)], axis=1)
+    return piece_tokens(task, split, whole)
+
+
+def plan(task: Task, split: Split, key: tuple, documents: np.ndarray | None = None) -> Plan:
+    """The rows of one epoch of training over the documents (all, or those numbered), shuffled by `key`; a pure function of its arguments."""
+    if task.fitted:
+        return pack.fitted_plan(*_items(task, split, documents), task.room, *key)
+    if documents is None:
+        return pack.epoch_plan(split.tokens, task.sequence_length, *key)
+    found = pack.epoch_plan(split.tokens[documents], task.sequence_length, *key)
+    return found._replace(documents=documents[found.documents])
+
+
+def epoch_size(task: Task, split: Split, documents: np.ndarray | None = None) -> EpochSize:
+    """Rows, targets, padding and positions of an epoch, the same for each."""
+    if not task.fitted:
+        return pack.epoch_size(split.tokens if documents is None else split.tokens[documents], task.sequence_length)
+    _, sizes = _items(task, split, documents)
+    rows = int(pack.best_fit(sizes, task.room).max(initial=-1)) + 1
+    return EpochSize(rows, int(sizes[:, -1].sum()), rows * sum(task.room) - int(sizes.sum()), rows * sum(task.room))
+
+
+def notes(task: Task, split: Split) -> list[str]:
+    """What a user should know of how documents become rows: what is cut, and how."""
+    if task.objective.name == "seq2seq":
+        room = task.room
+        cut = [int((part > most).sum()) for part, most in zip((split.inputs, split.tokens - split.inputs), room)]
+        return [f"cut: {cut[0]:,} inputs are longer than data.sequence_length={room[0]} and {cut[1]:,} targets than data.target_length={room[1]} tokens; "
+                "what is beyond is left out"] if any(cut) else []
+    if not task.fitted:
+        return []
+    spans = task.objective.name == "span_corruption"
+    most = longest_window(task) if spans else task.sequence_length
+    long = int((split.tokens - (2 if spans else 1) > most).sum())
+    return [f"{long:,} of {len(split.tokens):,} documents are longer than a row and are cut into windows of {most} tokens; none is lost"] if long else []
+
+
+def evaluation_documents(split: Split, limit: int) -> np.ndarray:
+    """Numbers of the documents to evaluate: all, or `limit` spread evenly over the split."""
+    count = min(limit or len(split.tokens), len(split.tokens))
+    return np.arange(count) * len(split.tokens) // max(count, 1)
+
+
+def evaluation_plan(task: Task, split: Split, documents: np.ndarray, overlap: float) -> Plan:
+    """The rows in which every target of `documents` counts once; `overlap` as in `pack.evaluation_plan`, for encoder-decoders none."""
+    if task.objective.name in PAIRED:
+        return pack.fitted_plan(*_items(task, split, documents), task.room)
+    return pack.evaluation_plan(split.tokens, task.sequence_length, overlap, documents)
+
+
+def evaluation_targets(task: Task, split: Split, documents: np.ndarray) -> np.ndarray:
+    """Targets of each document in an evaluation, int64 [documents]; with masked tokens all of which some are chosen."""
+    if task.objective.name not in PAIRED:
+        return split.tokens[documents].astype(np.int64) - 1
+    pieces, sizes = _items(task, split, documents)
+    return np.bincount(pieces[:, 0], sizes[:, 1], len(split.tokens))[documents].astype(np.int64)
+
+
+def fill(task: Task, rows: Sequence[Sequence[Piece]], corpus: Corpus, split: str, first: int | None, seed: int = 0) -> Batch:
+    """The batch of planned rows, with the key "documents".
+
+    Args:
+      first: number of the first row in the run, from which masks and spans follow; None in an evaluation, where they follow from the document.
+    """
+    key = ("evaluation",) if first is None else ("train", seed)
+    name = task.objective.name
+    if name not in PAIRED:
+        batch = tasks.next_token_batch(rows, lambda document, start, stop: corpus.read(split, document, start, stop), task.sequence_length)
+        if task.masking is None:
+            return batch
+        if first is None:
+            numbers = (batch["documents"].astype(np.uint64) << np.uint64(32)) + batch["positions"].astype(np.uint64)
+        else:
+            numbers = np.arange(batch["tokens"].size, dtype=np.uint64).reshape(batch["tokens"].shape) + np.uint64(first * task.sequence_length)
+        return tasks.mask_batch(batch, task.masking, numbers, *key)
+    counts = np.array([len(row) for row in rows], np.int64)
+    pieces = [piece for row in rows for piece in row]
+    pairs = _pairs(task, pieces, corpus, split) if name == "seq2seq" else _spans(task, rows, pieces, corpus, split, first, key)
+    return tasks.pair_batch(counts, *pairs, np.array([piece.document for piece in pieces], np.int64), encoder_length=task.sequence_length,
+                            decoder_length=task.target_length, start=task.start)
+
+
+def _pairs(task: Task, pieces: Sequence[Piece], corpus: Corpus, split: str) -> tuple[np.ndarray, ...]:
+    read, said = [], []
+    for piece in pieces:
+        tokens, middle = corpus.read(split, piece.document), int(corpus.splits[split].inputs[piece.document])
+        read.append(cut_input(task, tokens[:middle]))
+        said.append(tokens[middle:][:task.target_length])
+    sizes = lambda parts: np.array([len(part) for part in parts], np.int64)
+    return _joined(read), sizes(read), _joined(said), sizes(said)
+
+
+def cut_input(task: Task, tokens: np.ndarray) -> np.ndarray:
+    """An input (its tokens and eos) that fits the encoder's row: a longer one loses its end and is ended again, as the encoder expects; a target that is cut
+    is not, since its text does not end there."""
+    return tokens if len(tokens) <= task.sequence_length else np.append(tokens[:task.sequence_length - 1], tokens[-1])
+
+
+def _spans(task: Task, rows: Sequence[Sequence[Piece]], pieces: Sequence[Piece], corpus: Corpus, split: str, first: int | None,
+           key: tuple) -> tuple[np.ndarray, ...]:
+    if first is None:
+        numbers = [(piece.document << 32) + piece.start for piece in pieces]
+    else:
+        numbers = [(first + i << 16) + k for i, row in enumerate(rows) for k in range(len(row))]
+    texts = [corpus.read(split, piece.document, piece.start + 1, piece.stop + 1) for piece in pieces]
+    return tasks.span_corruption(_joined(texts), np.array([len(text) for text in texts], np.int64), np.array(numbers, np.uint64), task.sentinels, task.eos,
+                                 *key, rate=task.objective.span_rate, length=task.objective.span_length)
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if len(parts) else np.zeros(0, np.int32)

@@ -1,0 +1,246 @@
+"""What a worker does to one batch of documents: clean it, sign it for de-duplication, tokenise what is left of it.
+
+A *unit* is a run of files, a *batch* some 4 MB of a unit's text; both depend on the files and the config alone. Each stage writes one file for
+a batch, whole or not at all, so a killed run finds what is done; any runner that calls these functions in any order makes the same files:
+
+    clean/UNIT-BATCH.npz    texts, ids, origins, digests, hashes of long lines, and what was read, changed and removed (counts.py)
+    signed/UNIT-BATCH.npz   digests, sizes and MinHash bands of the documents that live, without the lines that do not
+    tokens/UNIT-BATCH.npz   their tokens, their number in each document and in the input of each pair, how often each id occurs
+"""
+
+import functools
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlm.config import Config
+from jaxlm.data import clean, corpora, counts, dedup, shards, tokenizer
+from jaxlm.data.readers import PAIR
+
+UNIT_BYTES = 32 << 20  # of files that are read together
+BATCH_BYTES = 4 << 20  # of text
+
+
+class Unit(NamedTuple):
+    number: int
+    files: tuple[corpora.SourceFile, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+class Raw(NamedTuple):
+    """A batch as it was read."""
+
+    unit: int
+    batch: int
+    documents: tuple[corpora.Document | corpora.Skipped, ...]
+
+
+class Living(NamedTuple):
+    """A batch of `clean/` and what lives of it, as packed bits: of its documents, and of the long lines of all its documents those that died."""
+
+    unit: int
+    batch: int
+    documents: bytes
+    dead_lines: bytes = b""
+
+
+def units(files: Iterable[corpora.SourceFile]) -> list[Unit]:
+    """Consecutive files up to `UNIT_BYTES` together; a larger file is a unit of its own."""
+    groups, size = [], 0
+    for file in files:
+        if not groups or size + file.size > UNIT_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(file)
+        size += file.size
+    return [Unit(number, tuple(group)) for number, group in enumerate(groups)]
+
+
+def name(folder: Path, stage: str, unit: int, batch: int) -> Path:
+    return folder / stage / f"{unit:06d}-{batch:06d}.npz"
+
+
+def batches_of(folder: Path, unit: int) -> int | None:
+    """How many batches a unit has, if it was read to its end."""
+    try:
+        return json.loads((folder / "clean" / f"{unit:06d}.json").read_bytes())["batches"]
+    except FileNotFoundError:
+        return None
+
+
+def read(data, folder: Path, unit: Unit) -> Iterator[Raw]:
+    """Those batches of a unit that are not in `clean/` yet; when the unit is read, its number of batches is noted there."""
+    count = batches_of(folder, unit.number)
+    if count is not None and all(name(folder, "clean", unit.number, batch).exists() for batch in range(count)):
+        return
+    number = 0
+    for documents in _batches(document for file in unit.files for document in corpora.read(file, data)):
+        if not name(folder, "clean", unit.number, number).exists():
+            yield Raw(unit.number, number, documents)
+        number += 1
+    if count is None:
+        _replace(folder / "clean" / f"{unit.number:06d}.json", lambda file: file.write(json.dumps({"batches": number}).encode()))
+
+
+def _batches(documents: Iterable[corpora.Document | corpora.Skipped]) -> Iterator[tuple[corpora.Document | corpora.Skipped, ...]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text if isinstance(document, corpora.Document) else document.reason)
+        if size >= BATCH_BYTES:
+            yield tuple(batch)
+            batch, size = [], 0
+    if batch:
+        yield tuple(batch)
+
+
+def clean_batch(config: Config, folder: Path, raw: Raw) -> tuple[int, int]:
+    """Cleans the documents and writes `clean/`; returns their number and the bytes that were read."""
+    clean_one = _cleaner(config)
+    report, kept, origins = counts.Counts(), [], {}
+    for document in raw.documents:
+        if isinstance(document, corpora.Skipped):
+            report.skipped(document)
+            continue
+        cleaned = _clean_pair(clean_one, document) if config.data.input_key else clean_one(document)
+        size, digest = len(cleaned.text.encode()), digest_of(config, cleaned.text)
+        rule = cleaned.removed_by or ("clean.empty" if not cleaned.text or cleaned.text.isspace() else "")
+        report.document(document, cleaned, size, rule, digest)
+        if not rule:
+            origin = origins.setdefault((document.source, document.licence), len(origins))
+            kept.append((document.id, cleaned.text, size, digest, origin))
+    lines = [dedup.line_hashes(text, config.dedup.line_length) if config.dedup.line_length else () for _, text, _, _, _ in kept]
+    _save(
+        name(folder, "clean", raw.unit, raw.batch),
+        **_pack("text", (text.encode() for _, text, _, _, _ in kept)), **_pack("id", (i.encode("utf-8", "surrogateescape") for i, _, _, _, _ in kept)),
+        digests=np.frombuffer(b"".join(digest for _, _, _, digest, _ in kept), ">u8").astype(np.uint64).reshape(-1, 2),
+        origin=np.array([origin for *_, origin in kept], np.int32),
+        lines=np.array([value for values in lines for value in values], np.uint64), line_counts=np.array([len(values) for values in lines], np.int64),
+        id_hashes=np.array([corpora.id_hash(i) for i, *_ in kept] if config.data.id_key else [], np.uint64),
+        report=np.frombuffer(json.dumps({"origins": list(origins), "counts": report.to_dict()}).encode(), np.uint8))
+    return len(raw.documents), report.bytes_read
+
+
+def _clean_pair(clean_one: Callable[[corpora.Document], clean.Cleaned], document: corpora.Document) -> clean.Cleaned:
+    """Each side is cleaned and judged by itself, and a pair lives if both do; an input may be empty. Its language is that of the target."""
+    sides = [clean_one(document._replace(text=side)) if side.strip() or number else clean.Cleaned(side, "", 0.0, "", {})
+             for number, side in enumerate(document.text.split(PAIR))]
+    read, said = sides
+    died = next((side for side in sides if side.removed_by), said)
+    rule = died.removed_by or ("" if said.text.strip() else "clean.empty")
+    found = {what: read.counts.get(what, 0) + said.counts.get(what, 0) for what in {**read.counts, **said.counts}}
+    return clean.Cleaned(f"{read.text}{PAIR}{said.text}", rule, died.value, said.language, found)
+
+
+def digest_of(config: Config, text: str) -> bytes:
+    """16 bytes that tell texts apart; the first 8 decide the split, so those of a pair follow from its input: equal inputs are never apart."""
+    whole = dedup.digest(text)
+    return dedup.digest(text.partition(PAIR)[0])[:8] + whole[:8] if config.data.input_key else whole
+
+
+def sign_batch(config: Config, folder: Path, living: Living) -> tuple[int, int]:
+    """Writes `signed/`: of each document that lives the digest, size and MinHash signature of the text without its dead lines."""
+    texts = list(texts_of(folder, living, config.dedup.line_length))
+    arrays = {
+        "digests": np.frombuffer(b"".join(digest_of(config, text) for text in texts), ">u8").astype(np.uint64).reshape(-1, 2),
+        "sizes": np.array([0 if text.isspace() else len(text.encode()) for text in texts], np.int64),
+    }
+    if config.dedup.near:
+        hashes = dedup.MinHash(config.dedup.permutations, config.dedup.shingle)
+        signatures = np.array([hashes.signature(text) for text in texts], np.uint32).reshape(-1, config.dedup.permutations)
+        keys = dedup.band_keys(signatures, dedup.rows_of_a_band(config.dedup.near, config.dedup.permutations))
+        arrays |= {"signatures": signatures} | {f"band{band}": key for band, key in enumerate(keys)}
+    _save(name(folder, "signed", living.unit, living.batch), **arrays)
+    return len(texts), int(arrays["sizes"].sum())
+
+
+def tokenise_batch(config: Config, folder: Path, fingerprint: str, living: Living) -> tuple[int, int]:
+    """Writes `tokens/` with the tokenizer that lies in `folder/tokenizer` and has this fingerprint: bos, text, eos; of a pair input, eos, target, eos."""
+    tok = _tokenizer(folder, fingerprint)
+    texts = list(texts_of(folder, living, config.dedup.line_length))
+    if config.data.input_key:
+        sides = tok.encode_batch([side for text in texts for side in text.split(PAIR)])
+        sequences = [np.concatenate([read, [tok.eos], said, [tok.eos]]) for read, said in zip(sides[::2], sides[1::2])]
+        inputs = [len(read) + 1 for read in sides[::2]]
+    else:
+        sequences = [np.concatenate([[tok.bos], ids, [tok.eos]]) for ids in tok.encode_batch(texts)]
+        inputs = [0] * len(texts)
+    sizes = [len(text.encode()) - (len(PAIR) if config.data.input_key else 0) for text in texts]
+    tokens = np.concatenate([np.zeros(0, np.int64), *sequences])
+    assert not len(tokens) or 0 <= tokens.min() and tokens.max() < tok.vocab_size, "token id out of range"
+    _save(name(folder, "tokens", living.unit, living.batch), tokens=tokens.astype(shards.token_dtype(tok.vocab_size)),
+          lengths=np.array([len(ids) for ids in sequences], np.int64), inputs=np.array(inputs, np.int64), sizes=np.array(sizes, np.int64),
+          occurrences=np.bincount(tokens.astype(np.int64), minlength=tok.vocab_size))
+    return len(texts), sum(sizes)
+
+
+def texts_of(folder: Path, living: Living, line_length: int) -> Iterator[str]:
+    """The texts of a batch that live, without their dead lines, in order."""
+    with load(folder, "clean", living.unit, living.batch) as batch:
+        texts, line_ends = strings(batch, "text"), np.concatenate([[0], np.cumsum(batch["line_counts"])])
+    lives, dead = bits(living.documents, len(texts)), bits(living.dead_lines, int(line_ends[-1]))
+    for number in np.flatnonzero(lives):
+        text = texts[number].decode()
+        died = dead[line_ends[number]:line_ends[number + 1]]
+        yield dedup.without_lines(text, line_length, died) if died.any() else text
+
+
+def bits(packed: bytes, count: int) -> np.ndarray:
+    """bool [count]; of no bytes all are False."""
+    return np.unpackbits(np.frombuffer(packed, np.uint8), count=count).astype(bool) if packed else np.zeros(count, bool)
+
+
+def strings(batch, key: str) -> Sequence[bytes]:
+    data, ends = batch[key].tobytes(), batch[f"{key}_ends"].tolist()
+    return [data[start:end] for start, end in zip([0, *ends], ends)]
+
+
+def _pack(key: str, values: Iterable[bytes]) -> dict[str, np.ndarray]:
+    values = list(values)
+    return {key: np.frombuffer(b"".join(values), np.uint8), f"{key}_ends": np.cumsum([len(value) for value in values], dtype=np.int64)}
+
+
+def load(folder: Path, stage: str, unit: int, batch: int):
+    """Opens what a stage wrote for a batch; arrays are read, and their checksums compared, when they are asked for."""
+    return np.load(name(folder, stage, unit, batch), allow_pickle=False)
+
+
+def _save(path: Path, **arrays: np.ndarray) -> None:
+    _replace(path, lambda file: np.savez(file, **arrays))
+
+
+def _replace(path: Path, write) -> None:
+    """The file is there whole or not at all, also after a power cut; several processes may write the same one."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    path.parent.mkdir(exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(f"writing {path} failed: {error.strerror or error}") from None
+        raise
+
+
+@functools.lru_cache(maxsize=1)
+def _cleaner(config: Config):
+    return clean.cleaner(config)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(folder: Path, fingerprint: str) -> tokenizer.Tokenizer:
+    tok = tokenizer.load(folder / "tokenizer")
+    assert tok.fingerprint == fingerprint, "another tokenizer than the one that was trained"
+    return tok

@@ -1,0 +1,78 @@
+"""What a run and `jaxlm eval` ask of a model: its figures on a split, and a sample."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from jaxlm import generate
+from jaxlm.config import Config
+from jaxlm.data import rows, shards
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.evaluate import likelihood, outputs
+from jaxlm.models.decoder import Model
+
+
+class Subject(NamedTuple):
+    """A model whatever its parameters, and what it is asked."""
+    config: Config
+    model: Model
+    mesh: Mesh
+    corpus: shards.Corpus
+    tokenizer: tokenizers.Tokenizer
+    task: rows.Task
+    scorer: likelihood.Scorer
+
+
+def score(of: Subject, params: Any, split: str, *, limit: int = 0, batch_size: int = 0, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
+    """The summary (`likelihood.summary`) of a split. In several processes all call this together.
+
+    Args:
+      limit: documents to score, spread evenly over the split; 0: all.
+      batch_size: rows of a batch; 0: the config's.
+      progress: called with what is done and what there is in all, of targets and then of outputs.
+
+    Raises:
+      ValueError: see `likelihood.score_documents`.
+    """
+    config = of.config
+    batch_size = batch_size or config.eval.batch_size or config.data.batch_size
+    scores = likelihood.score_documents(of.scorer, params, of.mesh, of.corpus, split, of.task, batch_size=batch_size, overlap=config.eval.overlap,
+                                        limit_documents=limit, progress=progress)
+    exact = None
+    if config.objective.name == "seq2seq" and config.eval.outputs:
+        answer = lambda inputs: generate.generate(of.model, params, inputs, max_tokens=of.task.target_length, context=config.model.context,
+                                                  stop_ids=(of.tokenizer.eos,), settings=generate.Settings(temperature=0), vocab_size=of.tokenizer.vocab_size)
+        exact = outputs.exact_matches(answer, of.corpus, split, of.task, of.tokenizer, limit=min(limit or config.eval.outputs, config.eval.outputs),
+                                      batch_size=batch_size, progress=progress)
+    return likelihood.summary(scores, config.eval.bootstrap, config.objective.name, exact)
+
+
+def line(config: Config, summary: dict[str, float]) -> str:
+    """The figures of an evaluation during training, on one line."""
+    detail = {"next_token": "{bits_per_byte:.4f} bits per byte", "masked_token": "{accuracy:.4f} of the masked tokens right",
+              "span_corruption": "{accuracy:.4f} of the hidden spans' tokens right", "seq2seq": "{accuracy:.4f} of the target tokens right"}
+    text = f"validation loss {summary['loss']:.4f}  {detail[config.objective.name].format(**summary)}"
+    if "exact_match" in summary:
+        text += f"  {summary['exact_match']:.4f} of {summary['outputs']} outputs exact"
+    return f"{text} ({summary['documents']} documents)"
+
+
+def sample(of: Subject, params: Any) -> str:
+    """A prompt in brackets and the model's continuation, or an input and the output; "" for a model that says nothing by itself."""
+    config, corpus, tokenizer = of.config, of.corpus, of.tokenizer
+    if config.model.kind != "decoder" or config.objective.name == "span_corruption":
+        return ""
+    split, pairs = "validation" if len(corpus.splits["validation"].tokens) else "train", config.objective.name == "seq2seq"
+    begin, end = ([], [tokenizer.eos]) if pairs else ([tokenizer.bos], [])
+    if config.train.sample_prompt:
+        prompt = [*begin, *tokenizer.encode(config.train.sample_prompt)][:config.model.context // 2] + end
+    elif pairs:
+        prompt = rows.cut_input(of.task, corpus.read(split, 0, 0, int(corpus.splits[split].inputs[0]))).tolist()
+    else:
+        prompt = [int(i) for i in corpus.read(split, 0)[:min(16, config.data.sequence_length // 4)] if i != tokenizer.eos]
+    length = min(128, of.task.target_length if pairs else config.model.context - len(prompt))
+    settings = generate.Settings(temperature=0.0 if pairs else 0.8, top_p=0.95, seed=config.train.seed)
+    [ids] = generate.generate(of.model, params, [prompt], max_tokens=length, context=config.model.context, settings=settings,
+                              stop_ids=(tokenizer.eos,), vocab_size=tokenizer.vocab_size)
+    return f"[{tokenizer.decode(prompt)}]{' ' * pairs}{tokenizer.decode(ids)}"
