@@ -7,10 +7,10 @@ Predicted, not run here: 300 B tokens are 2.6e20 FLOP, about 4 days on 8 A100 at
 OpenWebText: validation loss 2.85 (nanoGPT); the released weights score 3.12 there without fine-tuning.
 The tokenizer is a SentencePiece BPE of GPT-2's size, trained on your text, so losses per token compare only within one tokenizer; bits per byte always do.
 
-    jaxlm fit --config=gpt2_124m --topology=v5e:2x4,v6e:2x2
+    jaxlm fit --config=gpt2_124m --topology=v5e:2x4,v5p:2x2x1,v6e:2x2
 
 Compiled ahead of time (2026-11-22, libtpu 0.0.42.1, `--quick`), GiB on each device of what a program may take, and seconds to compile on a busy machine:
-v5e:2x4 5.7 of 15.75 in 35 s; v6e:2x2 11.6 of 31.25 in 44 s.
+v5e:2x4 5.7 of 15.75 in 35 s; v6e:2x2 11.6 of 31.25 in 44 s; v5p:2x2x1 12.0 of 95.74 in 62 s.
 """
 
 import dataclasses
