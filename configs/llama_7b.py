@@ -4,6 +4,11 @@
 
 Predicted, not run here: the paper's 2 T tokens are 8.4e22 FLOP; 20 tokens per parameter (135 B) are 5.7e21 FLOP, about 5 days on a v5e-128 at
 100 TFLOP/s a chip. Parameters and AdamW's state are 81 GB in float32, split over all chips.
+
+    jaxlm fit --config=llama_7b --topology=v5e:8x16,v5p:2x4x4,v6e:8x8
+
+Compiled ahead of time (2026-11-22, libtpu 0.0.42.1, `--quick`), GiB on each device of what a program may take, and seconds to compile on a busy machine:
+v5e:8x16 8.6 of 15.75 in 19 s; v5p:2x4x4 31.7 of 95.74 in 43 s; v6e:8x8 15.3 of 31.25 in 16 s.
 """
 
 import dataclasses
@@ -19,7 +24,7 @@ def get_config():
     c.tokenizer = ConfigDict(dict(kind="bpe", vocab_size=32000))
     c.data = ConfigDict(dict(validation=0.0001, test=0.0001, sequence_length=4096, batch_size=1024, threads=8))
     c.optim = ConfigDict(dict(name="adamw", lr=3e-4, warmup="2000 steps", end_lr_ratio=0.1))
-    c.train = ConfigDict(dict(steps="135e9 tokens", log_every="20 steps", eval_every="1000 steps", eval_documents=1000))
+    c.train = ConfigDict(dict(steps="135e9 tokens", microbatches=4, log_every="20 steps", eval_every="1000 steps", eval_documents=1000))
     c.objective = ConfigDict(dict(z_loss=1e-4, chunk_rows=65536))
     c.checkpoint = ConfigDict(dict(every="500 steps", keep_every="5000 steps"))
     return c

@@ -13,6 +13,7 @@ VERBS = {
     "prepare": "read, clean and de-duplicate text, split it, train a tokenizer, write token shards and a report",
     "tokenizer": "train a tokenizer alone, or look at what one does to a text",
     "train": "train a model, or resume the run in a workdir",
+    "fit": "before you rent: does a config fit on these TPUs or GPUs, how fast, at what cost",
     "eval": "loss, perplexity and bits per byte of a checkpoint; --watch follows a run",
     "generate": "continue prompts with a checkpoint",
     "data": "which documents a checkpoint has seen, how often and when (data audit)",

@@ -33,11 +33,22 @@ def losses():
     return golden_losses()
 
 
+def collectives():
+    """One file for each contract, in a folder of their own; needs libtpu."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from tests.aot import contracts
+    for name in contracts.CONTRACTS:
+        print(contracts.write(name), flush=True)
+
+
 if __name__ == "__main__":
-    makers = {f.__name__: f for f in (config_keys, parameter_paths, losses)}
+    makers = {f.__name__: f for f in (config_keys, parameter_paths, losses, collectives)}
     if len(sys.argv) < 2 or set(sys.argv[1:]) - set(makers):
         sys.exit(f"{__doc__}\nGolden files: {', '.join(makers)}")
     for name in sys.argv[1:]:
+        if name == "collectives":
+            collectives()
+            continue
         path = ROOT / "tests" / "golden" / f"{name}.json"
         path.write_text(json.dumps(makers[name](), indent=1) + "\n")
         print(path)

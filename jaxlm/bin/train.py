@@ -16,6 +16,7 @@ Several processes (CPU or GPU hosts; TPU pods and Slurm need no flags), the same
 """
 
 import pathlib
+import shlex
 
 from absl import flags
 
@@ -34,8 +35,24 @@ def main(values: flags.FlagValues, overrides: list[tuple[str, str]]) -> int:
 
     cfg = config.load(values.config, overrides)  # before jax starts: a typo should cost no time
 
+    import jax
+
     from jaxlm import sharding
     from jaxlm.train import loop
 
     sharding.start_processes(values.coordinator, values.processes, values.process)
-    return loop.run(cfg, pathlib.Path(values.workdir))
+    try:
+        return loop.run(cfg, pathlib.Path(values.workdir))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(out_of_memory(str(error), values.config, overrides, jax.devices()[0].device_kind, jax.device_count())) from error
+
+
+def out_of_memory(error: str, config: str, overrides: list[tuple[str, str]], kind: str, devices: int) -> str:
+    """One line for a run that died of it: what the device said, and the command that tells what would fit."""
+    from jaxlm.aot import chips
+
+    command = ["jaxlm", "fit", f"--config={config}", f"--topology={chips.like(kind, devices)}", "--search", *(f"--config.{key}={text}" for key, text in overrides)]
+    return (f"out of memory on {devices} x {kind} ({error.splitlines()[0][:200]}); try more train.microbatches, model.remat=full or more devices; "
+            f"what fits, before the next try: {shlex.join(command)}")

@@ -1,0 +1,106 @@
+"""With the real TPU compiler: collective contracts of the recipes, verdicts on memory against its own errors, the formula against its figures."""
+
+import importlib.util
+import json
+import math
+
+import pytest
+
+from jaxlm import cli
+from jaxlm.aot import chips, compiler, plan
+from tests.aot import contracts
+
+pytestmark = [pytest.mark.tpu_aot, pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jaxlm[tpu]'")]
+
+
+@pytest.mark.parametrize("name", contracts.CONTRACTS)
+def test_the_contract_of_each_recipe(name):
+    golden = contracts.read(name)
+    broken = contracts.breaches(golden, contracts.compiled(contracts.recipe(name)))
+    assert not broken, (f"{name} sends other things between devices than agreed (with libtpu {golden['libtpu']}):\n  " + "\n  ".join(broken)
+                        + "\nIf that is meant, or a newer libtpu does the same in another way: python tools/refresh_golden.py collectives, and say why in the commit.")
+
+
+@pytest.mark.parametrize("name", contracts.CONTRACTS)
+def test_nothing_gathers_the_whole_model(name):
+    """Of the agreed collectives none holds more than the largest single weight, and only weights' names, activations and nothing else occur."""
+    golden, cfg = contracts.read(name), contracts.recipe(name)
+    largest = max(contracts.largest_weight(cfg), 4 * 16 * 640 * cfg.model.width)
+    for key, row in golden["collectives"].items():
+        assert row["bytes"] // row["times"] <= largest * 4, key
+        assert "?" not in key.split(":")[0], key
+
+
+@pytest.fixture(scope="module")
+def agreed():
+    return contracts.compiled(contracts.small())
+
+
+def test_a_plain_small_model_keeps_its_contract(agreed):
+    """The same program twice: the comparison finds nothing, so what it finds below is the mistake's."""
+    assert contracts.breaches({"collectives": agreed}, contracts.compiled(contracts.small())) == []
+    assert any(key.startswith("all-gather over fsdp: layers/mlp") for key in agreed) and any("reduce-scatter over fsdp" in key for key in agreed)
+
+
+@pytest.mark.parametrize("rules", [dict(embed=None), dict(embed=("fsdp",), batch=("data",)), dict(residual=("fsdp",), batch=("data",))],
+                         ids=["weights whole everywhere", "batch not split", "activations split instead"])
+def test_a_mistake_in_a_rule_breaks_the_contract(agreed, rules, monkeypatch):
+    contracts.with_rules(monkeypatch, **rules)
+    assert contracts.breaches({"collectives": agreed}, contracts.compiled(contracts.small()))
+
+
+def test_the_verdict_agrees_with_the_compiler_on_a_grid():
+    """Rows around the extrapolated limit. What fits by our count compiles; what the compiler refuses does not fit. In between lies a band that the compiler
+    accepts, recomputing more by itself, though its own figures add up to more than the chip has: there the verdict is no."""
+    cfg, topology = contracts.small(data=dict(sequence_length=640, batch_size=2048)), chips.topology("v5e:2x2")
+    v = plan.largest_batch(plan.judge(cfg, topology, quick=True), quick=True)
+    assert v.fits and v.largest_rows > v.rows
+    for share, fits, refused in ((0.9, True, False), (0.99, True, False), (1.5, False, None), (3.0, False, True)):
+        found = plan.judge(plan.with_rows(v, int(v.largest_rows * share)), topology, quick=True)
+        assert found.fits == fits and (refused is None or refused == bool(found.error)), (share, found.total / 2**30, found.error)
+        assert (found.total <= topology.chip.usable) == found.fits
+
+
+def test_what_the_compiler_forgets_is_counted():
+    """It accepts a program that only together with its parameters and optimiser is too large; a device would not."""
+    wide = dict(vocab_size=262144, context=512, layers=2, width=2048, heads=16, feedforward=16384, dtype="bfloat16", remat="full", tied=False)
+    cfg = contracts.small(model=wide, objective=dict(chunk_rows=2048), data=dict(sequence_length=512, batch_size=440))
+    found = plan.judge(cfg, chips.topology("v5e:2x2"), quick=True)
+    assert not found.error and not found.fits and found.memory["activations and temporaries"] < found.topology.chip.usable < found.total
+
+
+def test_the_formula_is_near_the_compiler():
+    for parts in ({}, {"model": dict(vocab_size=2048, context=640, layers=2, width=512, heads=4, feedforward=1024, dtype="bfloat16", remat="none", tied=False)}):
+        cfg = contracts.small(**({"data": dict(sequence_length=640, batch_size=512)} | parts))
+        compiled, formula = plan.judge(cfg, contracts.TOPOLOGY, quick=True), plan.by_formula(cfg, contracts.TOPOLOGY)
+        assert 0.5 < formula.total / compiled.total < 2, (formula.memory, compiled.memory)
+        assert formula.flops == pytest.approx(compiled.flops, rel=0.25)
+
+
+def test_two_slices_exchange_gradients_alone():
+    """Once a step each part of the gradients, and nothing that is as large as a gathered weight."""
+    v = plan.judge(contracts.small(), chips.topology("v5e:2x2", 2), quick=True)
+    across = [c for c in v.collectives if c.axes == "slice"]
+    assert v.mesh["slice"] == 2 and v.time.dcn > 0 and {c.kind for c in across} == {"all-reduce"}
+    sent = sum(c.bytes * c.times for c in across)
+    assert 0.4 * v.memory["parameters"] <= sent <= 2 * v.memory["parameters"]  # bfloat16 parts of float32 parameters, some not split
+
+
+def test_the_verb_end_to_end(tmp_path, capsys):
+    recipe = tmp_path / "small.py"
+    recipe.write_text("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict(dict(model=dict(vocab_size=512, context=128, layers=2, width=128,"
+                      " heads=2, dtype='bfloat16'), data=dict(sequence_length=128, batch_size=16), tokenizer=dict(kind='bytes')))\n")
+    flags = [f"--config={recipe}", "--topology=v5e:2x2,v6e:2x2", "--quick", f"--json={tmp_path / 'f.json'}", f"--plot={tmp_path / 'f.png'}"]
+    assert cli.run("fit", flags) == 0
+    text = capsys.readouterr().out
+    assert "compiled by libtpu" in text and "FITS" in text and "extrapolated" in text
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert [v["topology"] for v in found] == ["v5e:2x2", "v6e:2x2"] and all(v["compile_seconds"] > 0 and v["collectives"] for v in found)
+    assert (tmp_path / "f.png").stat().st_size > 10_000
+
+
+def test_what_does_not_divide_is_refused_before_compiling():
+    with pytest.raises(ValueError, match="batch_size=6 must be a multiple of"):
+        plan.judge(contracts.small(data=dict(sequence_length=640, batch_size=6)), contracts.TOPOLOGY)
+    with pytest.raises(ValueError, match="must multiply to 8"):
+        compiler.abstract_mesh(contracts.small(mesh=dict(fsdp=3)).mesh, 8)
