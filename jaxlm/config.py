@@ -671,4 +671,4 @@ def _unknown(key: str) -> str:
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:
-    return min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: abs(n - wanted))
+    return next(n for distance in range(number + wanted) for n in (wanted - distance, wanted + distance) if 0 < n <= number and number % n == 0)

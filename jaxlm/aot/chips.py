@@ -1,6 +1,6 @@
 """What one chip can do, needs and costs, and the topologies that can be asked for. A user replaces any figure with `--prices=FILE`.
 
-Sources, read November 2026:
+Where a figure stands, written down from memory in November 2026 and not looked up again but for `usable`:
 * TPU peak, memory and its bandwidth: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e). `usable` is what XLA says a program may take: the compiler's own
   out-of-memory messages (15.75G on v5e, 95.74G on v5p, 31.25G on v6e).
 * ICI per link and direction, DCN per chip: Austin et al. 2025, "How to Scale Your Model", jax-ml.github.io/scaling-book/tpus.
