@@ -161,12 +161,12 @@ def largest_batch(verdict: Verdict, quick: bool = False, confirm: bool = False, 
 
 
 def search(config: Config, topology: Topology, top: int = 3, quick: bool = False, say: Say = lambda line: None) -> list[Verdict]:
-    """Meshes, remat policies, microbatches and batch sizes, best first: all by formula, then the `top` of those that should fit compiled.
+    """Meshes, remat policies, microbatches and batch sizes, best first: all by formula, then those that should fit compiled, until `top` do or 3 `top` are tried.
 
     The batch is halved and doubled too: with another batch size the training is another one, with the rest it is not.
 
     Returns:
-      The compiled ones by tokens per second, those that do not fit after those that do, then the others by formula.
+      The compiled ones that fit by tokens per second, then the others by formula, last the compiled ones that do not fit.
     """
     config = on_slices(config, topology)
     parts = _first_that_builds(config, topology)
@@ -181,7 +181,7 @@ def search(config: Config, topology: Topology, top: int = 3, quick: bool = False
         return ranked
     compiled, tried = [], []
     for verdict in ranked:
-        if len(compiled) == top or not verdict.fits:
+        if sum(v.fits for v in compiled) == top or len(compiled) == 3 * top or not verdict.fits:
             break
         say(f"{topology}: compiling {describe(verdict)}")
         tried.append(verdict)
@@ -189,7 +189,8 @@ def search(config: Config, topology: Topology, top: int = 3, quick: bool = False
             compiled.append(judge(verdict.config, topology, quick))
         except ValueError as error:  # what only the model's own checks know does not divide
             say(f"  cannot run: {error}")
-    return sorted(compiled, key=rank) + [v for v in ranked if v not in tried]
+    compiled.sort(key=rank)
+    return [v for v in compiled if v.fits] + [v for v in ranked if v not in tried] + [v for v in compiled if not v.fits]
 
 
 def _first_that_builds(config: Config, topology: Topology):

@@ -80,7 +80,7 @@ def chart(verdicts: Sequence[Verdict], path: pathlib.Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = [f"{v.topology}\n{'compiled' if v.method == 'compiled' else 'by formula'}\n{describe(v).replace(' model', chr(10) + 'model').replace(' train', chr(10) + 'train')}"
+    names = [f"{v.topology}\n{'compiled' if v.method == 'compiled' else 'by formula'}\n{describe(v).replace(' model', chr(10) + 'model').replace(' train', chr(10) + 'train').replace(' data.batch', chr(10) + 'data.batch')}"
              for v in verdicts]
     figure = Figure(figsize=(max(8, 2.6 * len(verdicts) + 3), 9), layout="constrained")
     FigureCanvasAgg(figure)

@@ -103,6 +103,21 @@ def test_the_search_compiles_the_best_that_should_fit(monkeypatch):
     assert all(v.config not in seen for v in found if v.method == "formula")
 
 
+def test_what_does_not_fit_when_compiled_is_last_and_others_are_tried(monkeypatch):
+    tried = []
+
+    def judge(cfg, topology, quick=False):
+        tried.append(cfg)
+        return dataclasses.replace(plan.by_formula(cfg, topology), method="compiled", fits=len(tried) > refused)
+
+    monkeypatch.setattr(plan, "judge", judge)
+    for refused, compiles in ((2, 3), (9, 3)):  # at most 3 times as many as were asked for
+        tried.clear()
+        found = plan.search(tiny(), chips.topology("v5e:2x4"), top=1)
+        assert len(tried) == compiles and found[0].method == ("compiled" if refused < 3 else "formula") and found[0].fits
+        assert not any(v.fits for v in found[-min(refused, 3):]) and {v.method for v in found[-min(refused, 3):]} == {"compiled"}
+
+
 def test_experts_and_stages_are_searched():
     cfg = tiny(model=TINY["model"] | dict(experts=4, experts_per_token=2))
     axes = {axis for mesh in plan.meshes(cfg, H100) for axis in ("expert", "stage") if getattr(mesh, axis) > 1}
