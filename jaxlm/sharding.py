@@ -73,6 +73,20 @@ def _cluster_size() -> int:
     return max(slurm, len(workers.split(",")))
 
 
+def mesh_sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
+    """Axis -> size, with -1 filled in.
+
+    Raises:
+      ValueError: sizes whose product is not the number of devices, with sizes that would work.
+    """
+    sizes = {axis: getattr(cfg, axis) for axis in AXES}
+    fixed = math.prod(n for n in sizes.values() if n != -1)
+    if devices % fixed or (-1 not in sizes.values() and fixed != devices):
+        text = " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n != 1) or "of 1"
+        raise ValueError(f"mesh {text} does not fit {devices} devices: the axes must multiply to {devices}; try {_fitting(sizes, devices)}")
+    return {axis: devices // fixed if n == -1 else n for axis, n in sizes.items()}
+
+
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over all devices, of `AXES`.
 
@@ -82,12 +96,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
       ValueError: sizes whose product is not the number of devices, or slices that are not there, with sizes that would work.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {axis: getattr(cfg, axis) for axis in AXES}
-    fixed = math.prod(n for n in sizes.values() if n != -1)
-    if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
-        text = " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n != 1) or "of 1"
-        raise ValueError(f"mesh {text} does not fit {len(devices)} devices: the axes must multiply to {len(devices)}; try {_fitting(sizes, len(devices))}")
-    sizes = {axis: len(devices) // fixed if n == -1 else n for axis, n in sizes.items()}
+    sizes = mesh_sizes(cfg, len(devices))
     types = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if sizes["slice"] == 1 or slices == 1:

@@ -87,12 +87,7 @@ def abstract_mesh(cfg: MeshConfig, chips: int) -> AbstractMesh:
     Raises:
       ValueError: axes whose product is not `chips`.
     """
-    sizes = {axis: getattr(cfg, axis) for axis in sharding.AXES}
-    fixed = math.prod(n for n in sizes.values() if n != -1)
-    if chips % fixed or (-1 not in sizes.values() and fixed != chips):
-        text = " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n != 1)
-        raise ValueError(f"mesh {text} does not fit {chips} chips: the axes must multiply to {chips}; one of them may be -1, which takes what is left")
-    shape = tuple(chips // fixed if n == -1 else n for n in sizes.values())
+    shape = tuple(sharding.mesh_sizes(cfg, chips).values())
     return AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 

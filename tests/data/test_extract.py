@@ -61,8 +61,9 @@ def test_any_bytes_become_text():
     rng = random.Random(0)
     for size in [0, 1, 2, 3, 7, 100, 5000] * 5:
         for html in (False, True):
-            text, _ = extract.decode(rng.randbytes(size), html)
-            text.encode()  # no half characters
+            given = rng.randbytes(size)
+            text, _ = extract.decode(given, html)
+            assert text.encode().decode() == text and len(text) <= size and bool(text) == bool(given), given  # no half characters, nothing made up
 
 
 @pytest.mark.parametrize("extractor", ["resiliparse", "trafilatura"])
