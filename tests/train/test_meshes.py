@@ -2,6 +2,8 @@
 
 import functools
 import json
+import math
+import re
 
 import jax
 import numpy as np
@@ -84,6 +86,16 @@ def test_a_mesh_computes_what_one_device_does(mesh, kind, options):
 def test_in_bfloat16_to_two_percent(mesh, kind, options):
     loss, grads = difference(mesh, kind, **options)
     assert loss < 2e-2 and grads < 2e-2, (loss, grads)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_ring_never_holds_all_scores_or_masks(remat):
+    """In the traced gradient: tiles of 512 x 512 for each head, not 8192 / 8 x 8192 of them, however the scan over layers moves what all layers share."""
+    parts = build((1, 1, 1), mesh__sequence=8, **LONG | dict(model__context=8192, data__sequence_length=8192, model__remat=remat))
+    with jax.set_mesh(parts.mesh):
+        traced = str(parts.gradient.trace(parts.target.params, parts.batch).jaxpr)
+    largest = max(math.prod(map(int, shape.split(","))) for shape in re.findall(r"(?:bool|f32|i32)\[([\d,]+)\]", traced))
+    assert largest <= 2 * 8192 * 256, largest  # feed-forward activations of all tokens, two layers; the masks alone were 8192 x 8192
 
 
 @pytest.mark.slow
