@@ -100,7 +100,7 @@ def test_a_ring_never_holds_all_scores_or_masks(remat):
 
 @pytest.mark.slow
 def test_a_row_longer_than_one_device_holds():
-    """Of a single row of 2048 tokens each of eight devices needs less than a third of what one needs alone, as compiled, and all compute the same."""
+    """Of a single row of 2048 tokens each of eight devices needs less than an eighth of what one needs alone, as compiled, and all compute the same."""
     found = []
     for parts in (build((1, 1, 1), **LONG), build((1, 1, 1), mesh__sequence=8, **LONG)):
         with jax.set_mesh(parts.mesh):
@@ -111,7 +111,7 @@ def test_a_row_longer_than_one_device_holds():
         found.append((jax.tree.map(np.asarray, params), float(sums["loss"][0]) / float(sums["loss"][1]), np.asarray(grads["layers"]["attn"]["k"]),
                       program.memory_analysis().temp_size_in_bytes))
     (_, loss_1, grad_1, memory_1), (_, loss, grad, memory) = found
-    assert memory < memory_1 / 3, (memory, memory_1)
+    assert memory < memory_1 / 8, (memory, memory_1)
     assert abs(loss - loss_1) < 1e-5 * loss_1 and np.abs(grad - grad_1).max() < 1e-5 * np.abs(grad_1).max()
 
 
