@@ -79,7 +79,7 @@ def _preference(record: Mapping[str, Any]) -> dict[str, Any]:
     else:
         raise ValueError(f"no 'prompt', and 'chosen' and 'rejected' do not begin alike: its keys are {_keys(record)}")
     if answers["chosen"] == answers["rejected"]:
-        raise ValueError("the chosen and the rejected answer are the same: there is nothing to prefer")
+        raise ValueError("the chosen and the rejected answer are the same: take the pair out, or set data.on_error=skip")
     return {"prompt": prompt} | answers
 
 
