@@ -49,7 +49,7 @@ def test_adapters(cfg, dtype):
     matrices = {path for path in AXES if path.rpartition("/")[2] in ("q", "k", "v", "o", "up", "gate", "down")}
     for path, leaf in trees.flatten(base).items():
         error = np.abs(np.asarray(leaf) - trees.flatten(plain)[path]).max()
-        if dtype == "float32" or leaf.ndim - path.startswith("layers") < 2:
+        if path not in lora.compact(dtype, AXES, lambda path: True)[0]:
             assert error == 0, path
         else:
             assert 0 < error <= np.abs(leaf).max() * (quantise.ERROR[dtype] if path in matrices else 2**-8), path
@@ -57,17 +57,20 @@ def test_adapters(cfg, dtype):
 
 @pytest.mark.parametrize("kind, bits", [("int8", 8.5), ("nf4", 4.5)])
 def test_quantised_within_the_stated_error(kind, bits):
-    w = jax.random.normal(jax.random.key(0), (3, 128, 64)) * jnp.exp(jax.random.normal(jax.random.key(1), (3, 128, 1)))
-    w = w.at[0, 0, :64].set(0)
-    for axis in (1, 2):
+    random = np.random.default_rng(0)
+    w = (random.normal(size=(3, 128, 64)) * np.exp(random.normal(size=(3, 128, 1)))).astype(np.float32)
+    w[0, 0] = 0
+
+    def there_and_back(w, axis):
         stored = quantise.quantise(w, axis, kind)
         back = quantise.dequantise(stored, axis)
-        blocks = jnp.moveaxis(w, axis, -1).reshape(3, -1, 64)
-        bound = jnp.abs(blocks).max(-1, keepdims=True) * quantise.ERROR[kind] * (1 + 1e-5)
-        assert bool((jnp.abs(jnp.moveaxis(back, axis, -1).reshape(blocks.shape) - blocks) <= bound).all())
-        assert sum(leaf.size * leaf.dtype.itemsize for leaf in stored.values()) * 8 == w.size * bits
-        again = quantise.quantise(back, axis, kind)
-        assert all(bool((again[name] == stored[name]).all()) for name in (kind,))
+        return stored, back, quantise.quantise(back, axis, kind)[kind]
+
+    for axis in (1, 2):
+        stored, back, again = jax.jit(there_and_back, static_argnums=1)(w, axis)
+        blocks, found = (np.moveaxis(np.asarray(a), axis, -1).reshape(3, -1, 64) for a in (w, back))
+        assert (np.abs(found - blocks) <= np.abs(blocks).max(-1, keepdims=True) * quantise.ERROR[kind] * (1 + 1e-5)).all()
+        assert sum(leaf.nbytes for leaf in stored.values()) * 8 == w.size * bits and np.array_equal(again, stored[kind])
 
 
 def test_targets_that_match_nothing():

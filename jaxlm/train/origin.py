@@ -126,7 +126,7 @@ def params(origin: str, target: Any, layers: Sequence[int] = (), *, step: int | 
         whole = _shapes(model(origin)[0], target)
         full = params(origin, whole, step=step, log=log)
         places = jax.tree.map(lambda leaf: leaf.sharding, target)
-        return jax.jit(functools.partial(_take, tuple(layers)), out_shardings=places, donate_argnums=0)(full)
+        return jax.jit(functools.partial(_take, tuple(layers)), out_shardings=places)(full)
     if source := _foreign(origin):
         return source.load(jax.tree.map(lambda leaf: leaf.sharding, target))
     return saved(pathlib.Path(origin), step_of(origin, log) if step is None else step, target, log=log)
