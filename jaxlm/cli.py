@@ -16,6 +16,7 @@ VERBS = {
     "fit": "before you rent: does a config fit on these TPUs or GPUs, how fast, at what cost",
     "eval": "loss, perplexity and bits per byte of a checkpoint; --watch follows a run",
     "generate": "continue prompts with a checkpoint",
+    "serve": "serve a checkpoint over HTTP, with OpenAI's interface",
     "data": "which documents a checkpoint has seen, how often and when (data audit)",
     "import": "turn a Hugging Face directory into a checkpoint",
     "verify": "compare a config's training on many meshes with one device",
