@@ -6,10 +6,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from jaxlm.data import chat
-from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.serve.app import Options, Server
 from jaxlm.serve.engine import Engine, Limits
+from jaxlm.serve.talk import chatting
 from jaxlm.serve.texts import Texts
 from jaxlm.train.saved import Run
 
@@ -32,15 +31,6 @@ def build(run: Run, limits: Limits, options: Options, template: str = "") -> Ser
         return Server(Texts(run.model, run.params, cfg, run.tokenizer), options)
     talk = chatting(run.tokenizer, template) if template or run.tokenizer.chat_template else None
     return Server(Engine(run.model, run.params, cfg, run.tokenizer, limits), options, talk)
-
-
-def chatting(tokenizer: Tokenizer, template: str = "") -> Callable[[list[dict]], tuple[list[int], frozenset[int], tuple[str, ...]]]:
-    """Messages -> the prompt's ids, and the tokens and texts that end the assistant's turn."""
-    found = chat.template(template, tokenizer)
-    end = found.end_of_turn.strip()
-    special = tokenizer.special_tokens.get(end)
-    ends = (frozenset(), (end,) if end else ()) if special is None else (frozenset({special}), ())
-    return lambda messages: (found.encode(tokenizer, messages, generate=True).tolist(), *ends)
 
 
 def serve(server: Server, host: str, port: int, drain: float, ready: Callable[[Any], None] | None = None) -> int:

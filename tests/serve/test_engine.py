@@ -53,7 +53,7 @@ def answers(engine, asks):
 
 def prompts(count, longest, seed=0):
     random = np.random.default_rng(seed)
-    return [random.integers(0, 256, random.integers(1, longest)).tolist() for _ in range(count)]
+    return [random.integers(0, 128, random.integers(1, longest)).tolist() for _ in range(count)]
 
 
 def test_greedy_is_what_generate_says(engine, params):
