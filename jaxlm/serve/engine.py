@@ -107,10 +107,10 @@ class Engine:
     def __init__(self, model: Model, params: Any, cfg: TransformerConfig, tokenizer: Tokenizer, limits: Limits = Limits()):
         self.model, self.cfg, self.tokenizer, self.limits = model, cfg.filled(), tokenizer, limits
         self.context = cfg.context
-        self._mesh = lambda: mesh_of(params)
-        with self._mesh():
-            self._params = jax.jit(_prepared, static_argnums=(0, 1))(model, cfg.dtype, params)
         self.pages = Pages(_pages(self.cfg, limits), limits.page)
+        self._mesh = lambda: mesh_of(self._params)
+        with mesh_of(params):
+            self._params = jax.jit(_prepared, static_argnums=(0, 1))(model, cfg.dtype, params)
         self.stats = Stats()
         self._storage = self._new_storage()
         self._waiting: collections.deque[Row] = collections.deque()
