@@ -190,13 +190,20 @@ class Engine:
                 with self._mesh():
                     self._turn()
             except Exception as error:  # out of memory on the device, say: these requests fail, the next may not
-                self.stats.failed(error)
-                self._flight = None
-                for row in (*self._rows, *self._waiting):
-                    self._end(row, "error")
-                self._rows, self._storage = [], self._new_storage()
-                self._waiting.clear()
-                self.pages = Pages(self.pages.count, self.pages.size)
+                self._recover(error)
+
+    def _recover(self, error: Exception) -> None:
+        """Begins again with an empty cache; what was asked so far ends with an error."""
+        self.stats.failed(error)
+        with self._wake:  # what is submitted from here on is not among them
+            lost = [*self._rows, *self._waiting]
+            self._rows, self._flight = [], None
+            self._waiting.clear()
+        self._storage = None  # the old pages go before there are new ones
+        self._storage, self.pages = self._new_storage(), Pages(self.pages.count, self.pages.size)
+        for row in lost:
+            row.pages = []
+            self._end(row, "error")
 
     def _turn(self) -> None:
         self._sweep()
