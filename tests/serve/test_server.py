@@ -202,7 +202,7 @@ def hostile(address, seed):
         data = b""
     host, port = urllib.parse.urlparse(address).netloc.split(":")
     length = len(data) if random_.random() < 0.9 else random_.choice([0, len(data) + 10, 2**40, -1, "x"])
-    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {'application/json' if random_.random() < 0.95 else text[:5]!a}\r\ncontent-length: {length}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {'application/json' if random_.random() < 0.95 else ascii(text[:5])}\r\ncontent-length: {length}\r\n\r\n"
     with socket.create_connection((host, int(port)), timeout=60) as connection:
         try:
             connection.sendall(head.encode("latin-1", "replace") + data)
