@@ -97,7 +97,7 @@ def _chat(run, settings, values: flags.FlagValues) -> int:
     cfg = run.config.model
     if cfg.encoder_layers:
         raise ValueError(f"{run.workdir} holds an encoder-decoder, which does not chat: give --prompt")
-    encode = talk.chatting(run.tokenizer, values.chat_template)
+    encode = talk.chatting(run.tokenizer, values.chat_template or run.chat_template)
     # Four chats' worth of pages: what was said stays, whatever is asked next.
     limits = engine.Limits(rows=4, cache_bytes=2**62)
     served = engine.Engine(run.model, run.params, cfg, run.tokenizer, limits)

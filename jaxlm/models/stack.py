@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import TransformerConfig
 from jaxlm.models import axes
-from jaxlm.models.layers import Block, Slots
+from jaxlm.models.layers import Block, Slots, adapt
 from jaxlm.sharding import ways
 
 View = Callable[[Any], Any]  # one layer's weights -> the weights to compute with (cast, dequantise, add LoRA)
@@ -71,7 +71,7 @@ def _one_by_one(cfg: TransformerConfig, layers: tuple, x_BTD: jax.Array, slots: 
     sizes, caches, routed = [cfg.windows[i % len(cfg.windows)] for i in range(cfg.layers)], [], []
     for sparse, layer, size, part in zip(kinds(cfg), layers, sizes, cache, strict=True):
         window = jnp.int32(size) if any(sizes) else None
-        x_BTD, part, statistics = Block(cfg, sparse).apply({"params": axes.whole(cfg, view(layer))}, x_BTD, slots, window, part)
+        x_BTD, part, statistics = Block(cfg, sparse).apply({"params": adapt(axes.whole(cfg, view(layer)))}, x_BTD, slots, window, part)
         caches.append(part)
         routed += [statistics] if statistics else []
     return x_BTD, tuple(caches), jax.tree.map(lambda *leaves: jnp.stack(leaves), *routed) if routed else {}
@@ -91,7 +91,7 @@ def rows(cfg: TransformerConfig, layers: dict, key: jax.Array | None) -> tuple[d
 def scan(cfg: TransformerConfig, kinds: tuple[bool, ...], own: dict, per_layer: dict, x_BTD: jax.Array, slots: Slots, view: View):
     """Layers of these kinds, with their `rows`: hidden states, and the routers' statistics."""
     def one(sparse, x, layer, own):
-        params = axes.whole(cfg, view(layer["params"] | {KINDS[sparse]: own}))
+        params = adapt(axes.whole(cfg, view(layer["params"] | {KINDS[sparse]: own})))
         x, _, statistics = Block(cfg, sparse).apply({"params": params}, x, slots, layer.get("window"), None, layer.get("key"))
         return x, statistics
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxlm.config import TransformerConfig
+from jaxlm import lora, trees
+from jaxlm.config import LoraConfig, TransformerConfig
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.generate import Settings, mesh_of, release
 from jaxlm.models import cache as caches
@@ -40,6 +41,7 @@ class Limits:
     cache_bytes: int = 2**30  # for keys and values
     page: int = 32  # tokens of a page
     chunk: int = 256  # tokens of prompts fed between two steps
+    int8_weights: bool = False  # matrices of the layers as int8 in blocks (`ops/quantise.py`), the others bfloat16: a quarter of float32, results a little off
     int8_cache: bool = False  # keys and values as int8: a quarter of the memory of float32, results a little off
 
 
@@ -105,12 +107,12 @@ class Engine:
     """
 
     def __init__(self, model: Model, params: Any, cfg: TransformerConfig, tokenizer: Tokenizer, limits: Limits = Limits()):
-        self.model, self.cfg, self.tokenizer, self.limits = model, cfg.filled(), tokenizer, limits
+        self.cfg, self.tokenizer, self.limits = cfg.filled(), tokenizer, limits
         self.context = cfg.context
         self.pages = Pages(_pages(self.cfg, limits), limits.page)
         self._mesh = lambda: mesh_of(self._params)
         with mesh_of(params):
-            self._params = jax.jit(_prepared, static_argnums=(0, 1))(model, cfg.dtype, params)
+            self.model, self._params = _prepared(model, params, cfg.dtype, limits.int8_weights)
         self.stats = Stats()
         self._storage = self._new_storage()
         self._waiting: collections.deque[Row] = collections.deque()
@@ -341,10 +343,14 @@ class Engine:
             return jax.jit(lambda: caches.placed_pages(caches.empty_pages(self.cfg, self.pages.count + 1, self.limits.page, self.limits.int8_cache)))()
 
 
-def _prepared(model: Model, dtype: str, params: Any) -> Any:
-    """Unstacked, and cast once to what they would be cast to at each step."""
-    cast = {name: jax.tree.map(lambda w: w.astype(dtype), params[name]) for name in ("embed", "layers", "head") if name in params}
-    return model.unstack(params | cast)
+def _prepared(model: Model, params: Any, dtype: str, int8: bool) -> tuple[Model, Any]:
+    """The model and its parameters as steps want them: unstacked, and in int8 or cast once to what they would be cast to at each step."""
+    if int8:
+        axes = trees.match(model.axes, trees.flatten(params), "axes of the model")
+        form = lora.form(model, LoraConfig(), "int8", axes, dict.fromkeys(axes, False), dtype)
+        return form.model, jax.jit(lambda params: model.unstack(form.dress(params, None)))(params)
+    cast = lambda params: {name: jax.tree.map(lambda w: w.astype(dtype), params[name]) for name in ("embed", "layers", "head") if name in params}
+    return model, jax.jit(lambda params: model.unstack(params | cast(params)))(params)
 
 
 def _pages(cfg: TransformerConfig, limits: Limits) -> int:

@@ -29,6 +29,7 @@ def build(run: Run, limits: Limits, options: Options, template: str = "") -> Ser
         raise ValueError(f"{run.workdir} holds a model that labels tokens, which is not served yet: use jaxlm eval")
     if cfg.kind == "encoder":
         return Server(Texts(run.model, run.params, cfg, run.tokenizer), options)
+    template = template or run.chat_template
     talk = chatting(run.tokenizer, template) if template or run.tokenizer.chat_template else None
     return Server(Engine(run.model, run.params, cfg, run.tokenizer, limits), options, talk)
 

@@ -235,7 +235,7 @@ def check(server, address, found):
     assert {200, 400, 422} <= statuses and len(found) > 20
     live.settled(server, 60)
     assert not server.stats.error
-    assert httpx.post(f"{address}/v1/completions", json={"prompt": "Hello", "max_tokens": 3}).status_code == 200
+    assert httpx.post(f"{address}/v1/completions", json={"prompt": "Hello", "max_tokens": 3}, timeout=60).status_code == 200
 
 
 def test_hostile_requests(server):
