@@ -94,5 +94,6 @@ def _write_adapter(values: flags.FlagValues, to) -> int:
         if to.exists():
             to.rmdir()
         os.replace(folder, to)
-    print(f"adapters of rank {config.lora.rank} for {', '.join(modules)} in {to}, step {step} of {values.workdir}, for the base {told['origin']}, read back and compared")
+    print(f"adapters of rank {config.lora.rank} for {', '.join(modules)} in {to}, step {step} of {values.workdir}, for the base {told['origin']}, read back "
+          "and compared")
     return 0
