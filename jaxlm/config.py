@@ -406,7 +406,7 @@ class OptimConfig:
     step_ratio: float = 0.1  # step: each drop multiplies lr by this
     weight_decay: float = 0.1
     decay_rules: Rules = ()  # (path regex, decays or not), strict; empty: every weight with two or more dimensions of its own decays
-    trainable: Rules = ()  # (path regex, trained or frozen), strict; empty: everything is trained
+    trainable: Rules = ()  # (path regex, trained or frozen), strict; empty: everything is trained, with lora.rank the adapters alone
     frozen_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"  # how frozen matrices are kept: int8 and nf4 those of the layers, blockwise, and
     # the others in bfloat16; with lora.rank nf4 is QLoRA
     clip: float = 1.0  # global norm of the gradient; 0: off
@@ -520,7 +520,6 @@ class Config:
         edits = [name for name, part in (("clean", self.clean), ("filter", self.filter)) if part != type(part)()] + ["dedup.line_length"] * bool(
             self.dedup.line_length)
         _need(self.data.format == "text" or not edits, f"data.format={self.data.format}: {' and '.join(edits)} would tear messages apart: leave them out")
-        _need(not self.lora.rank or not self.optim.trainable, "optim.trainable goes without lora.rank: with adapters these are what is trained")
         _need(not self.train.init_layers or self.train.init_from, "train.init_layers are layers of another model: set train.init_from")
         pairs, source = self.objective.name == "seq2seq", bool(self.data.source)
         _need(pairs or not self.data.input_key, f"data.input_key={self.data.input_key!r} goes with objective.name=seq2seq, not {self.objective.name}: "

@@ -187,7 +187,7 @@ def form(model: Any, cfg: LoraConfig, frozen_dtype: str, axes: Axes, trainable: 
 
     Args:
       axes: path -> logical axes of the plain parameters.
-      trainable: path -> trained or frozen; with adapters the plain ones are all frozen.
+      trainable: path -> trained or frozen, of the plain parameters.
       dtype: what layers compute in.
     """
     if not cfg.rank and frozen_dtype == "float32":
