@@ -31,7 +31,8 @@ def tuned(cfg, adapters):
     def make(key):
         base = model.init(key)
         whole = trees.flatten(form.dress(base, key))
-        own = {path: leaf + 0.2 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape) for i, (path, leaf) in enumerate(whole.items()) if lora.is_adapter(path)}
+        moved = lambda i, leaf: leaf + 0.2 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
+        own = {path: moved(i, leaf) for i, (path, leaf) in enumerate(whole.items()) if lora.is_adapter(path)}
         batch = {"tokens": jnp.asarray(TOKENS), "positions": jnp.arange(20)[None], "segments": jnp.ones(TOKENS.shape, jnp.int32)}
         params = trees.unflatten(whole | own)
         return base, trees.unflatten(own), model.head(params, form.model.apply(params, batch)[0])
