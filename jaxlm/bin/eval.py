@@ -98,7 +98,7 @@ def _evaluate(values: flags.FlagValues, log, run) -> None:
     import jax
 
     from jaxlm.data import rows
-    from jaxlm.evaluate import follow, likelihood
+    from jaxlm.evaluate import follow
     from jaxlm.train import evaluation, report, saved
 
     if run.config.model.output != "tokens":
