@@ -221,6 +221,23 @@ def steps(workdir: os.PathLike | str) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit() and (folder / name / MANIFEST).exists())
 
 
+def fingerprint(workdir: os.PathLike | str, step: int) -> str:
+    """sha256 of a checkpoint's manifest, which holds the sums of all its files.
+
+    Raises:
+      ValueError: one line; there is no such checkpoint, or its manifest is damaged.
+    """
+    return _manifest(workdir, step)["sha256"]
+
+
+def mark(workdir: os.PathLike | str, step: int) -> str | None:
+    """What tells a saved step from another one that was saved under the same number, damaged or not; None: there is none."""
+    try:
+        return hashlib.sha256((_step(workdir, step) / MANIFEST).read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
 def verify(workdir: os.PathLike | str, step: int) -> None:
     """Reads every file of a checkpoint and compares its size and sha256 sum with the manifest.
 

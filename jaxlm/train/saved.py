@@ -30,6 +30,7 @@ class Run(NamedTuple):
     model: decoder.Model
     params: Any  # on `mesh`; the moving average where the run keeps one
     mesh: Mesh
+    fingerprint: str  # of the checkpoint's manifest
 
 
 def open_run(workdir: os.PathLike | str, step: int | None = None, *, log: Callable[[str], None] = print) -> Run:
@@ -82,12 +83,13 @@ def read_files(workdir: pathlib.Path, step: int) -> tuple[Config, tokenizers.Tok
 
 def _open(workdir: pathlib.Path, step: int) -> Run:
     config, tokenizer, data = read_files(workdir, step)
+    fingerprint = checkpoint.fingerprint(workdir, step)
     model = kinds.build(config.model)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     mesh, places = place(config.mesh, model, shapes)
     target = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places)
     params = checkpoint.restore_params(workdir, step, target, ema=config.optim.ema > 0)
-    return Run(workdir, step, config, tokenizer, data, model, params, mesh)
+    return Run(workdir, step, config, tokenizer, data, model, params, mesh, fingerprint)
 
 
 def place(cfg: MeshConfig, model: decoder.Model, shapes: Any) -> tuple[Mesh, Any]:
