@@ -6,7 +6,6 @@ import json
 import pathlib
 
 import pytest
-import tensorflow_datasets as tfds
 
 from jaxlm.evaluate import definition, sources
 
@@ -148,31 +147,14 @@ def test_a_file_is_held_to_its_sum(tmp_path):
         read(tmp_path, TASK, GOOD, GOOD)
 
 
-class Quiz(tfds.core.GeneratorBasedBuilder):
-    """A data set of our own."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-        features = {"question": tfds.features.Text(), "choices": tfds.features.Sequence({"text": tfds.features.Text()}),
-                    "label": tfds.features.ClassLabel(num_classes=2)}
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-        return {"test": self._generate_examples()}
-
-    def _generate_examples(self):
-        yield 0, {"question": "née?", "choices": [{"text": "yes"}, {"text": "no"}], "label": 1}
-
-
-def test_tfds_is_a_source(tmp_path):
-    Quiz(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
-    task = TASK.replace('file = "q.jsonl"\nexamples = "train.jsonl"',
-                        'tfds = "quiz:test"\nfields = { question = "question", choices = "choices.text", target = "label" }')
-    (tmp_path / "tasks.toml").write_text(task)
-    found = sources.read(definition.find([str(tmp_path / "tasks.toml")])[0], [], str(tmp_path))
-    assert found.items[0].contexts[0] == "Q: née?\nA:" and found.items[0].choices == ("yes", "no") and found.items[0].right == 1
-    assert found.origin["tfds"] == "quiz:test"
+def test_tfds_is_a_source_where_the_files_are_not(tmp_path, monkeypatch):
+    """Features as TFDS gives those of ARC (tests/data/test_tfds.py reads a real data set)."""
+    arc = {"question": "née?", "choices": {"text": ["yes", "no"], "label": [0, 1]}, "answerKey": 1}
+    monkeypatch.setattr(sources.tfds, "examples", lambda name, folder: [arc] if name == "tfds:ai2_arc/ARC-Easy:test" else [arc] * 3)
+    [task] = definition.find(["arc_easy"])
+    found = sources.read(task, [tmp_path], shots=2)
+    assert found.items[0].contexts[0] == "Question: née?\nAnswer:" and found.items[0].choices == ("yes", "no") and found.items[0].right == 1
+    assert found.origin["tfds"] == "ai2_arc/ARC-Easy:test" and len(found.examples) == 3
 
 
 def test_the_catalogue_is_whole():
