@@ -47,7 +47,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("tfds_dir", "", "Where TFDS keeps its data sets; empty: as TFDS does.", flag_values=values)
     flags.DEFINE_integer("shots", None, "Examples before each question; without it, as the task says.", flag_values=values)
     flags.DEFINE_integer("limit", 0, "Ask the first so many items of each task; 0: all.", flag_values=values)
-    flags.DEFINE_bool("contamination", None, "Search the training data for the tasks' items; without it, where that takes a minute at most.", flag_values=values)
+    flags.DEFINE_bool("contamination", None, "Search the training data for the tasks' items; without it, where that takes about a minute.", flag_values=values)
     flags.DEFINE_list("lm_eval", [], "Tasks of lm-evaluation-harness: names, or .yaml files.", flag_values=values)
     flags.DEFINE_string("compare", "", "--compare A B: two workdirs, WORKDIR/results/step-N folders or results.", flag_values=values)
     flags.DEFINE_integer("keep_best", 3, "With --watch: so many checkpoints are kept.", flag_values=values)
@@ -182,8 +182,8 @@ def _tasks(values: flags.FlagValues, log, asked, run) -> None:
 
     progress = report.Progress()
     show = lambda done, total: progress.show(f"step {run.step}: {done:,} of {total:,} requests")
-    found = benchmarks.tasks(run, asked, batch_size=values.batch_size, contaminated=values.contamination, log=progress.note if jax.process_index() == 0 else log,
-                             progress=show if jax.process_index() == 0 else None)
+    found = benchmarks.tasks(run, asked, batch_size=values.batch_size, contaminated=values.contamination,
+                             log=progress.note if jax.process_index() == 0 else log, progress=show if jax.process_index() == 0 else None)
     if jax.process_index() > 0:
         return
     progress.note(f"{run.workdir}, step {run.step}\n{results.table(found)}\n  in {results.folder(run.workdir, run.step)}")

@@ -156,7 +156,8 @@ def figures(columns_NK: np.ndarray, name: str, bootstrap: int, seed: int = 0) ->
     metric, columns = METRICS[name], np.asarray(columns_NK, np.float64)
     row = {"value": float(metric.figure(columns.sum(axis=0))), "higher_is_better": metric.higher_is_better}
     if columns.shape[1] == 2 and set(np.unique(columns[:, 0])) <= {0.0, 1.0} and (columns[:, 1] == 1).all():
-        (low, high), how, error = uncertainty.exact(int(columns[:, 0].sum()), len(columns)), "exact", np.sqrt(row["value"] * (1 - row["value"]) / max(1, len(columns) - 1))
+        (low, high), how = uncertainty.exact(int(columns[:, 0].sum()), len(columns)), "exact"
+        error = math.sqrt(row["value"] * (1 - row["value"]) / max(1, len(columns) - 1))
     else:
         drawn = np.asarray(metric.figure(uncertainty.resample(columns, bootstrap, seed)))
         (low, high), how, error = uncertainty.interval(drawn), "bootstrap", np.nanstd(drawn)

@@ -46,8 +46,8 @@ class Ask(NamedTuple):
         return self.task.name + f"-{self.shots}shot" * (self.shots != self.task.shots) + f"-first{self.limit}" * bool(self.limit)
 
 
-def evaluate(of: Subject, ask: Ask, folder: pathlib.Path, *, bootstrap: int, log: Callable[[str], None] = print, progress: Callable[[int, int], None] | None = None,
-             overlap: Callable[[list[str]], dict[str, Any]] | None = None) -> dict[str, Any] | None:
+def evaluate(of: Subject, ask: Ask, folder: pathlib.Path, *, bootstrap: int, log: Callable[[str], None] = print,
+             progress: Callable[[int, int], None] | None = None, overlap: Callable[[list[str]], dict[str, Any]] | None = None) -> dict[str, Any] | None:
     """The result of a task (see `results`), on file in `folder`: read from there if this model has answered these items before, else continued or begun.
     In several processes all call this together; process 0 alone writes, and returns the result.
 
@@ -192,7 +192,8 @@ def _result(ask: Ask, asked: Sequence[Item], rows: Sequence[dict], bootstrap: in
         shares = result["contamination"].pop("shares", None)
         if shares is not None:
             clean = np.array([i for i, share in enumerate(shares) if not share], np.int64)
-            result["contamination"]["clean"] = {metric: answers.figures(values[clean], metric, bootstrap) for metric, values in columns.items()} if len(clean) else {}
+            figures = {metric: answers.figures(values[clean], metric, bootstrap) for metric, values in columns.items()} if len(clean) else {}
+            result["contamination"]["clean"] = figures
             hit = len(shares) - len(clean)
             result["notes"] += [f"{hit:,} of {len(shares):,} items share {result['contamination']['words']} words in a row with the training data"] * bool(hit)
     items = []

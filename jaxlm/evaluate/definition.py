@@ -106,7 +106,8 @@ def find(names: Sequence[str]) -> list[Task]:
             wanted = [_named(load(CATALOGUE), given, "the catalogue")]
         for task in wanted:
             if task.name in found and found[task.name] != task:
-                raise ValueError(f"two different tasks are called {task.name}, in {found[task.name].where} and {task.where}: rename one, or evaluate them apart")
+                raise ValueError(f"two different tasks are called {task.name}, in {found[task.name].where} and {task.where}: rename one, or evaluate "
+                                 "them apart")
             found[task.name] = task
     return list(found.values())
 
@@ -164,7 +165,8 @@ def _task(path: pathlib.Path, name: str, table: Any) -> Task:
         _need(values.get(key, 1) >= (key == "max_tokens"), f"{where}: {key}={values.get(key)} is too small")
     for pattern in filter(None, [values.get("answer")]):
         _pattern(where, "answer", pattern)
-    return Task(name=name, where=str(path), sources=tuple(_source(f"{where}, from {i}", kind, values, entry) for i, entry in enumerate(table["from"], 1)), **values)
+    sources = tuple(_source(f"{where}, from {i}", kind, values, entry) for i, entry in enumerate(table["from"], 1))
+    return Task(name=name, where=str(path), sources=sources, **values)
 
 
 def _source(where: str, kind: str, task: Mapping[str, Any], table: Any) -> Source:

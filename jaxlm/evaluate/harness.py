@@ -1,4 +1,6 @@
-"""The real lm-evaluation-harness (Gao et al.) on a native checkpoint, through its LM interface: no export, no torch. Home of lm_eval: pip install 'jaxlm[lm_eval]'.
+"""The real lm-evaluation-harness (Gao et al.) on a native checkpoint, through its LM interface: no export, no torch.
+
+Home of lm_eval and of its datasets: pip install 'jaxlm[lm_eval]'.
 
 Its prompts, filters and metrics are its own; only the three questions that it asks a model are answered here, by what our own tasks use.
 """
@@ -82,6 +84,7 @@ def evaluate(of: Subject, names: Sequence[str], *, shots: int | None, limit: int
     """
     check()
     import lm_eval
+    from datasets.exceptions import DatasetsError
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -102,7 +105,7 @@ def evaluate(of: Subject, names: Sequence[str], *, shots: int | None, limit: int
     try:
         found = lm_eval.simple_evaluate(model=language_model(of), tasks=wanted, num_fewshot=shots, limit=limit or None, task_manager=manager, log_samples=True,
                                         bootstrap_iters=bootstrap)
-    except (ConnectionError, FileNotFoundError) as error:
+    except (ConnectionError, FileNotFoundError, DatasetsError) as error:
         raise ValueError(f"lm_eval could not load the data of {', '.join(wanted)}: {' '.join(str(error).split())[:300]}") from error
     return [_result(name, figures, found["samples"].get(name, []), found, bootstrap) for name, figures in found["results"].items() if name in found["samples"]]
 
@@ -135,4 +138,5 @@ def _result(name: str, figures: dict[str, Any], samples: list[dict[str, Any]], w
              "columns": {label: values[i] for label, values in columns.items()}} for i, one in enumerate(first.values())]
     digest = hashlib.sha256(json.dumps([one["doc_hash"] for one in first.values()]).encode()).hexdigest()
     return {"task": f"lm_eval-{name}", "kind": "lm_eval", "metric": next(iter(metrics), ""), "items": len(first), "shots": whole["n-shot"].get(name) or 0,
-            "limit": whole["config"].get("limit") or 0, "metrics": metrics, "notes": [], "source": {"lm_eval": lm_eval.__version__}, "items_sha256": digest}, rows
+            "limit": whole["config"].get("limit") or 0, "metrics": metrics, "notes": [], "source": {"lm_eval": lm_eval.__version__},
+            "items_sha256": digest}, rows

@@ -142,4 +142,4 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], a: str, b: str) -> str:
             verdict += f" ({row['needed']:,} items would be needed, there are {row['items']:,})" if row["needed"] and row["needed"] > row["items"] else ""
         lines.append(f"  {row['task']:<20} {row['metric']:<16} {number(row['a']):>9} {number(row['b']):>9} {row['difference']:>+9.4f}   "
                      f"{row['low']:+.4f} to {row['high']:+.4f}   {row['p']:>7.4f}  {verdict}")
-    return "\n".join([*lines, "p: the chance of so large a difference between two equal models; where several tests are made, corrected for their number (Holm)."])
+    return "\n".join([*lines, "p: the chance of so large a difference between two equal models, corrected for the number of tests (Holm)."])

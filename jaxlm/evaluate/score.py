@@ -4,7 +4,7 @@ Requests are sorted by length, longest first, and each batch holds about as many
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,8 +52,8 @@ def pairs(tokenizer: Tokenizer, contexts: Sequence[str], continuations: Sequence
             whole = np.concatenate([tokenizer.encode_batch([before])[0], last := tokenizer.encode_batch([after])[0]])
             targets = len(last)
         if targets > context:
-            raise ValueError(f"continuation {number}, {after[:40]!r}..., has {targets} tokens, and the model's context holds {context}: leave that item out, or use "
-                             "another model")
+            raise ValueError(f"continuation {number}, {after[:40]!r}..., has {targets} tokens, and the model's context holds {context}: leave that item "
+                             "out, or use another model")
         tokens = np.concatenate([np.array(begin, np.int32), whole.astype(np.int32)])
         cut += len(tokens) > context + 1
         found.append(Request(tokens[-(context + 1):], targets))

@@ -110,7 +110,8 @@ def records_of(path: pathlib.Path, data: bytes, source: Source = Source()) -> li
             raise ValueError(f"{path} has {len(rows)} lines, and an item is {lines} lines")
         return [{str(k): rows[i + k].removesuffix("\r") for k in range(lines)} for i in range(0, len(rows), lines)]
     if name.endswith((".csv", ".tsv")):
-        rows = csv.DictReader(io.StringIO(text), delimiter="\t" if name.endswith(".tsv") else ",", quoting=csv.QUOTE_NONE if name.endswith(".tsv") else csv.QUOTE_MINIMAL)
+        how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if name.endswith(".tsv") else {}
+        rows = csv.DictReader(io.StringIO(text), **how)
         try:
             return [{key: value for key, value in row.items() if key is not None and value is not None} for row in rows]
         except csv.Error as error:

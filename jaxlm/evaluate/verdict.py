@@ -24,7 +24,7 @@ class Verdict(NamedTuple):
     without_gain: int  # checkpoints since then
     keep: tuple[int, ...]  # best first; the run does not delete these
     regressed: tuple[int, ...]  # steps that the test called worse than the best before them
-    ranking: tuple[dict[str, Any], ...]  # every checkpoint's `step`, `value`, `low`, `high`, and the `verdict` and `p` against the best of its time; best value first
+    ranking: tuple[dict[str, Any], ...]  # each checkpoint's step, value, low, high, and verdict and p against the best of its time; best value first
 
 
 def read(workdir: pathlib.Path) -> Verdict | None:
@@ -34,6 +34,12 @@ def read(workdir: pathlib.Path) -> Verdict | None:
         return Verdict(**{name: tuple(found[name]) if isinstance(found[name], list) else found[name] for name in Verdict._fields})
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def exhausted(workdir: pathlib.Path, patience: int) -> bool:
+    """Whether a run that gives up after `patience` evaluations without a gain (0: never) should, by what its watcher found."""
+    found = read(workdir) if patience else None
+    return found is not None and found.without_gain >= patience
 
 
 def write(workdir: pathlib.Path, verdict: Verdict) -> None:

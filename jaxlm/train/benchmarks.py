@@ -101,7 +101,8 @@ def _overlap(run: saved.Run, wanted: bool | None, texts: list[str]) -> dict[str,
         kept.parent.mkdir(parents=True, exist_ok=True)
         results.replace(kept, json.dumps(known | {key: shares}))
     told = [share for share in shares if share is not None]
-    return about | {"searched": True, "items": len(told), "hit": sum(share > 0 for share in told), "share": float(np.mean(told)) if told else None, "shares": shares}
+    return about | {"searched": True, "items": len(told), "hit": sum(share > 0 for share in told), "share": float(np.mean(told)) if told else None,
+                    "shares": shares}
 
 
 def _training_texts(run: saved.Run, corpus: Corpus) -> Iterator[str]:

@@ -34,6 +34,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxlm import __version__, trees
+from jaxlm.evaluate import verdict
 from jaxlm.sharding import first, together
 from jaxlm.train import durable
 from jaxlm.train.lock import Lock
@@ -195,7 +196,8 @@ class Checkpoints:
                 self._log(f"deleted: {error}")
                 _discard(_step(self.workdir, later))
                 del saved[later]
-        for old in sorted(saved.keys() - kept(saved, **self._keep) - {step}):
+        judged = verdict.read(self.workdir)  # by a watcher beside the run
+        for old in sorted(saved.keys() - kept(saved, **self._keep) - {step, *(judged.keep if judged else ())}):
             _discard(_step(self.workdir, old))
 
     def _failure(self, step: int, error: Exception) -> OSError:

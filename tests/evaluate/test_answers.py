@@ -12,7 +12,8 @@ from jaxlm.evaluate.definition import Item
 
 TASK = definition.Task("t", "", "generate", ("f1",), "", "", ())
 HYPOTHESES = ["The cat sat on the mat .", "there is a dog in the garden", "he said nothing at all", "so it goes", ""]
-REFERENCES = [("The cat sat on a mat .",), ("a dog is in the garden", "there is a dog in this garden"), ("he said nothing",), ("and so it went on and on",), ("words",)]
+REFERENCES = [("The cat sat on a mat .",), ("a dog is in the garden", "there is a dog in this garden"), ("he said nothing",),
+              ("and so it went on and on",), ("words",)]
 
 
 def columns(name, hypotheses=HYPOTHESES, references=REFERENCES, task=TASK):
@@ -44,7 +45,8 @@ def test_words_in_common_are_squads():
 
 
 @pytest.mark.parametrize("said, right, same", [
-    ("so 3 + 4 = 7\n#### 7", "it is\n#### 7", 1), ("#### 1,234.", "#### 1234", 1), ("#### 8", "#### 7", 0), ("no answer", "#### 7", 0), ("#### 6 #### 7", "#### 7", 1)])
+    ("so 3 + 4 = 7\n#### 7", "it is\n#### 7", 1), ("#### 1,234.", "#### 1234", 1), ("#### 8", "#### 7", 0), ("no answer", "#### 7", 0),
+    ("#### 6 #### 7", "#### 7", 1)])
 def test_answers_are_extracted(said, right, same):
     task = definition.load(definition.CATALOGUE)["gsm8k"]
     assert columns("exact_match", [said], [(right,)], task)[0, 0] == same
@@ -66,9 +68,11 @@ def test_choices_by_hand():
 def test_likelihoods_by_hand():
     task = definition.Task("t", "", "loss", ("bits_per_byte",), "", "", ())
     rows = [answers.METRICS[name].columns(task, Item(0, (), (text,), (), -1, ()), Answer((-nats,), (2,), (False,)))
-            for name in ("bits_per_byte", "word_perplexity", "byte_perplexity", "perplexity") for text, nats in (("é a", 4 * math.log(2)), (" a b", 2 * math.log(2)))]
+            for name in ("bits_per_byte", "word_perplexity", "byte_perplexity", "perplexity")
+            for text, nats in (("é a", 4 * math.log(2)), (" a b", 2 * math.log(2)))]
     figure = lambda name, k: answers.METRICS[name].figure(np.array(rows[2 * k:2 * k + 2]).sum(axis=0))
-    assert figure("bits_per_byte", 0) == pytest.approx(6 / 8) and figure("word_perplexity", 1) == pytest.approx(2**(6 / 5))  # " a b" has an empty piece before it
+    assert figure("bits_per_byte", 0) == pytest.approx(6 / 8)
+    assert figure("word_perplexity", 1) == pytest.approx(2**(6 / 5))  # " a b" has an empty piece before it
     assert figure("byte_perplexity", 2) == pytest.approx(2**(6 / 8)) and figure("perplexity", 3) == pytest.approx(2**3)
     assert answers.words(" a b") == len(re.split(r"\s+", " a b")) == 3
 

@@ -1,4 +1,4 @@
-"""Tasks on a model: the same scores on any devices and in any batches, each request once whatever kills the evaluation, and what the command prints and writes."""
+"""Tasks on a model: the same scores on any devices and in any batches, each request once whatever kills it, and what the command prints and writes."""
 
 import json
 
@@ -55,7 +55,8 @@ file = "texts.jsonl"
 def task_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "tasks.toml").write_text(TASKS)
-    rows = [{"q": f"what is {'very ' * (i % 4)}number {i}", "choices": [f"it {i}", "x" * (1 + i % 9), "nothing é"][:2 + i % 2], "target": i % 2} for i in range(9)]
+    rows = [{"q": f"what is {'very ' * (i % 4)}number {i}", "choices": [f"it {i}", "x" * (1 + i % 9), "nothing é"][:2 + i % 2], "target": i % 2}
+            for i in range(9)]
     (folder / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": f"some text {i} " * (1 + 4 * i)}) + "\n" for i in range(4)))
     return folder / "tasks.toml"

@@ -77,7 +77,8 @@ def test_examples_stand_before_each_prompt(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, source", [
-    ("q.json", json.dumps([{"a": "1"}, {"a": "2"}]), {}), ("q.jsonl.gz", gzip.compress(b'{"a": "1"}\n\n{"a": "2"}\n'), {}), ("q.csv", 'a,b\n1,"x\ny"\n2,z\n', {}),
+    ("q.json", json.dumps([{"a": "1"}, {"a": "2"}]), {}), ("q.jsonl.gz", gzip.compress(b'{"a": "1"}\n\n{"a": "2"}\n'), {}),
+    ("q.csv", 'a,b\n1,"x\ny"\n2,z\n', {}),
     ("q.tsv", 'a\tb\n1\t"\n2\tz\n', {})], ids=lambda x: str(x)[:10])
 def test_forms_of_files(name, content, source):
     data = content if isinstance(content, bytes) else content.encode()
@@ -95,11 +96,14 @@ def test_blocks_of_lines_and_parts_of_a_text():
 
 @pytest.mark.parametrize("change, message", [
     (("kind = \"choice\"\n", ""), "no key 'kind'"), (('prompt = "Q: {question}\\nA:"\n', ""), "no key 'prompt', which a task of kind 'choice' needs"),
-    (('licence = "CC0-1.0"\n', ""), "no key 'licence'"), (('file = "q.jsonl"', ""), "either 'file' or 'tfds'"), (("metrics", "metric"), "did you mean 'metrics'"),
+    (('licence = "CC0-1.0"\n', ""), "no key 'licence'"), (('file = "q.jsonl"', ""), "either 'file' or 'tfds'"),
+    (("metrics", "metric"), "did you mean 'metrics'"),
     (('["acc"]', '["f1"]'), "metric 'f1' does not go with kind=choice; its metrics: acc, acc_norm"), (('"choice"', '"choise"'), "kind='choise' is not known"),
-    (("[questions]", "[questions"), "is not TOML"), (('["acc"]', '"acc"'), "must be a list"), (('file = "q', 'fields = { choices = "c", target = "t" }\nfile = "q'),
+    (("[questions]", "[questions"), "is not TOML"), (('["acc"]', '"acc"'), "must be a list"),
+    (('file = "q', 'fields = { choices = "c", target = "t" }\nfile = "q'),
      "no field 'question', which the task's prompt"), (('file = "q', 'fields = { target = { at = "t", find = "(" } }\nfile = "q'), "not a regular expression"),
-    (("[questions]\n", "[questions]\nshots = -1\n"), "shots=-1 is too small"), (("[questions]\n", "[questions]\nshots = 'x'\n"), "must be a whole number")], ids=lambda x: str(x)[:30])
+    (("[questions]\n", "[questions]\nshots = -1\n"), "shots=-1 is too small"), (("[questions]\n", "[questions]\nshots = 'x'\n"), "must be a whole number")],
+    ids=lambda x: str(x)[:30])
 def test_what_is_wrong_with_a_task_file_is_one_line(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as raised:
         read(tmp_path, TASK.replace(*change))
@@ -107,8 +111,10 @@ def test_what_is_wrong_with_a_task_file_is_one_line(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("record, message", [
-    ({"target": 2}, "the target is choice 2, and there are 2 choices, numbered from 0"), ({"target": -1}, "the target is choice -1"), ({"target": "C"}, "is none of the 2 choices"),
-    ({"target": None}, "is not the number"), ({"choices": ["one"]}, "1 choices; at least 2"), ({"choices": ["one", " "]}, "is empty"), ({"question": ["x"]}, "not text")], ids=str)
+    ({"target": 2}, "the target is choice 2, and there are 2 choices, numbered from 0"), ({"target": -1}, "the target is choice -1"),
+    ({"target": "C"}, "is none of the 2 choices"),
+    ({"target": None}, "is not the number"), ({"choices": ["one"]}, "1 choices; at least 2"), ({"choices": ["one", " "]}, "is empty"),
+    ({"question": ["x"]}, "not text")], ids=str)
 def test_what_is_wrong_with_an_item_is_one_line(tmp_path, record, message):
     with pytest.raises(ValueError, match=message) as raised:
         read(tmp_path, TASK, GOOD, GOOD | record)

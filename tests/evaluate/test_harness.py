@@ -38,7 +38,7 @@ file = "mine.jsonl"
 fields = {{ q = "q", target = "choices" }}
 """
 COMMON = """dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/{file}.jsonl, train: {folder}/train.jsonl}}}}
+dataset_kwargs: {{data_files: {{test: {folder}/{file}.jsonl{train}}}}}
 test_split: test
 """
 THEIRS = {
@@ -56,11 +56,12 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("harness")
     rows = [{"q": f"{'really ' * (i % 3)}{i}?", "choices": [f"it {i}", "no", "x" * (1 + i % 5)], "target": i % 3} for i in range(8)]
     (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "train.jsonl").write_text(json.dumps({"q": "a?", "choices": ["b", "c", "d"], "target": 1, "text": "."}) + "\n")
+    (folder / "train.jsonl").write_text(json.dumps({"q": "a?", "choices": ["b", "c", "d"], "target": 1}) + "\n")
     (folder / "roll.jsonl").write_text("".join(json.dumps({"text": f"text {i} of some length " * (1 + 4 * i)}) + "\n" for i in range(3)))
     (folder / "ours.toml").write_text(OURS.format())
     for name, text in THEIRS.items():
-        (folder / f"{name}.yaml").write_text((text + COMMON).format(folder=folder, file="roll" if name == "roll" else "mine"))
+        train = f", train: {folder / 'train.jsonl'}" * (name == "mine")
+        (folder / f"{name}.yaml").write_text((text + COMMON).format(folder=folder, file="roll" if name == "roll" else "mine", train=train))
     return folder
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jaxlm.bin import eval as binary
-from jaxlm.evaluate import answers, follow, results, verdict
+from jaxlm.evaluate import answers, follow, verdict
 from jaxlm.train import checkpoint
+from tests.evaluate.conftest import save
 
 
 def table(generator, mean, documents=60):
@@ -55,6 +56,17 @@ def test_it_is_read_as_written_and_half_a_file_is_none(tmp_path):
     for broken in (text[:len(text) // 2], "[]", "{}", ""):
         (tmp_path / verdict.FILE).write_text(broken)
         assert verdict.read(tmp_path) is None
+
+
+def test_a_run_keeps_what_the_watcher_found_best_and_knows_when_to_give_up(tmp_path, cfg, corpus, params):
+    generator = np.random.default_rng(0)
+    found = judge({1: table(generator, 2.0), 2: table(generator, 3.0), 3: table(generator, 3.0)}, keep_best=1)
+    assert found.keep == (1,) and found.without_gain == 2
+    workdir = save(tmp_path / "run", cfg, corpus, params, 1)
+    verdict.write(workdir, found)
+    save(workdir, cfg, corpus, params, 2, 3, keep_last=1)
+    assert checkpoint.steps(workdir) == [1, 3]
+    assert [verdict.exhausted(workdir, patience) for patience in (0, 1, 2, 3)] == [False, True, True, False] and not verdict.exhausted(tmp_path, 1)
 
 
 # --- a run and a watcher that share nothing but a folder ---
