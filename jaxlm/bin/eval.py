@@ -149,7 +149,7 @@ def _evaluate(values: flags.FlagValues, log, run) -> None:
     import jax
 
     from jaxlm.data import rows
-    from jaxlm.evaluate import follow, likelihood
+    from jaxlm.evaluate import follow
     from jaxlm.train import benchmarks, evaluation, report, saved
 
     if run.config.model.output != "tokens":
@@ -164,10 +164,10 @@ def _evaluate(values: flags.FlagValues, log, run) -> None:
                               progress=show if jax.process_index() == 0 else None, keep=scores.append)
     if jax.process_index() > 0:
         return
-    written = benchmarks.write_split(run, corpus, values.split, scores[0], limit=values.limit_documents, data=values.data)
-    progress.note(f"{run.workdir}, step {run.step}, {values.split} split of {corpus.folder}\n{likelihood.table(result, config.objective.name)}" +
+    written = benchmarks.write_split(run, corpus, values.split, scores[0], limit=values.limit_documents, data=values.data) if scores else {}
+    progress.note(f"{run.workdir}, step {run.step}, {values.split} split of {corpus.folder}\n{evaluation.table(config, result)}" +
                   benchmarks.sources_table(written))
-    verdict = benchmarks.judge(run, written, values.keep_best, log) if values.watch else {}
+    verdict = benchmarks.judge(run, written, values.keep_best, log) if values.watch and written else {}
     report.write_scalars(run.workdir / "eval" / values.split, run.step, {f"eval/{name}": value for name, value in result.items()})
     row = {"step": run.step, "split": values.split, "limit_documents": values.limit_documents, "data": values.data, **result, **verdict}
     follow.append(run.workdir / "eval.jsonl", row)  # last: a watch that is killed before it does the step again
