@@ -138,9 +138,11 @@ def measure(name: str, cfg: Config, names: list[str], python: str, rounds: int, 
     found = [Side(side, asked, python) for side in names]
     for side in found:
         side.turn(3, counts=False)  # compiles, and fills caches
-    for _ in range(rounds):
+    for number in range(rounds):
         for side in found:
+            print(f"\r{name}, round {number + 1} of {rounds}: {side.name:<20}", end="", file=sys.stderr, flush=True)
             side.turn(steps)
+    print(file=sys.stderr)
     for side in found:
         side.close()
     ours, other = found[0], [s.facts["parameters"] for s in found if s.facts["parameters"] != found[0].facts["parameters"]]
