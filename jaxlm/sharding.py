@@ -37,6 +37,8 @@ RULES: Mapping[str, tuple[str, ...] | None] = {
     "positions": None,
     "types": None,  # kinds of tokens, as of BERT
     "labels": None,
+    "rank": None,  # the inner axis of an adapter
+    "block": None,  # weights that share a scale
     "sequence": ("sequence",),  # tokens of an activation
     "tokens": ("sequence", "tensor"),  # likewise, of the residual stream between blocks: what each device adds and norms is then its own
     "residual": None,  # the residual axis of an activation
@@ -138,6 +140,16 @@ def ways(axis: str, mesh: Any = None) -> int:
     """Into how many parts `mesh` (None: that of the surrounding `jax.set_mesh`) splits a logical axis."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return 1 if mesh.empty else math.prod(mesh.shape[name] for name in RULES[axis] or ())
+
+
+def platform(mesh: Any = None) -> str:
+    """"cpu", "gpu" or "tpu": what the devices of `mesh` are (None: of the surrounding `jax.set_mesh`, outside of one jax's default). They need not be here:
+    this is what a program is compiled for."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else getattr(mesh, "abstract_mesh", mesh)
+    if mesh.empty or mesh.abstract_device is None:
+        return jax.default_backend()
+    kind = mesh.abstract_device.device_kind.lower()
+    return next((name for name in ("cpu", "tpu") if kind.startswith(name)), "gpu")
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

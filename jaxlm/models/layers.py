@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxlm.config import TransformerConfig
 from jaxlm.models.attend import attend
 from jaxlm.ops import attention, moe, positions
-from jaxlm.sharding import constrain, divides, per_device, ways
+from jaxlm.sharding import constrain, divides, per_device, platform, ways
 
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False), "gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu,
@@ -39,12 +39,41 @@ class Slots(NamedTuple):
     memory: Memory | None = None  # of the encoder, where there is one
 
 
-def project(x: jax.Array, w: jax.Array, inputs: int = 1) -> jax.Array:
-    """Contracts the last `inputs` axes of `x` with the first of `w`, as one 2-D matrix product.
+class Adapted(NamedTuple):
+    """A matrix with a low-rank adapter, in place of the matrix. Linen compares the shape of the first leaf only, the matrix itself."""
+    w: jax.Array  # [in..., out...]
+    a: jax.Array  # [in..., r]
+    b: jax.Array  # [r, out...]
+    factor: jax.Array | None  # [out...], of the result (DoRA)
+
+
+def adapt(layer: dict) -> dict:
+    """One layer's weights with the branches `lora` joined to the matrices that they belong to; see `jaxlm/lora.py`."""
+    if not isinstance(layer, dict):
+        return layer
+    adapters = layer.get("lora", {})
+    return {name: _adapted(child, **adapters[name]) if name in adapters else adapt(child) for name, child in layer.items() if name != "lora"}
+
+
+def _adapted(w: jax.Array, a: jax.Array, b: jax.Array, m: jax.Array | None = None) -> Adapted:
+    if m is None:
+        return Adapted(w, a, b, None)
+    inputs = a.ndim - 1
+    size, f32 = math.prod(a.shape[:-1]), jnp.float32
+    whole = w.astype(f32) + (a.astype(f32).reshape(size, -1) @ b.astype(f32).reshape(b.shape[0], -1)).reshape(w.shape)
+    length = jnp.sqrt(jnp.square(jax.lax.stop_gradient(whole)).sum(range(inputs)))
+    return Adapted(w, a, b, (m.astype(f32) / length).astype(w.dtype))
+
+
+def project(x: jax.Array, w: jax.Array | Adapted, inputs: int = 1) -> jax.Array:
+    """Contracts the last `inputs` axes of `x` with the first of `w`, as one 2-D matrix product, and adds what an adapter does.
 
     On XLA:CPU a 2-D product is 1.4x a 3-D `dot_general` over a whole train step; elsewhere they are the same. Where devices share a row, rows and tokens
     cannot be one axis: the compiler would gather them.
     """
+    if isinstance(w, Adapted):
+        y = project(x, w.w, inputs) + project(project(x, w.a, inputs), w.b)
+        return y if w.factor is None else y * w.factor
     lead, outputs = x.shape[:x.ndim - inputs], w.shape[inputs:]
     size = math.prod(w.shape[:inputs])
     if ways("sequence") > 1:
@@ -153,8 +182,11 @@ class Attention(nn.Module):
             cache = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), slots.start, axis=1)
                      for name, new in (("k", key), ("v", value))}
             key, value = cache["k"].astype(q.dtype), cache["v"].astype(q.dtype)
-        out_BTNH = attend(cfg, q, key, value, slots.queries, slots.keys, window=window, cached=cache is not None, bias_BNTS=slots.bias,
-                          **_dropping(cfg, dropout_key))
+        if self.is_initializing():  # only shapes count, of rows that a kernel for training may refuse
+            out_BTNH = q
+        else:
+            out_BTNH = attend(cfg, q, key, value, slots.queries, slots.keys, window=window, cached=cache is not None, bias_BNTS=slots.bias,
+                              **_dropping(cfg, dropout_key))
         out = project(out_BTNH, self.param("o", initialiser(cfg, n * h, d, into_residual=True), (n, h, d), jnp.float32), inputs=2)
         if cfg.bias:
             out = shift(out, self.param("o_bias", nn.initializers.zeros, (d,), jnp.float32))
@@ -247,11 +279,13 @@ class Moe(nn.Module):
 def _experts(cfg: TransformerConfig, x_BTD, weights_BTK, chosen_BTK, gate, up, down) -> jax.Array:
     """The weighted sum of each token's experts. On a mesh each device sorts its own tokens: over `expert` they travel to their experts, over `tensor`
     each device has a part of every expert's inner size, whose results are added."""
+    kernel = "blocks" if platform() == "cpu" else "ragged"
+
     def local(x, weights, chosen, gate, up, down, **over):
         act, flat = ACTIVATIONS[cfg.activation], lambda a: a.reshape(-1, a.shape[-1])
         mlp = lambda rows, multiply: multiply(act(multiply(rows, gate)) * multiply(rows, up), down)
         dispatch = functools.partial(moe.dispatch_over, **over) if over else moe.dispatch
-        return dispatch(flat(x), flat(weights), flat(chosen), cfg.experts, mlp).reshape(x.shape)
+        return dispatch(flat(x), flat(weights), flat(chosen), cfg.experts, mlp, kernel).reshape(x.shape)
 
     tokens, wide = ("batch", "sequence", None), ("expert", None, "feedforward")
     if not divides(x_BTD, *tokens):
