@@ -17,7 +17,7 @@ from tests.serve import live
 
 @pytest.fixture(scope="module")
 def server():
-    with live.serving(hosts=("127.0.0.1", "localhost")) as (server, address):
+    with live.serving(hosts=("127.0.0.1", "localhost"), max_tokens=32) as (server, address):
         yield server, address
 
 
@@ -91,7 +91,7 @@ def test_refusals_have_openais_shape(client, body, error, message):
 def test_bodies_hosts_and_methods(server):
     server, address = server
     json_type = {"content-type": "application/json"}
-    post = lambda content, path="/v1/completions", **headers: httpx.post(address + path, content=content, headers=json_type | headers)
+    post = lambda content, path="/v1/completions", **headers: httpx.post(address + path, content=content, headers=json_type | headers, timeout=60)
     answers = {name: post(content) for name, content in {"broken": b'{"prompt": ', "nan": b'{"prompt": "x", "temperature": NaN}', "latin":
                                                          b'{"prompt": "\xe9"}',                                                          "deep": b"[" * 100_000, "digits": b'{"n": ' + b"9" * 5000 + b"}"}.items()}
     assert {name: answer.status_code for name, answer in answers.items()} == dict.fromkeys(answers, 400)
@@ -130,7 +130,7 @@ def test_a_client_that_goes_frees_its_slot(server):
 
 def test_keys_queues_timeouts_origins_and_feedback(tmp_path):
     limits = live.Limits(rows=1, queue=2, page=16, chunk=64)
-    options = {"api_key": "secret", "origins": ("https://page.example",), "timeout": 5.0, "feedback": tmp_path / "feedback.jsonl"}
+    options = {"api_key": "secret", "origins": ("https://page.example",), "timeout": 60.0, "feedback": tmp_path / "feedback.jsonl"}
     with live.serving(limits=limits, **options) as (server, address):
         key = {"authorization": "Bearer secret"}
         for path, status in (("/health", 200), ("/v1/models", 401), ("/metrics", 401), ("/openapi.json", 401)):
@@ -154,8 +154,8 @@ def test_keys_queues_timeouts_origins_and_feedback(tmp_path):
             thread.start()
         for thread in threads:
             thread.join(60)
-        assert found.count(429) >= 5 and found.count("length") >= 1 and set(found) <= {429, "length", 504}
-        send = lambda **body: httpx.post(f"{address}/v1/feedback", json=body, headers=key).status_code
+        assert found.count(429) >= 5 and found.count("length") >= 1 and set(found) <= {429, "length"}
+        send = lambda **body: httpx.post(f"{address}/v1/feedback", json=body, headers=key, timeout=60).status_code
         messages = [{"role": "user", "content": "Hi"}]
         assert send(messages=messages, answer="Hello", rating=1) == send(prompt="2 + 2 =", answer=" 5", correction=" 4", rating=-1) == 200
         assert send(messages=messages, answer="x") == send(answer="x", rating=1) == send(prompt="x", answer="y", rating=2) == 422
