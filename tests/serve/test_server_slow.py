@@ -24,7 +24,7 @@ def resident():
 
 
 def test_2000_hostile_requests_leave_nothing_behind():
-    with live.serving(max_body=2**20) as (server, address):
+    with live.serving(max_body=2**20, max_tokens=32) as (server, address):
         check(server, address, attack(address, 300))  # all shapes are compiled
         before = resident()
         check(server, address, attack(address, 2000))
@@ -43,7 +43,8 @@ def test_schemathesis_finds_nothing():
 
 
 def test_sigterm_finishes_what_was_accepted(tmp_path):
-    code, output = runs.finish("train", f"--config={runs.recipe(tmp_path)}", f"--workdir={tmp_path}/run", "--config.train.steps=2", "--config.model.context=256")
+    code, output = runs.finish("train", f"--config={runs.recipe(tmp_path)}", f"--workdir={tmp_path}/run", "--config.train.steps=2",
+                               "--config.model.context=256")
     assert code == 0, output
     process = subprocess.Popen([sys.executable, "-m", "jaxlm", "serve", f"--workdir={tmp_path}/run", "--port=0", "--name=me"], stdout=subprocess.PIPE,
                                env=runs.environment(), text=True)
