@@ -14,7 +14,7 @@ VERBS = {
     "tokenizer": "train a tokenizer alone, or look at what one does to a text",
     "train": "train a model, or resume the run in a workdir",
     "fit": "before you rent: does a config fit on these TPUs or GPUs, how fast, at what cost",
-    "eval": "loss, perplexity and bits per byte of a checkpoint; --watch follows a run",
+    "eval": "loss and bits per byte of a checkpoint, tasks (HellaSwag, your own), which of two is better; --watch follows and judges a run",
     "generate": "continue prompts with a checkpoint",
     "serve": "serve a checkpoint over HTTP, with OpenAI's interface",
     "data": "which documents a checkpoint has seen, how often and when (data audit)",

@@ -131,7 +131,8 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: dict | 
     k_embed, k_layers = (None, None) if key is None or not cfg.drops else jax.random.split(key)
     x = embed(cfg, params, inputs, dtype)
     if cfg.embedding_noise and key is not None:  # NEFTune (Jain et al. 2023)
-        x = x + jax.random.uniform(jax.random.fold_in(k_embed, 1), x.shape, dtype, -1, 1) * jnp.asarray(cfg.embedding_noise / math.sqrt(x.shape[1] * cfg.width), dtype)
+        most = jnp.asarray(cfg.embedding_noise / math.sqrt(x.shape[1] * cfg.width), dtype)
+        x = x + most * jax.random.uniform(jax.random.fold_in(k_embed, 1), x.shape, dtype, -1, 1)
     x = constrain(dropout(x, cfg.dropout, k_embed), "batch", "tokens", "residual")
     x, kv, routing = pipeline.run(cfg, params["layers"], x, slots, None if cache is None else cache["layers"], k_layers, view)
     if cfg.norm_position != "post":

@@ -280,6 +280,18 @@ def _finish(total: int, subject: evaluation.Subject, state: State, workdir: path
         f"  tensorboard --logdir={workdir}        (pip install tensorboard)"]))
 
 
+def _work(parts: setup.Setup) -> float:
+    """Operations of a step as a share of those of training all weights: a third each for the forward pass, the gradients of activations and those of weights,
+    of which frozen ones have none; the frozen model beside it has a forward pass more."""
+    whole = trees.count(parts.plain)
+    if parts.config.lora.rank or parts.companion is not None:
+        trained = trees.count(trees.split(parts.target.params, parts.kept)[0]) / whole
+        beside = 1.0 if parts.config.objective.name == "preference" else 0.0
+        beside = trees.count(parts.companion) / whole if parts.companion is not None else beside
+        return (2 + min(trained, 1.0) + beside) / 3
+    return 1.0
+
+
 class _Log:
     """Reads a finished step's metrics, looks at their health, shows and writes them."""
 
@@ -289,7 +301,7 @@ class _Log:
         config = parts.config
         self._tokens, self._padding = config.data.batch_size * setup.row_tokens(config), epoch.padding / epoch.positions
         flops = report.flops_per_token(config.model, params, config.data.sequence_length, config.data.target_length)
-        self._load = self._tokens * flops / peak  # seconds at the peak
+        self._load = self._tokens * flops * _work(parts) / peak  # seconds at the peak
 
     def __call__(self, step: int, metrics: dict[str, Any]) -> None:
         values = jax.device_get(metrics)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxlm import sharding, trees
+from jaxlm import lora, sharding, trees
 from jaxlm.config import Config, MeshConfig
 from jaxlm.data import shards
 from jaxlm.data import tokenizer as tokenizers
@@ -29,6 +29,7 @@ class Run(NamedTuple):
     params: Any  # on `mesh`; the moving average where the run keeps one; adapters are merged
     mesh: Mesh
     chat_template: str  # Jinja, of a run that was trained on chats; "": its tokenizer may have one
+    fingerprint: str  # of the checkpoint's manifest
 
 
 def open_run(workdir: os.PathLike | str, step: int | None = None, *, mesh: MeshConfig | None = None, log: Callable[[str], None] = print) -> Run:
@@ -82,6 +83,8 @@ def adapters(workdir: os.PathLike | str, step: int | None = None, *, log: Callab
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     dressed = jax.eval_shape(kept.dress, shapes, jax.random.key(0))
     target = trees.map_paths(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), trees.split(dressed, kept.trainable)[0])
+    if more := [path for path in trees.flatten(target) if not lora.is_adapter(path)]:
+        raise ValueError(f"{workdir} also trained {more[0]} (optim.trainable), which an adapter cannot hold: leave --adapter out")
     found = checkpoint.restore_params(workdir, step, target, ema=config.optim.ema > 0)
     return config, step, found, json.loads(checkpoint.read_file(workdir, step, origin.BASE))["base"]
 
@@ -94,12 +97,13 @@ def _newest_below(workdir: pathlib.Path, bound: int) -> int:
 
 def _open(workdir: pathlib.Path, step: int, mesh: MeshConfig | None) -> Run:
     config, tokenizer, data = origin.read_files(workdir, step)
+    fingerprint = checkpoint.fingerprint(workdir, step)
     model = kinds.build(config.model)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     devices, places = place(mesh or config.mesh, model, shapes)
     target = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places)
     params = origin.saved(workdir, step, target)
-    return Run(workdir, step, config, tokenizer, data, model, params, devices, origin.read_template(workdir, step))
+    return Run(workdir, step, config, tokenizer, data, model, params, devices, origin.read_template(workdir, step), fingerprint)
 
 
 def place(cfg: MeshConfig, model: decoder.Model, shapes: Any) -> tuple[Mesh, Any]:
