@@ -56,7 +56,9 @@ def _init(cfg: TransformerConfig, key: jax.Array) -> dict:
     params = {"embed": init_embed(cfg, k_tokens, k_positions), "layers": init_layers(cfg, k_layers)}
     if cfg.norm_position != "post":
         params["final_norm"] = Norm(cfg).init(k_head, jnp.zeros((1, 1, cfg.width)))["params"]
-    if not cfg.tied:
+    if cfg.labels:
+        params["classifier"] = {"kernel": initialiser(cfg, cfg.width, cfg.labels)(k_head, (cfg.width, cfg.labels), jnp.float32)}
+    elif not cfg.tied:
         params["head"] = {"kernel": initialiser(cfg, cfg.width, cfg.vocab_size)(k_head, (cfg.width, cfg.vocab_size), jnp.float32)}
     return params
 
@@ -135,7 +137,11 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: dict | 
 
 
 def _head(cfg: TransformerConfig, params: dict, hidden: jax.Array) -> jax.Array:
-    """Logits `[..., V]` float32 of hidden states `[..., D]`."""
+    """Logits `[..., V]` float32 of hidden states `[..., D]`; with labels `[..., labels]`, of sequence_labels from the first slot (the caller puts the state of a
+    text's last token there)."""
+    if cfg.labels:
+        hidden = hidden[..., 0, :] if cfg.output == "sequence_labels" else hidden
+        return project(hidden, params["classifier"]["kernel"].astype(hidden.dtype)).astype(jnp.float32)
     kernel = gathered((params["embed"]["tokens"].T if cfg.tied else params["head"]["kernel"]).astype(hidden.dtype), "embed", "vocab")
     hidden = hidden if cfg.logit_scale == 1 else hidden * jnp.asarray(cfg.logit_scale, hidden.dtype)
     logits = project(hidden, kernel).astype(jnp.float32)

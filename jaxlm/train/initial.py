@@ -123,13 +123,33 @@ def _merge(asked: TransformerConfig, given: TransformerConfig, origin: str) -> T
     return dataclasses.replace(given, **{name: getattr(asked, name) for name in COMPUTED} | rates)
 
 
-def params(origin: str, target: Any, *, log: Callable[[str], None] = print) -> tuple[Any, list[dict[str, Any]]]:
-    """The parameters that `init_from` names, each where `target` (of `jax.ShapeDtypeStruct` with shardings) wants it, and what they were trained on."""
-    if source := _foreign(origin):
-        return source.load(jax.tree.map(lambda leaf: leaf.sharding, target)), ledger.inherited(origin, None)
-    step = _step(origin, log)
-    config, _, data = saved.read_files(pathlib.Path(origin), step)
-    return checkpoint.restore_params(origin, step, target, ema=config.optim.ema > 0), ledger.inherited(origin, data)
+def params(origin: str, target: Any, init: Callable[[jax.Array], Any], seed: int, *,
+           log: Callable[[str], None] = print) -> tuple[Any, list[dict[str, Any]]]:
+    """The parameters that `init_from` names, each where `target` (of `jax.ShapeDtypeStruct` with shardings) wants it, and what they were trained on.
+
+    Args:
+      init: key -> parameters as `target`; what the origin does not have (a head for labels) comes from it, and its own head is left out.
+    """
+    source, step = _foreign(origin), 0
+    if source is None:
+        step = _step(origin, log)
+        config, _, data = saved.read_files(pathlib.Path(origin), step)
+    model = source.cfg if source else config.model
+    wanted, given = trees.flatten(target), trees.flatten(jax.eval_shape(kinds.build(model).init, jax.random.key(0)))
+    common = {path for path in wanted if path in given and wanted[path].shape == given[path].shape}
+    mesh = next(iter(wanted.values())).sharding.mesh
+    place = lambda path: wanted[path].sharding if path in common else NamedSharding(mesh, PartitionSpec())
+    if source:
+        found, history = source.load(trees.unflatten({path: place(path) for path in given})), ledger.inherited(origin, None)
+    else:
+        shapes = trees.unflatten({path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(path)) for path, leaf in given.items()})
+        found, history = checkpoint.restore_params(origin, step, shapes, ema=config.optim.ema > 0), ledger.inherited(origin, data)
+    fresh = sorted(set(wanted) - common)
+    if not fresh and set(given) == common:
+        return found, history
+    made = jax.jit(lambda key: {path: trees.flatten(init(key))[path] for path in fresh}, out_shardings={path: wanted[path].sharding for path in fresh})
+    log(f"from {origin}: all but {', '.join(fresh) or 'nothing'}" + f" (new); left out: {', '.join(sorted(set(given) - common)) or 'nothing'}")
+    return trees.unflatten({path: leaf for path, leaf in trees.flatten(found).items() if path in common} | made(jax.random.key(seed))), history
 
 
 def import_model(path: pathlib.Path, workdir: pathlib.Path, *, dtype: str = "float32", log: Callable[[str], None] = print) -> TransformerConfig:

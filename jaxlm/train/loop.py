@@ -79,7 +79,7 @@ def _corpus(config: Config, folder: pathlib.Path, note) -> shards.Corpus:
     """Process 0 prepares what is missing; then all open the same shards. A `data.dir` without a `data.source` is taken as it is."""
     if config.data.source or not config.data.dir:
         sharding.first(lambda: prepare.prepare(config.data, config.tokenizer, folder, clean=config.clean, filter=config.filter, dedup=config.dedup,
-                                               log=note) and None)
+                                               objective=config.objective.name, log=note) and None)
     return shards.open_corpus(folder)
 
 
