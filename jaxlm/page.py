@@ -35,6 +35,9 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); b
   font: 12.5px monospace; white-space: pre; } .piece i { color: var(--soft); font-style: normal; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 11px; }
 svg rect { fill: var(--bar); } svg rect.behind { fill: var(--bar2); }
+.cell { background: color-mix(in srgb, var(--bad) calc(var(--share) * 70%), transparent); border-radius: .3rem; padding: .2rem .6rem; }
+.cell.hit { background: color-mix(in srgb, var(--good) calc(var(--share) * 70%), transparent); } .cell small { display: block; color: inherit; opacity: .75; }
+.good, .warn { border-left: .3rem solid var(--good); background: var(--card); padding: .5rem .9rem; margin: .4rem 0; } .warn { border-color: var(--bad); font-weight: 600; }
 svg polyline { fill: none; stroke: var(--bar); stroke-width: 2; vector-effect: non-scaling-stroke; } svg line { stroke: var(--line); }
 svg .b polyline, polyline.b { stroke: var(--bad); } svg polyline.c { stroke: var(--good); }
 .key { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin: 0 .3rem 0 .9rem; vertical-align: -1px; background: var(--bar); }

@@ -15,6 +15,14 @@ they are no likelihood of a text, so there is no perplexity and nothing to compa
 hidden spans (objective.name=span_corruption), or (seq2seq) loss, perplexity and accuracy of the targets, given their inputs, and how many of
 eval.outputs greedy outputs are the target, word for word.
 
+Of a model with labels (objective.name=classify, multi_label, regress, token_classify) it prints accuracy, macro and micro F1, precision and recall of each
+class, Matthews correlation, AUROC, Brier score, calibration error with and without the temperature that was fitted on the validation split, the confusion
+matrix, or what goes with the objective, with intervals, beside the commonest label and TF-IDF with logistic regression trained on the same texts
+(pip install 'jaxlm[classify]'), and says so where the model does not beat these. Without --step it takes the best checkpoint (checkpoint.metric). --report
+also writes one self-contained HTML page: worst mistakes, slices, suspected label errors, near-duplicates of training texts, words that move answers.
+
+  jaxlm eval --workdir=runs/sentiment --split=test --report
+
 --watch repeats nothing that is in eval.jsonl for the same split, --limit_documents and --data, so it may be stopped and started at will.
 Several processes work together as in jaxlm train (--coordinator, --processes, --process).
 """
@@ -31,6 +39,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("data", "", "Folder of another prepared corpus.", flag_values=values)
     flags.DEFINE_integer("limit_documents", 0, "Evaluate so many documents only, spread over the split; 0: all.", flag_values=values)
     flags.DEFINE_integer("batch_size", 0, "Rows of a batch, which changes the speed only; 0: the run's.", flag_values=values)
+    flags.DEFINE_bool("report", False, "Of a model with labels also write a page about its mistakes, WORKDIR/report-SPLIT.html.", flag_values=values)
     flags.DEFINE_bool("watch", False, "Follow a run: evaluate each new checkpoint until the run has ended.", flag_values=values)
     flags.DEFINE_float("interval", 10.0, "Seconds between two looks for a new checkpoint, with --watch.", flag_values=values)
     flags.DEFINE_string("coordinator", "", "host:port of process 0, for several processes outside TPU pods and Slurm.", flag_values=values)
@@ -85,29 +94,46 @@ def _look(workdir, done: set[int]) -> tuple[int | None, bool]:
 
 
 @functools.lru_cache(1)
-def _scorer(model, mesh, chunk_rows: int):
+def _scorer(model, mesh, objective):
     """Compiled once for all checkpoints of a run."""
-    from jaxlm.evaluate import likelihood
     from jaxlm.models import kinds
+    from jaxlm.train import evaluation
 
-    return likelihood.scorer(kinds.build(model), mesh, chunk_rows)
+    return evaluation.scorer(objective, kinds.build(model), mesh)
 
 
 def _evaluate(values: flags.FlagValues, log, run) -> None:
     """Scores one checkpoint, prints the table, appends to eval.jsonl and TensorBoard."""
     import jax
 
+    from jaxlm.config import LABELLED
     from jaxlm.data import rows
-    from jaxlm.evaluate import follow, likelihood
-    from jaxlm.train import evaluation, report, saved
+    from jaxlm.evaluate import classify, follow, likelihood
+    from jaxlm.train import classified, evaluation, mistakes, report, saved
 
-    if run.config.model.output != "tokens":
-        raise ValueError(f"{run.workdir} holds a model with model.output={run.config.model.output}: eval scores tokens only (model.output=tokens)")
+    labelled = run.config.objective.name in LABELLED
+    if run.config.model.output != "tokens" and not labelled:
+        raise ValueError(f"{run.workdir} holds a model with model.output={run.config.model.output}: eval scores tokens (model.output=tokens) and the labels that a run was trained on")
+    if values.report and not labelled:
+        raise ValueError(f"--report shows the mistakes of a classifier, and {run.workdir} holds a model of objective.name={run.config.objective.name}: leave it out")
     corpus, config = saved.open_data(run, values.data), run.config
     subject = evaluation.Subject(config, run.model, run.mesh, corpus, run.tokenizer, rows.build(config, run.tokenizer, corpus),
-                                 _scorer(config.model, run.mesh, config.objective.chunk_rows))
+                                 _scorer(config.model, run.mesh, config.objective))
     progress = report.Progress()
     show = lambda done, total: progress.show(f"step {run.step}, {values.split}: {min(1, done / max(total, 1)):.0%}")
+    if labelled:
+        judged = classified.judge(subject, run.params, values.split, classified.temperature(run.workdir, run.step), limit=values.limit_documents,
+                                  batch_size=values.batch_size, bootstrap=config.eval.bootstrap, progress=show if jax.process_index() == 0 else None,
+                                  primary=jax.process_index() == 0)
+        if values.report:
+            mistakes.write(subject, run, values.split, judged, log=progress.note)
+        if jax.process_index() == 0:
+            progress.note(f"{run.workdir}, step {run.step}, {values.split} split of {corpus.folder}\n{judged.lines}")
+            row = {"step": run.step, "split": values.split, "limit_documents": values.limit_documents, "data": values.data, **judged.result.summary}
+            row |= {"confusion": judged.result.matrix.tolist()} if judged.result.matrix is not None else {}
+            follow.append(run.workdir / "eval.jsonl", row | {"baselines": {one.name: classify.scalars(one.figures) for one in judged.baselines}})
+            report.write_scalars(run.workdir / "eval" / values.split, run.step, {f"eval/{k}": v for k, v in classify.scalars(judged.result.summary).items()})
+        return
     result = evaluation.score(subject, run.params, values.split, limit=values.limit_documents, batch_size=values.batch_size,
                               progress=show if jax.process_index() == 0 else None)
     if jax.process_index() > 0:

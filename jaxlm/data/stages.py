@@ -196,7 +196,7 @@ def tokenise_batch(config: Config, folder: Path, fingerprint: str, living: Livin
     texts = list(texts_of(folder, living, config.dedup.line_length))
     words: list[np.ndarray] = [np.zeros(0, np.int32)] * len(texts)
     if config.objective.name == "token_classify":
-        sequences, words, inputs = *_words(tok, texts), [0] * len(texts)
+        sequences, words, inputs = *words_of(tok, texts), [0] * len(texts)
     elif config.data.input_key and config.data.label_key:  # a pair is one sequence: bos, first text, eos, second text, eos
         sides = tok.encode_batch([side for text in texts for side in text.split(PAIR)])
         sequences = [np.concatenate([[tok.bos], a, [tok.eos], b, [tok.eos]]) for a, b in zip(sides[::2], sides[1::2])]
@@ -218,7 +218,7 @@ def tokenise_batch(config: Config, folder: Path, fingerprint: str, living: Livin
     return len(texts), sum(sizes)
 
 
-def _words(tok: tokenizer.Tokenizer, texts: Sequence[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def words_of(tok: tokenizer.Tokenizer, texts: Sequence[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Tokens of texts that are encoded word by word, with bos and eos, and where each word begins among them. A word of no token (there are characters that
     BERT's tokenizers take out) is padding, so that it has a place."""
     split = [text.split() for text in texts]

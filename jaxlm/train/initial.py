@@ -105,6 +105,11 @@ def _origin(origin: str) -> tuple[TransformerConfig, tokenizers.Tokenizer]:
     return config.model, tokenizer
 
 
+def model_of(origin: str) -> TransformerConfig:
+    """The model that an origin holds. Raises ValueError, one line, where there is none."""
+    return _origin(origin)[0]
+
+
 def _step(workdir: str, log: Callable[[str], None] = print) -> int:
     step = checkpoint.newest(workdir, log=log)
     if step is None:

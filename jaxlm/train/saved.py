@@ -1,5 +1,6 @@
 """Opens what a run has saved: everything that evaluation and generation need comes from the checkpoint, so they cannot misdescribe the model."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,7 +19,7 @@ from jaxlm.config import Config, MeshConfig
 from jaxlm.data import ledger, shards
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.models import decoder, kinds
-from jaxlm.train import checkpoint
+from jaxlm.train import best, checkpoint
 
 
 class Run(NamedTuple):
@@ -36,7 +37,7 @@ def open_run(workdir: os.PathLike | str, step: int | None = None, *, log: Callab
     """Reads the model of a run, its parameters verified; the optimiser's state is not read. In several processes all call this together.
 
     Args:
-      step: the checkpoint; None for the newest whole one.
+      step: the checkpoint; None for the newest whole one, or where the run says what is best (`best.chooses`) for the best.
       log: receives a line for each newer checkpoint that is damaged.
 
     Raises:
@@ -50,6 +51,10 @@ def open_run(workdir: os.PathLike | str, step: int | None = None, *, log: Callab
         raise ValueError(f"{workdir} {what}, or make one with jaxlm train --config=quickstart --workdir={workdir}")
     if step is not None:
         raise ValueError(f"{workdir} holds no checkpoint of step {step}; it holds {', '.join(map(str, checkpoint.steps(workdir)))}")
+    newest = _newest_below(workdir, np.iinfo(np.int32).max)
+    with contextlib.suppress(ValueError):  # a damaged newest checkpoint is looked at below
+        if best.chooses(read_files(workdir, newest)[0]) and (found := sharding.first(lambda: best.step(workdir))) is not None:
+            return _open(workdir, found)
     bound, last = np.iinfo(np.int32).max, None
     while (bound := _newest_below(workdir, bound)) >= 0:
         try:
