@@ -34,6 +34,8 @@ def slices(columns: Mapping[str, Sequence[str]], quality: np.ndarray) -> list[Sl
     found, binary = [], set(np.unique(quality)) <= {0.0, 1.0}
     for column, values in columns.items():
         frequent = Counter(values).most_common(_VALUES)
+        if column == "length":
+            frequent.sort(key=lambda item: int(item[0].split()[0]))
         for value, count in frequent if len(frequent) > 1 else ():
             mine = quality[np.array([one == value for one in values])]
             low, high = uncertainty.exact(int(mine.sum()), count) if binary else uncertainty.bootstrap(mine, lambda some: float(some.mean()))
@@ -44,8 +46,8 @@ def slices(columns: Mapping[str, Sequence[str]], quality: np.ndarray) -> list[Sl
 def columns(texts: Sequence[str], sources: Sequence[str], fields: Sequence[Mapping[str, str]], languages: Sequence[str]) -> dict[str, list[str]]:
     """The columns of `slices`: length in words (quarters), source, language, negation (English words), and the fields that were kept."""
     words = np.array([len(text.split()) for text in texts])
-    edges = sorted({int(edge) for edge in np.quantile(words, [0.25, 0.5, 0.75])}) if len(words) else []
-    name = lambda n: next((f"up to {edge} words" for edge in edges if n <= edge), f"more than {edges[-1]} words")
+    edges = [0, *sorted({int(edge) for edge in np.quantile(words, [0.25, 0.5, 0.75])})] if len(words) else [0]
+    name = lambda n: next((f"{low + 1} to {high} words" for low, high in zip(edges, edges[1:]) if n <= high), f"{edges[-1] + 1} words or more")
     found = {"length": [name(n) for n in words], "source": list(sources)}
     if languages:
         found["language"] = list(languages)
