@@ -368,10 +368,11 @@ def _pyarrow(path: str):
 
 
 def _rows(path: str, keys: Keys, batches, pyarrow, kind: str) -> Iterator[Record | Fault]:
-    types, row = pyarrow.types, 0
+    types, row, classes = pyarrow.types, 0, []
 
     def check(schema) -> None:
         _columns(path, schema.names, keys)
+        classes.extend(_class_names(schema.metadata, keys.label))
         for key, _ in _text_keys(keys):
             held = schema.field(key).type
             if keys.label and key == keys.text and types.is_list(held):
@@ -388,6 +389,8 @@ def _rows(path: str, keys: Keys, batches, pyarrow, kind: str) -> Iterator[Record
                 where = f"{path}, row {row}"
                 try:
                     values = _spoken({name: column[at] for name, column in columns.items()}, keys)
+                    if classes:
+                        values = {**values, keys.label: _called(values[keys.label], classes)}
                     for key in texts:
                         _check_cell(where, row, key, values[key])
                     licence = values.get(keys.licence)
@@ -397,6 +400,23 @@ def _rows(path: str, keys: Keys, batches, pyarrow, kind: str) -> Iterator[Record
                     yield fault
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise Fault(f"{path} cannot be read as {kind} after row {row}: {' '.join(str(error).split())}") from None
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None, label: str) -> list[str]:
+    """Names of the classes that Hugging Face `datasets` writes beside a column of their numbers (ClassLabel), or of lists of them; none if it is no such."""
+    try:
+        feature = json.loads((metadata or {})[b"huggingface"])["info"]["features"][label]
+        names = (feature[0] if isinstance(feature, list) else feature.get("feature", feature))["names"]
+        return [str(name) for name in names]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        return []
+
+
+def _called(value: Any, classes: Sequence[str]) -> Any:
+    """The name of a class, or of each in a list, by its number; what is no number of a class is left as it is."""
+    if isinstance(value, list):
+        return [_called(item, classes) for item in value]
+    return classes[value] if isinstance(value, int) and 0 <= value < len(classes) else None if value == -1 else value
 
 
 def _check_cell(where: str, row: int, key: str, value: str | None | UnicodeDecodeError) -> None:

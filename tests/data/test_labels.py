@@ -114,6 +114,17 @@ def test_tags_stand_at_the_first_token_of_each_word(tmp_path):
         assert [task.label_names[t] for t in batch["targets"][row, places]] == example.labels[batch["documents"][row, 0]].split()[:len(places)]
 
 
+def test_class_labels_of_hugging_face_get_their_names(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    feature = {"info": {"features": {"label": {"names": ["cold", "hot"], "_type": "ClassLabel"}}}}
+    table = pyarrow.table({"text": [f"text {i}" for i in range(20)], "label": [i % 2 for i in range(20)]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(feature)})
+    with pyarrow.ipc.new_stream(str(tmp_path / "data.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    _, _, task = prepared(tmp_path, [], source=(str(tmp_path / "data.arrow"),))
+    assert task.label_names == ("cold", "hot")
+
+
 def test_class_weights(tmp_path):
     cfg, corpus, task = prepared(tmp_path, texts(60, lambda i: "rare" if i % 4 == 0 else "usual"))
     assert task.class_weights.tolist() == [1, 1]

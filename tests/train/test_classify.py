@@ -1,6 +1,7 @@
 """Classifiers from a table of texts to labels with probabilities, in this process: training, resuming, meshes, evaluation, answers, what is refused."""
 
 import json
+import pathlib
 import random
 
 import jax
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 
 from jaxlm import cli, config, optim, sharding, trees, verify
-from jaxlm.config import MeshConfig, OptimConfig, TransformerConfig
+from jaxlm.config import MeshConfig, ObjectiveConfig, OptimConfig, TransformerConfig
+from jaxlm.data import rows, tasks
 from jaxlm.evaluate import follow
+from jaxlm.interop import hf
 from jaxlm.models import kinds
+from jaxlm.objectives import OBJECTIVES, label_logits
 from jaxlm.train import best, checkpoint, initial, loop, saved
 from jaxlm.train.report import read_metrics
 from jaxlm.train.stop import StopRequest
@@ -20,7 +24,7 @@ RECIPE = {
     "tokenizer": {"kind": "bytes"}, "objective": {"name": "classify"},
     "model": {"kind": "encoder", "causal": False, "context": 32, "layers": 2, "width": 32, "heads": 2, "dropout": 0.1, "token_types": 2, "positions": "learned"},
     "optim": {"lr": 1e-2, "layer_decay": 0.8, "warmup": "5%"}, "mesh": {"data": -1, "fsdp": 1},
-    "train": {"steps": "60 steps", "log_every": "1", "eval_every": "12", "eval_documents": 0}, "checkpoint": {"every": "12", "metric": "loss", "keep_last": 1},
+    "train": {"steps": "40 steps", "log_every": "1", "eval_every": "10", "eval_documents": 0}, "checkpoint": {"every": "10", "metric": "loss", "keep_last": 1},
     "eval": {"bootstrap": 20}}
 
 
@@ -58,19 +62,19 @@ def trained(tmp_path_factory):
     cfg = recipe(folder)
     assert loop.run(cfg, folder / "run") == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StopRequest, "at", lambda self, step: step >= 17)
+        patch.setattr(StopRequest, "at", lambda self, step: step >= 13)
         loop.run(cfg, folder / "cut")
-    assert checkpoint.newest(folder / "cut") == 17
+    assert checkpoint.newest(folder / "cut") == 13
     assert loop.run(cfg, folder / "cut") == 0
     return folder
 
 
 def test_it_learns_and_resumes_bitwise(trained):
-    rows = {name: read_metrics(trained / name) for name in ("run", "cut")}
-    pick = lambda name, key: [row[key] for row in rows[name] if key in row]
+    logs = {name: read_metrics(trained / name) for name in ("run", "cut")}
+    pick = lambda name, key: [row[key] for row in logs[name] if key in row]
     assert pick("run", "train/loss") == pick("cut", "train/loss") and pick("run", "eval/loss") == pick("cut", "eval/loss")
-    assert rows["run"][-1]["test/accuracy"] > 0.9 and rows["run"][-1]["test/accuracy"] == rows["cut"][-1]["test/accuracy"]
-    losses = dict(zip((row["step"] for row in rows["run"] if "eval/loss" in row), pick("run", "eval/loss")))
+    assert logs["run"][-1]["test/accuracy"] > 0.9 and logs["run"][-1]["test/accuracy"] == logs["cut"][-1]["test/accuracy"]
+    losses = dict(zip((row["step"] for row in logs["run"] if "eval/loss" in row), pick("run", "eval/loss")))
     assert best.step(trained / "run") == min(losses, key=lambda step: (losses[step], -step)) == saved.open_run(trained / "run").step
 
 
@@ -86,7 +90,7 @@ def test_eval_report_and_answers(trained, capsys):
     for title in ("Confusion", "Worst mistakes", "Slices", "Suspected label errors", "Near-duplicates", "Learning curve", "Words that move answers"):
         assert f">{title}" in page
     assert "http" not in page.split("</style>")[1] and "<script" not in page and "with negation" not in page and "good</td>" in page
-    assert jaxlm("generate", f"--workdir={trained / 'run'}", "--classify", "--prompt=a good cup", "--prompt=an awful book", "--json") == 0
+    assert jaxlm("generate", f"--workdir={trained / 'run'}", "--classify", "--prompt=good cup 7", "--prompt=awful book 8", "--json") == 0
     good, bad = map(json.loads, capsys.readouterr().out.splitlines())
     assert good["labels"][0][0] == "pos" and bad["labels"][0][0] == "neg" and good["calibrated"] and sum(good["probabilities"].values()) == pytest.approx(1, abs=2e-4)
     assert jaxlm("generate", f"--workdir={trained / 'run'}", "--prompt=a") == 2 and "ask with --classify" in capsys.readouterr().err
@@ -110,18 +114,16 @@ def test_a_finished_run_begins_another_with_other_labels(trained, capsys):
             assert np.array_equal(leaf[0], after[path][0]), path
             assert not np.array_equal(leaf[1], after[path][1]), path
     assert saved.open_run(trained / "next").config.model.label_names == ("a", "b", "c")
-    same = recipe(trained, train__init_from=str(trained / "run"), train__steps="1 steps")
-    same = config.build({**config.to_dict(same), "tokenizer": {}, "model": {}})
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), saved.open_run(trained / "run").params)
     params, _ = initial.params(str(trained / "run"), target, None, 0)  # nothing new is asked for
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(saved.open_run(trained / "run").params)))
 
 
 def test_early_stopping(trained, capsys):
-    cfg = recipe(trained, optim__lr=1e-9, optim__schedule="constant", checkpoint__metric="accuracy", train__patience=2)
+    cfg = recipe(trained, optim__lr=1e-9, optim__schedule="constant", checkpoint__metric="accuracy", train__patience=2, train__eval_every="4", checkpoint__every="4")
     assert loop.run(cfg, trained / "early") == 0
     out = capsys.readouterr().out
-    assert "2 evaluations without a better accuracy" in out and json.loads((trained / "early" / "FINISHED").read_text())["step"] == 36
+    assert "2 evaluations without a better accuracy" in out and json.loads((trained / "early" / "FINISHED").read_text())["step"] == 12
     assert loop.run(cfg, trained / "early") == 0 and "this run is finished" in capsys.readouterr().out
     assert best.exhausted([3, 2, 2, 2], 2) and not best.exhausted([3, 2, 2, 1], 2) and not best.exhausted([3, 3, 3], 0) and not best.exhausted([1, 2], 2)
 
@@ -145,8 +147,6 @@ def test_factors_of_layers():
 @pytest.mark.parametrize("name, model", [("classify", {"kind": "encoder", "causal": False}), ("multi_label", {}), ("regress", {}), ("token_classify", {})])
 def test_heads_and_losses(name, model):
     """Each objective on an encoder and a decoder: the loss by hand, padding does not matter, and a decoder reads its last token."""
-    from jaxlm.config import ObjectiveConfig
-    from jaxlm.objectives import OBJECTIVES
     labels = {"regress": 1}.get(name, 3)
     cfg = TransformerConfig(vocab_size=64, context=16, layers=1, width=16, heads=2, labels=labels, init_std=0.5,
                             output="token_labels" if name == "token_classify" else "sequence_labels", **model)
@@ -169,6 +169,7 @@ def test_heads_and_losses(name, model):
     assert float(sums["loss"][0]) == pytest.approx((expected * weights).sum(), rel=1e-4) and float(sums["loss"][1]) == pytest.approx(weights.sum())
 
 
+@pytest.mark.slow
 def test_meshes_agree_with_one_device():
     cfg = config.build({"data": {"label_key": "x", "input_key": "y"}, "objective": {"name": "classify"}, "optim": {"layer_decay": 0.7},
                         "model": {"kind": "encoder", "causal": False, "token_types": 2, "positions": "learned"}, "train": {"microbatches": 2}})
@@ -180,3 +181,27 @@ def test_labels_go_whole_to_the_devices_of_their_rows():
     mesh = sharding.make_mesh(MeshConfig(data=2, sequence=4, fsdp=1))
     batch = sharding.to_device(mesh, {"tokens": np.arange(64).reshape(4, 16), "labels": np.arange(12.0).reshape(4, 3)}, 4)
     assert np.array_equal(batch["labels"], np.arange(12.0).reshape(4, 3)) and batch["labels"].addressable_shards[0].data.shape == (2, 3)
+
+
+@pytest.mark.parametrize("name, pooler, kept", [("encoders/bert", "tanh", True), ("encoders/roberta", "tanh", True), ("encoders/distilbert", "relu", False),
+                                                ("encoders/bert_masked", "tanh", False), ("llama", "tanh", False)])
+def test_every_family_gets_a_head(name, pooler, kept):
+    """The body of a directory is taken over bit by bit; a pooler is kept where there is one; the state is that of the first token, in a decoder of the last."""
+    folder = pathlib.Path(__file__).parents[1] / "interop" / "fixtures" / name
+    given = hf.open_directory(folder).cfg
+    task = rows.Task(8, config.ObjectiveConfig(name="classify"), label_names=("a", "b", "c"), last=given.kind == "decoder")
+    cfg = rows.for_labels(config.Config(model=given, data=config.DataConfig(sequence_length=8)), task).model
+    assert (cfg.output, cfg.labels, cfg.label_names) == ("sequence_labels", 3, ("a", "b", "c")) and (cfg.kind == "decoder" or cfg.pooler_activation == pooler)
+    model = kinds.build(cfg)
+    place = jax.sharding.NamedSharding(sharding.make_mesh(MeshConfig()), jax.sharding.PartitionSpec())
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), jax.eval_shape(model.init, jax.random.key(0)))
+    params, _ = initial.params(f"hf:{folder}", target, model.init, 0, log=lambda line: None)
+    own, theirs = trees.flatten(params), trees.flatten(hf.load(hf.open_directory(folder)))
+    assert set(own) - set(theirs) == {path for path in own if path.startswith("classifier") or path.startswith("pooler") and not kept}
+    for path in set(own) & set(theirs):
+        assert np.array_equal(own[path], theirs[path]), path
+    tokens = np.array([[5, 6, 7, 8, 0, 0, 0, 0], [5, 6, 7, 8, 9, 10, 11, 12]])
+    batch = tasks.text_batch([(row[row > 0], 0) for row in tokens], np.arange(2), 8, last=task.last, types=False)
+    logits, _ = label_logits(model, params, {**batch, "labels": np.zeros((2, 3), np.float32)})
+    alone = tasks.text_batch([(tokens[0, :4], 0)], np.arange(1), 4, last=task.last, types=False)
+    assert np.allclose(logits[0], label_logits(model, params, {**alone, "labels": np.zeros((1, 3), np.float32)})[0][0], atol=1e-5)  # padding changes nothing
