@@ -271,7 +271,8 @@ class TransformerConfig:
         for key in ("vocab_size", "kv_heads", "head_size", "feedforward", "labels", "token_types", "position_offset", "pipeline_microbatches"):
             _need(getattr(self, key) >= 0, f"model.{key}={getattr(self, key)} must not be negative")
         _need(self.kind == "decoder" or not self.causal, "model.kind=encoder sees the tokens on both sides: set model.causal=false")
-        _need(self.kind == "encoder" or self.output not in ("hidden", "pooled"), f"model.output={self.output} is an encoder's: set model.kind=encoder, or leave it out")
+        _need(self.kind == "encoder" or self.output not in ("hidden", "pooled"), f"model.output={self.output} is an encoder's: set "
+              "model.kind=encoder, or leave it out")
         _need(not self.encoder_layers or self.output == "tokens", f"model.output={self.output} is not an encoder-decoder's: leave it out")
         _need(self.kind == "encoder" or not self.token_types, f"model.token_types={self.token_types} are an encoder's: set model.kind=encoder, or leave them out")
         _need(self.positions == "learned" or not self.position_offset, f"model.position_offset={self.position_offset} goes with model.positions=learned")
@@ -491,15 +492,17 @@ class Config:
               f"model.context={self.model.context}: make the first smaller or the second larger")
         pairs, source = self.objective.name == "seq2seq", bool(self.data.source)
         labelled = self.objective.name in LABELLED
-        _need(labelled or not (self.data.label_key or self.data.slice_keys), f"data.label_key and data.slice_keys go with objective.name={', '.join(LABELLED)}, "
-              f"not {self.objective.name}: set one of these, or leave the keys out")
-        _need(not labelled or not source or bool(self.data.label_key), f"objective.name={self.objective.name} needs data.label_key: the field (JSONL) or column "
-              "(CSV, Parquet) with the labels")
+        _need(labelled or not (self.data.label_key or self.data.slice_keys), "data.label_key and data.slice_keys go with "
+              f"objective.name={', '.join(LABELLED)}, not {self.objective.name}: set one of these, or leave the keys out")
+        _need(not labelled or not source or bool(self.data.label_key), f"objective.name={self.objective.name} needs data.label_key: the field (JSONL) or "
+              "column (CSV, Parquet) with the labels")
         _need(not labelled or not self.model.encoder_layers, f"objective.name={self.objective.name} trains encoders and decoders, not an encoder-decoder")
         _need(self.objective.name != "token_classify" or not (self.clean.normalise or self.clean.repair or self.clean.pii or self.data.input_key),
-              "objective.name=token_classify has a tag for each word, which data.input_key, clean.repair, clean.normalise and clean.pii would move: leave them out")
+              "objective.name=token_classify has a tag for each word, which data.input_key, clean.repair, clean.normalise and clean.pii would move: "
+              "leave them out")
         _need(not labelled or not self.dedup.line_length, "dedup.line_length takes lines out of texts that have labels: set it to 0")
-        _need(pairs or labelled or not self.data.input_key, f"data.input_key={self.data.input_key!r} goes with objective.name=seq2seq or with labels, not {self.objective.name}: "
+        _need(pairs or labelled or not self.data.input_key, f"data.input_key={self.data.input_key!r} goes with objective.name=seq2seq or "
+              f"with labels, not {self.objective.name}: "
               "set that, or leave the key out")
         _need(not pairs or not source or bool(self.data.input_key), "objective.name=seq2seq needs data.input_key: the field (JSONL) or column (Parquet) that "
               "the encoder reads; data.text_key is what the decoder says")

@@ -102,7 +102,8 @@ def shrink(config: Config, steps: int) -> Config:
         encoder_layers=layers if old.encoder_layers else 0)
     if config.objective.name in LABELLED:
         labels = 1 if config.objective.name == "regress" else 3
-        model = dataclasses.replace(model, output="token_labels" if config.objective.name == "token_classify" else "sequence_labels", labels=labels, label_names=())
+        model = dataclasses.replace(model, output={"token_classify": "token_labels"}.get(config.objective.name, "sequence_labels"),
+                                    labels=labels, label_names=())
     parts = min(config.train.microbatches, 2)
     balance = {"moe_balance": 0.0, "moe_z": 0.0} if parts > 1 else {}
     objective = dataclasses.replace(config.objective, chunk_rows=64 if config.objective.chunk_rows else 0, **balance)

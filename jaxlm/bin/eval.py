@@ -113,9 +113,11 @@ def _evaluate(values: flags.FlagValues, log, run) -> None:
 
     labelled = run.config.objective.name in LABELLED
     if run.config.model.output != "tokens" and not labelled:
-        raise ValueError(f"{run.workdir} holds a model with model.output={run.config.model.output}: eval scores tokens (model.output=tokens) and the labels that a run was trained on")
+        raise ValueError(f"{run.workdir} holds a model with model.output={run.config.model.output}: eval scores "
+                         "tokens (model.output=tokens) and the labels that a run was trained on")
     if values.report and not labelled:
-        raise ValueError(f"--report shows the mistakes of a classifier, and {run.workdir} holds a model of objective.name={run.config.objective.name}: leave it out")
+        raise ValueError(f"--report shows the mistakes of a classifier, and {run.workdir} holds a model of "
+                         f"objective.name={run.config.objective.name}: leave it out")
     corpus, config = saved.open_data(run, values.data), run.config
     subject = evaluation.Subject(config, run.model, run.mesh, corpus, run.tokenizer, rows.build(config, run.tokenizer, corpus),
                                  _scorer(config.model, run.mesh, config.objective))

@@ -68,7 +68,8 @@ def build(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> Task:
     name, data = config.objective.name, config.data
     if (name in LABELLED) != ("examples" in corpus.manifest["splits"]["train"]):
         raise ValueError(f"{corpus.folder} was prepared without data.label_key and holds no labels: prepare it with that key for objective.name={name}"
-                         if name in LABELLED else f"{corpus.folder} holds labels (data.label_key): they are for objective.name={', '.join(LABELLED)}, not {name}")
+                         if name in LABELLED else f"{corpus.folder} holds labels (data.label_key): they are for "
+                         f"objective.name={', '.join(LABELLED)}, not {name}")
     if name in LABELLED:
         return _labelled(config, tokenizer, corpus)
     if (name == "seq2seq") != (corpus.splits["train"].inputs is not None):
@@ -115,8 +116,8 @@ def _labelled(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> Task:
                 often[one] += 1
         counts = np.maximum(np.array([often[one] for one in known], np.float64), 1)
         factors = labels.weights(known, counts, dict(config.objective.class_weights), config.objective.class_balance)
-    return Task(data.sequence_length, config.objective, mixture=Mixture(data.weights, data.temperature, data.epochs), eos=tokenizer.eos, batch_size=data.batch_size,
-                label_names=known, class_weights=factors, last=model.kind == "decoder", types=bool(data.input_key) and model.token_types > 1)
+    return Task(data.sequence_length, config.objective, mixture=Mixture(data.weights, data.temperature, data.epochs), eos=tokenizer.eos,
+                batch_size=data.batch_size, label_names=known, class_weights=factors, last=model.kind == "decoder", types=bool(data.input_key) and model.token_types > 1)
 
 
 def for_labels(config: Config, task: Task) -> Config:

@@ -127,13 +127,14 @@ def clean_batch(config: Config, folder: Path, raw: Raw) -> tuple[int, int]:
             origin = origins.setdefault((document.source, document.licence), len(origins))
             kept.append((document.id, cleaned.text, size, digest, origin))
             labelled.append((label, document.fields))
+    kinds = [("label", 0), ("fields", 1)] if config.data.label_key else []
+    beside = {key: array for part, column in kinds for key, array in _pack(part, (values[column].encode() for values in labelled)).items()}
     lines = [dedup.line_hashes(text, config.dedup.line_length) if config.dedup.line_length else () for _, text, _, _, _ in kept]
     _save(
         name(folder, "clean", raw.unit, raw.batch),
         **_pack("text", (text.encode() for _, text, _, _, _ in kept)), **_pack("id", (i.encode("utf-8", "surrogateescape") for i, _, _, _, _ in kept)),
         digests=np.frombuffer(b"".join(digest for _, _, _, digest, _ in kept), ">u8").astype(np.uint64).reshape(-1, 2),
-        **(_pack("label", (label.encode() for label, _ in labelled)) | _pack("fields", (fields.encode() for _, fields in labelled)) if config.data.label_key else {}),
-        origin=np.array([origin for *_, origin in kept], np.int32),
+        **beside, origin=np.array([origin for *_, origin in kept], np.int32),
         lines=np.array([value for values in lines for value in values], np.uint64), line_counts=np.array([len(values) for values in lines], np.int64),
         id_hashes=np.array([corpora.id_hash(i) for i, *_ in kept] if config.data.id_key else [], np.uint64),
         report=np.frombuffer(json.dumps({"origins": list(origins), "counts": report.to_dict()}).encode(), np.uint8))

@@ -37,7 +37,9 @@ def baselines(objective: str, train_texts: Sequence[str], train_truth: np.ndarra
     share = train_truth.mean(axis=0, dtype=np.float64)
     constant = share if objective == "regress" else _logit(share) if objective == "multi_label" else np.log(np.maximum(share, 1e-9))
     found = [Baseline("mean" if objective == "regress" else "majority", np.tile(constant, (len(texts), 1)))]
-    return [*found, Baseline(_NAMES.get(objective, "TF-IDF + logistic regression"), linear(objective, tfidf(train_texts), train_truth)(texts))] if available() else found
+    if available():
+        found.append(Baseline(_NAMES.get(objective, "TF-IDF + logistic regression"), linear(objective, tfidf(train_texts), train_truth)(texts)))
+    return found
 
 
 _NAMES = {"regress": "TF-IDF + ridge regression"}

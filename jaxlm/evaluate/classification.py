@@ -22,8 +22,8 @@ BINS = 15
 
 # Of each objective the figures of a whole split, in the order in which they are printed, and what they are.
 FIGURES: dict[str, dict[str, str]] = {
-    "classify": {"accuracy": "right answers", "f1_macro": "mean of the classes", "f1_micro": "of all classes together", "mcc": "Matthews correlation, 0 is chance",
-                 "auroc": "0.5 is chance", "loss": "nats per text", "brier": "of calibrated probabilities, 0 is best",
+    "classify": {"accuracy": "right answers", "f1_macro": "mean of the classes", "f1_micro": "of all classes together",
+                 "mcc": "Matthews correlation, 0 is chance", "auroc": "0.5 is chance", "loss": "nats per text", "brier": "of calibrated probabilities, 0 is best",
                  "ece": "calibration error, 0 is best", "ece_uncalibrated": "the same without temperature"},
     "multi_label": {"accuracy": "texts with all classes right", "f1_macro": "mean of the classes", "f1_micro": "of all classes together",
                     "auroc": "mean of the classes", "loss": "nats per class", "brier": "of calibrated probabilities, 0 is best",
@@ -162,7 +162,8 @@ def _mean(values: Sequence[float]) -> float:
 def _of_numbers(said: np.ndarray, right: np.ndarray) -> dict[str, float]:
     error, spread = said - right, float(np.square(right - right.mean()).sum())
     correlation = lambda a, b: float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else math.nan
-    return {"loss": float(np.square(error).mean()), "mae": float(np.abs(error).mean()), "r2": 1 - float(np.square(error).sum()) / spread if spread else math.nan,
+    return {"loss": float(np.square(error).mean()), "mae": float(np.abs(error).mean()),
+            "r2": 1 - float(np.square(error).sum()) / spread if spread else math.nan,
             "pearson": correlation(said, right), "spearman": correlation(ranks(said), ranks(right))}
 
 

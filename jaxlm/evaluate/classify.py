@@ -145,7 +145,8 @@ def table(objective: str, names: tuple[str, ...], found: Result) -> str:
     kinds = [name.removeprefix("precision/") for name in summary if name.startswith("precision/") and not name.endswith(("_low", "_high"))]
     if kinds:
         wide = max(18, *map(len, kinds))
-        lines.append(f"  {'':<{wide}} precision   95 % interval         recall   95 % interval             f1   {'entities' if found.summary.get('words') else 'texts'}")
+        counted = "entities" if "words" in summary else "texts"
+        lines.append(f"  {'':<{wide}} precision   95 % interval         recall   95 % interval             f1   {counted}")
         lines += [f"  {name:<{wide}} {summary[f'precision/{name}']:>9.4f}   {between(f'precision/{name}'):<18} {summary[f'recall/{name}']:>9.4f}   "
                   f"{between(f'recall/{name}'):<18} {summary[f'f1/{name}']:>9.4f} {summary[f'texts/{name}']:>7,}" for name in kinds[:20]]
         lines += [f"  and {len(kinds) - 20} more classes in eval.jsonl"] if len(kinds) > 20 else []

@@ -153,4 +153,5 @@ def moving_words(texts: Sequence[str], answer: Callable[[Sequence[str]], np.ndar
         for word, changes in mine.items():
             effects[word].append(np.mean(changes, axis=0))
     means = {word: (len(changes), np.mean(changes, axis=0)) for word, changes in effects.items() if len(changes) >= least}
-    return [sorted((Moving(word, count, float(mean[c])) for word, (count, mean) in means.items()), key=lambda one: (-one.effect, one.word)) for c in range(classes)]
+    of_class = lambda c: (Moving(word, count, float(mean[c])) for word, (count, mean) in means.items())
+    return [sorted(of_class(c), key=lambda one: (-one.effect, one.word)) for c in range(classes)]

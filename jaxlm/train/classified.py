@@ -144,5 +144,5 @@ def _baselines(of: evaluation.Subject, split: str, answers: classify.Answers) ->
     else:
         found = baselines.baselines(name, [plain(text) for text in train.texts], labels.targets(name, names, train.labels),
                                     [plain(here.texts[i]) for i in answers.document])
-    return [Beside(one.name, baselines.row(name, one, answers.truth), baselines.compare(name, answers.logits, one.logits, answers.truth, answers.document), one.logits)
-            for one in found]
+    compared = lambda one: baselines.compare(name, answers.logits, one.logits, answers.truth, answers.document)
+    return [Beside(one.name, baselines.row(name, one, answers.truth), compared(one), one.logits) for one in found]

@@ -90,13 +90,13 @@ def _figures(of: evaluation.Subject, judged: classified.Judged) -> str:
     name, summary, found = of.config.objective.name, judged.result.summary, judged.baselines
     rows = []
     for key, what in classification.FIGURES[name].items():
-        rows.append([page.text(key.replace("_", " ")) + f"<small>{page.text(what)}</small>", _figure(name, summary, key), page.text(_between(summary, key).strip(" ()")),
-                     *(f"{one.figures[key]:.4f}" if key in classified.SHOWN[name] and key in one.figures else "" for one in found)])
+        rows.append([page.text(key.replace("_", " ")) + f"<small>{page.text(what)}</small>", _figure(name, summary, key),
+                     page.text(_between(summary, key).strip(" ()")), *(f"{one.figures[key]:.4f}" if key in classified.SHOWN[name] and key in one.figures else "" for one in found)])
     parts = [page.table(["figure", ">this model", ">95 % interval", *(f">{one.name}" for one in found)], rows)]
     kinds_ = [key.removeprefix("precision/") for key in summary if key.startswith("precision/") and not key.endswith(("_low", "_high"))]
     cell = lambda key: f"{summary[key]:.3f}<small>{page.text(_between(summary, key).strip(' ()'))}</small>"
-    rows = [[page.text(kind), f"{summary[f'texts/{kind}']:,}", cell(f"precision/{kind}"), cell(f"recall/{kind}"), cell(f"f1/{kind}"), page.bar(summary[f"f1/{kind}"])]
-            for kind in kinds_]
+    rows = [[page.text(kind), f"{summary[f'texts/{kind}']:,}", *(cell(f"{figure}/{kind}") for figure in ("precision", "recall", "f1")),
+             page.bar(summary[f"f1/{kind}"])] for kind in kinds_]
     parts += ["<h3>Classes</h3>" + page.table(["class", ">texts", ">precision", ">recall", ">F1", "="], rows)] if rows else []
     if "ece" in summary:
         parts.append(f"<h3>Calibration</h3><p>Probabilities are those after a temperature of {summary['temperature']:.3f}, fitted on the validation split. "
@@ -154,7 +154,8 @@ def _slices(here: _Texts) -> str:
     most = max((one.mean for one in found), default=1.0) if here.name == "regress" else 1.0
     rows = [[page.text(one.column if i == 0 or found[i - 1].column != one.column else ""), page.text(one.value), f"{one.texts:,}", _share(here, one.mean),
              f"{_share(here, one.low)} to {_share(here, one.high)}", page.bar(one.mean / (most or 1))] for i, one in enumerate(found)]
-    return f"<p>{here.what.capitalize()} of parts of the split, with 95 % intervals.</p>" + page.table(["", "slice", ">texts", f">{here.what}", ">95 % interval", "="], rows)
+    say = f"<p>{here.what.capitalize()} of parts of the split, with 95 % intervals.</p>"
+    return say + page.table(["", "slice", ">texts", f">{here.what}", ">95 % interval", "="], rows)
 
 
 def _share(here: _Texts, value: float) -> str:
@@ -174,14 +175,15 @@ def _suspects(here: _Texts, corpus: Corpus, features: Any, told: str) -> str:
         truth = labels.targets("classify", here.names, train.labels)
         probs = classification.probabilities("classify", mistakes.cross_validated(features, truth))
         found = mistakes.label_errors(probs, truth.argmax(axis=1))
-        parts.append(f"<h3>train: {len(found):,} of {len(train.labels):,}</h3><p>By logistic regressions on {page.text(told)}, each text judged by one that was not "
-                     "trained on it (5 parts).</p>" + _suspect_table(found, here.names, [classified.plain(t) for t in train.texts], corpus.document_ids("train")))
+        parts.append(f"<h3>train: {len(found):,} of {len(train.labels):,}</h3><p>By logistic regressions on {page.text(told)}, each text judged by one that was "
+                     "not trained on it (5 parts).</p>")
+        parts.append(_suspect_table(found, here.names, [classified.plain(text) for text in train.texts], corpus.document_ids("train")))
     return "".join(parts)
 
 
 def _suspect_table(found: Sequence[mistakes.Suspect], names: Sequence[str], texts: Sequence[str], ids: Sequence[str]) -> str:
-    rows = [[page.text(names[one.given]), page.text(names[one.likely]), f"{one.margin:.2f}", f"{page.text(texts[one.place])}<small>{page.text(ids[one.place])}</small>"]
-            for one in found[:_SHOWN]]
+    cell = lambda place: f"{page.text(texts[place])}<small>{page.text(ids[place])}</small>"
+    rows = [[page.text(names[one.given]), page.text(names[one.likely]), f"{one.margin:.2f}", cell(one.place)] for one in found[:_SHOWN]]
     return page.table(["label", "looks like", ">margin", "text"], rows) if rows else "<p>None.</p>"
 
 
@@ -191,11 +193,11 @@ def _duplicates(here: _Texts, corpus: Corpus) -> str:
     train = corpus.examples("train")
     found = mistakes.near_duplicates([classified.plain(text) for text in train.texts], here.texts)
     other = sum(train.labels[one.train] != corpus.examples(here.split).labels[here.documents[one.place]] for one in found)
-    rows = [[f"{one.similarity:.2f}", f"{page.text(here.texts[one.place])}<small>{page.text(here.ids[one.place])}, {page.text(here.given[one.place])}</small>",
-             f"{page.text(classified.plain(train.texts[one.train]))}<small>{page.text(corpus.document_id('train', one.train))}, {page.text(train.labels[one.train])}</small>"]
-            for one in found[:_SHOWN]]
-    say = (f"<p>{len(found):,} of {len(here.texts):,} texts share at least 60 % of their pairs of words with a training text; {other:,} of these have another label "
-           "than it. They flatter the figures; config.dedup.near=0.6 removes them before the split.</p>")
+    cell = lambda shown, place, label: f"{page.text(classified.plain(shown))}<small>{page.text(place)}, {page.text(label)}</small>"
+    rows = [[f"{one.similarity:.2f}", cell(here.texts[one.place], here.ids[one.place], here.given[one.place]),
+             cell(train.texts[one.train], corpus.document_id("train", one.train), train.labels[one.train])] for one in found[:_SHOWN]]
+    say = (f"<p>{len(found):,} of {len(here.texts):,} texts share at least 60 % of their pairs of words with a training text; {other:,} of these have another "
+           "label than it. They flatter the figures; config.dedup.near=0.6 removes them before the split.</p>")
     return say + (page.table([">similarity", here.split, "training"], rows) if rows else "")
 
 
@@ -277,7 +279,8 @@ def _states(of: evaluation.Subject, origin: str, run: saved.Run) -> np.ndarray:
 
 def _verdicts(name: str, judged: classified.Judged) -> str:
     lines = [baselines.verdict(name, one.name, one.comparison) for one in judged.baselines]
-    return "".join(f'<div class="{"good" if one.comparison.verdict == "better" else "warn"}">{page.text(line)}</div>' for one, line in zip(judged.baselines, lines))
+    kinds_ = ["good" if one.comparison.verdict == "better" else "warn" for one in judged.baselines]
+    return "".join(f'<div class="{kind}">{page.text(line)}</div>' for kind, line in zip(kinds_, lines))
 
 
 def _figure(name: str, summary: dict[str, float], key: str) -> str:

@@ -24,7 +24,7 @@ RECIPE = {
     "tokenizer": {"kind": "bytes"}, "objective": {"name": "classify"},
     "model": {"kind": "encoder", "causal": False, "context": 32, "layers": 2, "width": 32, "heads": 2, "dropout": 0.1, "token_types": 2, "positions": "learned"},
     "optim": {"lr": 1e-2, "layer_decay": 0.8, "warmup": "5%"}, "mesh": {"data": -1, "fsdp": 1},
-    "train": {"steps": "40 steps", "log_every": "1", "eval_every": "10", "eval_documents": 0}, "checkpoint": {"every": "10", "metric": "loss", "keep_last": 1},
+    "train": {"steps": "60 steps", "log_every": "1", "eval_every": "15", "eval_documents": 0}, "checkpoint": {"every": "15", "metric": "loss", "keep_last": 1},
     "eval": {"bootstrap": 20}}
 
 
@@ -89,7 +89,7 @@ def test_eval_report_and_answers(trained, capsys):
     page = (trained / "run" / "report-test.html").read_text()
     for title in ("Confusion", "Worst mistakes", "Slices", "Suspected label errors", "Near-duplicates", "Learning curve", "Words that move answers"):
         assert f">{title}" in page
-    assert "http" not in page.split("</style>")[1] and "<script" not in page and "with negation" not in page and "good</td>" in page
+    assert "http" not in page.split("</style>")[1] and "<script" not in page and "good</td>" in page
     assert jaxlm("generate", f"--workdir={trained / 'run'}", "--classify", "--prompt=good cup 7", "--prompt=awful book 8", "--json") == 0
     good, bad = map(json.loads, capsys.readouterr().out.splitlines())
     assert good["labels"][0][0] == "pos" and bad["labels"][0][0] == "neg" and good["calibrated"] and sum(good["probabilities"].values()) == pytest.approx(1, abs=2e-4)
@@ -106,7 +106,8 @@ def test_a_finished_run_begins_another_with_other_labels(trained, capsys):
     cfg = config.build({**config.to_dict(cfg), "tokenizer": {}, "model": {}})
     assert loop.run(cfg, trained / "next") == 0
     assert "all but classifier/bias, classifier/kernel (new)" in capsys.readouterr().out
-    before, after = (trees.flatten(saved.open_run(trained / name).params) for name in ("run", "next"))
+    origin = saved.open_run(trained / "run", checkpoint.newest(trained / "run")).params
+    before, after = trees.flatten(origin), trees.flatten(saved.open_run(trained / "next").params)
     for path, leaf in before.items():
         if path.startswith("embed"):
             assert np.array_equal(leaf, after[path]), path
@@ -114,9 +115,9 @@ def test_a_finished_run_begins_another_with_other_labels(trained, capsys):
             assert np.array_equal(leaf[0], after[path][0]), path
             assert not np.array_equal(leaf[1], after[path][1]), path
     assert saved.open_run(trained / "next").config.model.label_names == ("a", "b", "c")
-    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), saved.open_run(trained / "run").params)
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), origin)
     params, _ = initial.params(str(trained / "run"), target, None, 0)  # nothing new is asked for
-    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(saved.open_run(trained / "run").params)))
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(origin)))
 
 
 def test_early_stopping(trained, capsys):
