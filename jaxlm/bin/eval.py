@@ -140,7 +140,7 @@ def _evaluate(values: flags.FlagValues, log, run) -> None:
                               progress=show if jax.process_index() == 0 else None)
     if jax.process_index() > 0:
         return
-    progress.note(f"{run.workdir}, step {run.step}, {values.split} split of {corpus.folder}\n{likelihood.table(result, config.objective.name)}")
+    progress.note(f"{run.workdir}, step {run.step}, {values.split} split of {corpus.folder}\n{evaluation.table(config, result)}")
     row = {"step": run.step, "split": values.split, "limit_documents": values.limit_documents, "data": values.data, **result}
     follow.append(run.workdir / "eval.jsonl", row)
     report.write_scalars(run.workdir / "eval" / values.split, run.step, {f"eval/{name}": value for name, value in result.items()})

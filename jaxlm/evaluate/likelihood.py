@@ -31,6 +31,7 @@ UNITS = {
     "span_corruption": {"loss": "nats per token of the hidden spans: no likelihood of a text, so no perplexity", "accuracy": "of the tokens of hidden spans"},
     "seq2seq": {"loss": "nats per target token, given the input", "perplexity": "depends on the tokenizer", "accuracy": "of the next target token",
                 "exact_match": "of whole greedy outputs"},
+    "sft": {"loss": "nats per token of the assistant", "perplexity": "depends on the tokenizer", "accuracy": "of the assistant's next token"},
 }
 
 
@@ -95,12 +96,13 @@ def score_documents(score: Scorer, params: Any, mesh: Mesh, corpus: Corpus, spli
     tokens = totals[2, chosen].astype(np.int64)
     assert task.masking or np.array_equal(totals[2, asked], expected) and tokens.sum() == expected.sum(), "a document was left out or counted twice"
     if not len(chosen):
-        raise ValueError(f"no token of the {split} split was hidden: raise objective.mask_rate, or give more text")
+        raise ValueError(f"no token of the {split} split counts: " + ("make data.sequence_length longer" if task.masking is None else
+                         "raise objective.mask_rate, or give more text"))
     return Scores(chosen, totals[0, chosen], totals[1, chosen], tokens, index.text_bytes[chosen].astype(np.int64))
 
 
 def one_behind(work: Callable, batches: Iterator, mesh: Mesh) -> Iterator:
-    """The results of `work`, each handed out when the next is already on the devices."""
+    """The results of `work` on each batch, each handed out when the next is already on the devices."""
     pending = None
     for batch in batches:
         with jax.set_mesh(mesh):
@@ -153,6 +155,6 @@ def table(summary: dict[str, float], objective: str = "next_token") -> str:
         digits = 2 if name == "perplexity" else 4
         between = f"{summary[f'{name}_low']:.{digits}f} to {summary[f'{name}_high']:.{digits}f}" if f"{name}_low" in summary else ""
         lines.append(f"  {name.replace('_', ' '):<14} {summary[name]:>10.{digits}f}   {between:<22} {unit}".rstrip())
-    kinds = {"masked_token": "masked tokens", "span_corruption": "tokens of hidden spans", "seq2seq": "target tokens"}
+    kinds = {"masked_token": "masked tokens", "span_corruption": "tokens of hidden spans", "seq2seq": "target tokens", "sft": "tokens of the assistant"}
     of = f"  {summary['documents']:,} documents, {summary['tokens']:,} {kinds.get(objective, 'tokens')}, {summary['bytes']:,} bytes"
     return "\n".join([*lines, of + ("" if "loss_low" in summary else "; no interval from a single document")])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import TransformerConfig
 from jaxlm.models import pipeline, stack
-from jaxlm.models.axes import decoder_axes, gathered
+from jaxlm.models.axes import decoder_axes, gathered, lent
 from jaxlm.models.layers import Norm, Slots, dropout, initialiser, project
 from jaxlm.ops import attention, positions
 from jaxlm.sharding import constrain
@@ -19,15 +20,19 @@ from jaxlm.sharding import constrain
 class Model(NamedTuple):
     """A language model: pure functions and a table.
 
-    `apply` ends before the output projection, which `head` does, so that a loss may take the vocabulary in pieces and generation may ask
-    for the last token only.
+    `apply` ends before the output projection, so that a loss may take the tokens in pieces and generation may ask for the last token only.
+    `projection` does first what depends on the parameters alone, so that a loop over such pieces does it once.
     """
     init: Callable  # key -> params, nested dict of float32
     apply: Callable  # params, {tokens, positions, segments} each int32 [B, T], *, cache=None, key=None, view=... -> hidden [B, T, D], cache, routing
-    head: Callable  # params, hidden [..., D] -> logits [..., V] float32
+    projection: Callable  # params -> hidden [..., D] -> logits [..., V] float32
     init_cache: Callable  # batch, length -> cache
     axes: tuple[tuple[str, tuple[str, ...]], ...]  # path regex -> logical axes, strict
     start: int | None = None  # models with an encoder (encdec.py): id with which the decoder begins; None: the decoder continues what it is given
+
+    def head(self, params: dict, hidden: jax.Array) -> jax.Array:
+        """Logits `[..., V]` float32 of hidden states `[..., D]`, or what else the model ends in."""
+        return self.projection(params)(hidden)
 
 
 def vocabulary(cfg: TransformerConfig, tokenizer_size: int) -> TransformerConfig:
@@ -47,7 +52,7 @@ def build(cfg: TransformerConfig) -> Model:
     """The model of a config whose `vocab_size` is known (see `vocabulary`)."""
     assert cfg.vocab_size > 0
     cfg = cfg.filled()
-    return Model(functools.partial(_init, cfg), functools.partial(_apply, cfg), functools.partial(_head, cfg),
+    return Model(functools.partial(_init, cfg), functools.partial(_apply, cfg), functools.partial(_projection, cfg),
                  functools.partial(_init_cache, cfg), decoder_axes(cfg))
 
 
@@ -127,6 +132,8 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: dict | 
     slots = make_slots(cfg, inputs, cache)
     k_embed, k_layers = (None, None) if key is None or not cfg.drops else jax.random.split(key)
     x = embed(cfg, params, inputs, dtype)
+    if cfg.embedding_noise and key is not None:  # NEFTune (Jain et al. 2023)
+        x = x + jax.random.uniform(jax.random.fold_in(k_embed, 1), x.shape, dtype, -1, 1) * jnp.asarray(cfg.embedding_noise / math.sqrt(x.shape[1] * cfg.width), dtype)
     x = constrain(dropout(x, cfg.dropout, k_embed), "batch", "tokens", "residual")
     x, kv, routing = pipeline.run(cfg, params["layers"], x, slots, None if cache is None else {"k": cache["k"], "v": cache["v"]}, k_layers, view)
     if cfg.norm_position != "post":
@@ -136,16 +143,21 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: dict | 
     return x, cache, routing
 
 
-def _head(cfg: TransformerConfig, params: dict, hidden: jax.Array) -> jax.Array:
-    """Logits `[..., V]` float32 of hidden states `[..., D]`; with labels `[..., labels]`, of sequence_labels from the first slot (the caller puts the state of a
-    text's last token there)."""
+def _projection(cfg: TransformerConfig, params: dict) -> Callable[[jax.Array], jax.Array]:
+    """Hidden states `[..., D]` -> logits `[..., V]` float32; with labels `[..., labels]`, of sequence_labels from the first slot (the caller puts the state of
+    a text's last token there)."""
     if cfg.labels:
-        hidden = hidden[..., 0, :] if cfg.output == "sequence_labels" else hidden
-        return project(hidden, params["classifier"]["kernel"].astype(hidden.dtype)).astype(jnp.float32)
-    kernel = gathered((params["embed"]["tokens"].T if cfg.tied else params["head"]["kernel"]).astype(hidden.dtype), "embed", "vocab")
-    hidden = hidden if cfg.logit_scale == 1 else hidden * jnp.asarray(cfg.logit_scale, hidden.dtype)
-    logits = project(hidden, kernel).astype(jnp.float32)
-    return cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap) if cfg.final_softcap else logits
+        classifier = params["classifier"]["kernel"]
+        first = (lambda hidden: hidden[..., 0, :]) if cfg.output == "sequence_labels" else lambda hidden: hidden
+        return lambda hidden: project(first(hidden), classifier.astype(hidden.dtype)).astype(jnp.float32)
+    kernel = lent(params["embed"]["tokens"].T if cfg.tied else params["head"]["kernel"], jnp.dtype(cfg.dtype), "embed", "vocab")
+
+    def head(hidden: jax.Array) -> jax.Array:
+        hidden = hidden if cfg.logit_scale == 1 else hidden * jnp.asarray(cfg.logit_scale, hidden.dtype)
+        logits = project(hidden, kernel()).astype(jnp.float32)
+        return cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap) if cfg.final_softcap else logits
+
+    return head
 
 
 def _init_cache(cfg: TransformerConfig, batch: int, length: int) -> dict:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import TransformerConfig
 from jaxlm.models import axes
-from jaxlm.models.layers import Block, Slots
+from jaxlm.models.layers import Block, Slots, adapt
 from jaxlm.sharding import ways
 
 View = Callable[[Any], Any]  # one layer's weights -> the weights to compute with (cast, dequantise, add LoRA)
@@ -67,7 +67,7 @@ def rows(cfg: TransformerConfig, layers: dict, cache: dict | None, key: jax.Arra
 def scan(cfg: TransformerConfig, kinds: tuple[bool, ...], own: dict, per_layer: dict, x_BTD: jax.Array, slots: Slots, view: View):
     """Layers of these kinds, with their `rows`; returns what `run` does."""
     def one(sparse, x, layer, own):
-        params = axes.whole(cfg, view(layer["params"] | {KINDS[sparse]: own}))
+        params = adapt(axes.whole(cfg, view(layer["params"] | {KINDS[sparse]: own})))
         x, cache, statistics = Block(cfg, sparse).apply({"params": params}, x, slots, layer.get("window"), layer.get("cache"), layer.get("key"))
         return x, (cache, statistics)
 

@@ -10,16 +10,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm import config as configs
 from jaxlm import sharding, trees
 from jaxlm import metrics as figures
 from jaxlm.config import Config
-from jaxlm.data import ledger, loader, mixture, pack, prepare, rows, shards
+from jaxlm.data import chat, ledger, loader, mixture, pack, prepare, rows, shards
 from jaxlm.data import stream as streams
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.evaluate import classify, compression, likelihood
-from jaxlm.train import best, checkpoint, classified, evaluation, initial, report, setup
+from jaxlm.evaluate import classify, compression
+from jaxlm.train import best, checkpoint, classified, evaluation, initial, origin, report, setup
 from jaxlm.train import lock as locks
 from jaxlm.train.state import State
 from jaxlm.train.stop import StopRequest, Watchdog
@@ -56,6 +57,8 @@ def run(config: Config, workdir: pathlib.Path) -> int:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, target_length=task.target_length))
         config = rows.for_labels(config, task)
         epoch = loader.epoch_size(corpus, "train", task, config.data.batch_size)
+        if config.objective.teacher:
+            initial.same_tokens(config.objective.teacher, tokenizer)
         parts = setup.build(config, mesh, corpus.vocab_size, epoch.positions)
         subject = evaluation.Subject(parts.config, parts.model, mesh, corpus, tokenizer, task,
                                      evaluation.scorer(config.objective, parts.model, mesh))
@@ -90,7 +93,7 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
     config, total, primary = parts.config, parts.total, jax.process_index() == 0
     corpus, tokenizer, task = subject.corpus, subject.tokenizer, subject.task
     note = progress.note if primary else lambda line: None
-    start, state, history = _start(parts, corpus, task, workdir, note)
+    start, state, history, borrowed = _start(parts, corpus, task, workdir, note)
     note(_introduction(parts, epoch, state, start, peak[1], [*_sources(parts, corpus, task), *rows.notes(task, corpus.splits["train"])]))
     finished = workdir / "FINISHED"
     if finished.exists() and (start >= total or json.loads(finished.read_text(encoding="utf-8")).get("early") == start):
@@ -103,12 +106,15 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
         ("log", "train.log_every", config.train.log_every), ("eval", "train.eval_every", config.train.eval_every),
         ("save", "checkpoint.every", config.checkpoint.every))}
     due = lambda name, step: step == total or (every[name] and step % every[name] == 0)
-    files = {"config.json": configs.to_json(config).encode(), tokenizer.filename: tokenizer.model}
+    files = {"config.json": configs.to_json(config).encode(), tokenizer.filename: tokenizer.model} | borrowed
+    if template := corpus.manifest.get("chat_template"):
+        files[chat.FILE] = template.encode()
 
     def save(step: int, state: State, found: dict[str, float] | None) -> None:
         entry = ledger.entry(corpus, step, config.data.seed, config.data.batch_size, history)
         calibration = {key: found[key] for key in ("temperature", "documents")} if found and task.labelled else None
         more = {evaluation.CALIBRATION: json.dumps(calibration).encode()} if calibration else {}
+        state = state._replace(params=trees.split(state.params, parts.kept)[0])
         checkpoints.save(step, state, files | more | {ledger.FILE: json.dumps(entry).encode()}, best.cost(config, found))
 
     # Compiled before any data is read: a request to stop that came meanwhile is seen before the first step.
@@ -120,7 +126,7 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
                              rows=sharding.local_rows(parts.mesh, config.data.batch_size), threads=config.data.threads, prefetch=config.data.prefetch)
     reporter = report.Reporter(workdir, start, {"config": configs.to_json(config), "parameters": report.overview(state.params)}) if primary else None
     clock, health = _Clock(), _Health(config, workdir)
-    log = _Log(parts, epoch, trees.count(state.params), peak[0], clock, health, reporter, progress, lambda step: due("log", step))
+    log = _Log(parts, epoch, trees.count(parts.plain), peak[0], clock, health, reporter, progress, lambda step: due("log", step))
     pending: tuple[int, dict] | None = None
     saved_step, step, found, costs = start, start, None, best.history(config, workdir, start)
     early = best.exhausted(costs, config.train.patience)  # killed after its last evaluation
@@ -164,21 +170,34 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
 
 
 def _start(parts: setup.Setup, corpus: shards.Corpus, task: rows.Task, workdir: pathlib.Path,
-           note: Callable[[str], None]) -> tuple[int, State, list[dict[str, Any]]]:
-    """The step to go on from and its state: the newest whole checkpoint, or step 0 with new or given parameters; and what those had been trained on."""
+           note: Callable[[str], None]) -> tuple[int, State, list[dict[str, Any]], dict[str, bytes]]:
+    """The step to go on from and its state: the newest whole checkpoint, or step 0 with new or given parameters; what those had been trained on; and the file
+    that says where the parameters come from that checkpoints do not hold."""
     start = checkpoint.newest(workdir, log=note) or 0
     if not start:
-        origin = parts.config.train.init_from
-        if not origin:
-            return 0, parts.init(), []
-        params, history = initial.params(origin, parts.target.params, parts.model.init, parts.config.train.seed, log=note)
-        return 0, parts.begin(params), history
+        if not parts.config.train.init_from and parts.companion is None:
+            return 0, parts.init(), [], {}
+        params, mate, notes, history = initial.start(parts.config, parts.plain, parts.companion, log=note)
+        params = parts.dress(params) if mate is None else parts.dress(params, mate)
+        if parts.config.lora.init_from:
+            own, rest = trees.split(params, parts.kept)
+            params = trees.merge(initial.adapter(parts.config, notes["base"], trees.split(parts.target.params, parts.kept)[0]), rest)
+        return 0, parts.begin(params), history, {origin.BASE: json.dumps(notes).encode()} if notes else {}
     saved = json.loads(checkpoint.read_file(workdir, start, ledger.FILE))
     regrouped = task.mixture != mixture.Mixture() and saved["sources"] != ledger.sources_sha256(corpus)
     if saved["manifest"] != corpus.fingerprint or regrouped:
         raise ValueError(f"{corpus.folder} holds another corpus than the run in {workdir} was trained on until step {start}" + " (other sources)" * regrouped +
                          ": bring that one back, or choose another --workdir")
-    return start, checkpoint.restore(workdir, start, parts.target), saved.get("history", [])
+    own, others = trees.split(parts.target.params, parts.kept)
+    state = checkpoint.restore(workdir, start, parts.target._replace(params=own))
+    if not others:
+        return start, state, saved.get("history", []), {}
+    base, mate = initial.borrowed(workdir, start, parts.config, parts.plain, parts.companion, log=note)
+    if base is None:  # only the companion is missing: the other half of what `dress` makes is thrown away
+        base = jax.tree.map(lambda leaf: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding), parts.plain)
+    dressed = parts.dress(base) if mate is None else parts.dress(base, mate)
+    state = state._replace(params=trees.merge(state.params, trees.split(dressed, parts.kept)[1]))
+    return start, state, saved.get("history", []), {origin.BASE: checkpoint.read_file(workdir, start, origin.BASE)}
 
 
 def _sources(parts: setup.Setup, corpus: shards.Corpus, task: rows.Task) -> list[str]:
@@ -250,11 +269,14 @@ def _best(parts: setup.Setup, state: State, step: int, workdir: pathlib.Path, no
     if found is None or found == step:
         return _averaged(state), step
     note(f"the best checkpoint by {parts.config.checkpoint.metric} is that of step {found}: it is what follows, and what eval and generate use")
-    return checkpoint.restore_params(workdir, found, parts.target.params, ema=parts.config.optim.ema > 0), found
+    own = trees.flatten(checkpoint.restore_params(workdir, found, trees.split(parts.target.params, parts.kept)[0]))
+    if parts.target.ema is not None:
+        own |= trees.flatten(checkpoint.restore_params(workdir, found, parts.target.ema, ema=True))
+    return trees.unflatten(trees.flatten(state.params) | own), found
 
 
 def _averaged(state: State) -> Any:
-    return state.params if state.ema is None else state.ema
+    return state.params if state.ema is None else trees.unflatten(trees.flatten(state.params) | trees.flatten(state.ema))
 
 
 def _finish(step: int, early: bool, subject: evaluation.Subject, chosen: tuple[Any, int], workdir: pathlib.Path, reporter: report.Reporter | None,
@@ -268,7 +290,7 @@ def _finish(step: int, early: bool, subject: evaluation.Subject, chosen: tuple[A
         summary, lines = classify.scalars(judged.result.summary), judged.lines
     else:
         summary = _score(subject, params, split, 0, watchdog, stop) if split else None
-        lines = likelihood.table(summary, config.objective.name) if summary else ""
+        lines = evaluation.table(config, summary) if summary else ""
     if split and summary is None:  # asked to stop: the same command evaluates when it is run again
         return
     sample = evaluation.sample(subject, params)

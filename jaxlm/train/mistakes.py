@@ -14,7 +14,8 @@ from jaxlm.data import labels, languages, loader
 from jaxlm.data.shards import Corpus
 from jaxlm.evaluate import baselines, classification, classify, likelihood, mistakes
 from jaxlm.models import kinds
-from jaxlm.train import classified, evaluation, initial, report, saved
+from jaxlm.train import classified, evaluation, report, saved
+from jaxlm.train import origin as origins
 
 _SHOWN = 30  # rows of a list of texts
 _OCCLUDED = 120  # texts whose words are left out one by one
@@ -254,11 +255,11 @@ def _features(of: evaluation.Subject, run: saved.Run, log: Callable[[str], None]
 
 def _states(of: evaluation.Subject, origin: str, run: saved.Run) -> np.ndarray:
     """Mean hidden state of each training text, by the model in `origin`: float32 [documents, D]."""
-    cfg = initial.model_of(origin)
+    cfg = origins.model(origin)[0]
     model = kinds.build(cfg)
     whole = NamedSharding(of.mesh, PartitionSpec())
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), jax.eval_shape(model.init, jax.random.key(0)))
-    params, _ = initial.params(origin, target, model.init, 0, log=lambda line: None)
+    params = origins.params(origin, target, log=lambda line: None)
 
     @functools.partial(jax.jit, out_shardings=whole)
     def mean(params, batch):

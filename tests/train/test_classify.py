@@ -15,7 +15,8 @@ from jaxlm.evaluate import follow
 from jaxlm.interop import hf
 from jaxlm.models import kinds
 from jaxlm.objectives import OBJECTIVES, label_logits
-from jaxlm.train import best, checkpoint, initial, loop, saved
+from jaxlm.train import best, checkpoint, loop, saved
+from jaxlm.train import origin as origins
 from jaxlm.train.report import read_metrics
 from jaxlm.train.stop import StopRequest
 
@@ -116,7 +117,7 @@ def test_a_finished_run_begins_another_with_other_labels(trained, capsys):
             assert not np.array_equal(leaf[1], after[path][1]), path
     assert saved.open_run(trained / "next").config.model.label_names == ("a", "b", "c")
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), origin)
-    params, _ = initial.params(str(trained / "run"), target, None, 0)  # nothing new is asked for
+    params = origins.headed(str(trained / "run"), target, None, 0)  # nothing new is asked for
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(origin)))
 
 
@@ -196,7 +197,7 @@ def test_every_family_gets_a_head(name, pooler, kept):
     model = kinds.build(cfg)
     place = jax.sharding.NamedSharding(sharding.make_mesh(MeshConfig()), jax.sharding.PartitionSpec())
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), jax.eval_shape(model.init, jax.random.key(0)))
-    params, _ = initial.params(f"hf:{folder}", target, model.init, 0, log=lambda line: None)
+    params = origins.headed(f"hf:{folder}", target, model.init, 0, log=lambda line: None)
     own, theirs = trees.flatten(params), trees.flatten(hf.load(hf.open_directory(folder)))
     assert set(own) - set(theirs) == {path for path in own if path.startswith("classifier") or path.startswith("pooler") and not kept}
     for path in set(own) & set(theirs):
