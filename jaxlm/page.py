@@ -29,7 +29,7 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space:
 td small { display: block; color: var(--soft); }
 td.bar { width: 30%; min-width: 8rem; } td.bar div { background: var(--bar); height: .8rem; border-radius: 2px; min-width: 1px; }
 td.bar.bad div { background: var(--bad); }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } .scroll svg { min-width: 34rem; }
 details { margin: .3rem 0; border: 1px solid var(--line); border-radius: .4rem; padding: .3rem .8rem; } summary { cursor: pointer; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); border-radius: .3rem; padding: .5rem .7rem; margin: .3rem 0; font-size: 12.5px; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem; } .id { color: var(--soft); font-size: .8rem; overflow-wrap: anywhere; }
@@ -122,8 +122,8 @@ def chart(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, ma
     ticks = "".join(f'<text x="{60 + 860 * i / 4:.0f}" y="218" text-anchor="middle">{_tick(left + width * i / 4)}</text>' for i in range(5))
     ticks += "".join(f'<text x="54" y="{204 - 180 * i / 2:.0f}" text-anchor="end">{_tick(low + height * i / 2)}</text>' for i in range(3))
     key = "".join(f'<span class="key {kind}"></span>{text(name)}' for kind, name in zip(kinds, lines))
-    return (f'<div class="note">{text(y)} over {text(x)}{key}</div><svg viewBox="0 0 950 224" role="img" aria-label="{text(y)} over {text(x)}">'
-            f'<line x1="60" x2="920" y1="200" y2="200"/>{drawn}{ticks}</svg>')
+    return (f'<div class="note">{text(y)} over {text(x)}{key}</div><div class="scroll"><svg viewBox="0 0 950 224" role="img" aria-label="{text(y)} over {text(x)}">'
+            f'<line x1="60" x2="920" y1="200" y2="200"/>{drawn}{ticks}</svg></div>')
 
 
 def _tick(value: float) -> str:

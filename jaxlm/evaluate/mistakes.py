@@ -13,6 +13,7 @@ from jaxlm.evaluate import baselines, uncertainty
 _NEGATION = re.compile(r"\b(?:no|not|never|none|nothing|nobody|neither|nor|cannot|without|hardly|barely)\b|n['\u2019]t\b", re.IGNORECASE)
 _WORD = re.compile(r"\w+(?:['\u2019]\w+)*")
 _VALUES = 12  # of one column: the most frequent
+_LEAST = 5  # texts of a slice
 
 
 class Slice(NamedTuple):
@@ -28,7 +29,7 @@ def slices(columns: Mapping[str, Sequence[str]], quality: np.ndarray) -> list[Sl
     """The figure of each value of each column, with its 95 % interval: exact for right and wrong answers, else bootstrap.
 
     Args:
-      columns: name -> value of each text. A column of one value is left out, of many the most frequent are shown.
+      columns: name -> value of each text. A column of one value is left out; of many the most frequent are shown, with at least 5 texts.
       quality: float64 [N], 1 for right and 0 for wrong, or any number.
     """
     found, binary = [], set(np.unique(quality)) <= {0.0, 1.0}
@@ -37,6 +38,8 @@ def slices(columns: Mapping[str, Sequence[str]], quality: np.ndarray) -> list[Sl
         if column == "length":
             frequent.sort(key=lambda item: int(item[0].split()[0]))
         for value, count in frequent if len(frequent) > 1 else ():
+            if count < min(_LEAST, len(values) // len(frequent)):  # of few texts all slices are small
+                continue
             mine = quality[np.array([one == value for one in values])]
             low, high = uncertainty.exact(int(mine.sum()), count) if binary else uncertainty.bootstrap(mine, lambda some: float(some.mean()))
             found.append(Slice(column, value, count, float(mine.mean()), low, high))
