@@ -65,8 +65,8 @@ class DataConfig:
     label_key: str = ""  # the field or column that holds each text's label, for objective.name=classify, multi_label (a list, or "a|b"), regress (a number) and
     # token_classify (a list of tags, or tags between spaces, one for each word of text_key)
     slice_keys: tuple[str, ...] = ()  # with label_key: more fields or columns, by whose values jaxlm eval --report divides its figures
-    format: Literal["text", "chat", "preference"] = "text"  # chat: each record a conversation (`messages`, ShareGPT's `conversations`, or `instruction`, `input`,
-    # `output`); preference: a prompt with a chosen and a rejected answer (docs/finetuning.md); text_key is then not used
+    format: Literal["text", "chat", "preference"] = "text"  # chat: records are conversations (`messages`, ShareGPT's `conversations`, or `instruction`, `input`
+    # and `output`); preference: a prompt with a chosen and a rejected answer (docs/finetuning.md); text_key is then not used
     chat_template: str = ""  # of chats: chatml, llama3, gemma or the path of a .jinja file; empty: the tokenizer's own
     id_key: str = ""  # the field or column that holds each document's id, different for all; empty: "path:line"
     licence_key: str = ""  # the field or column that holds each document's licence
@@ -383,8 +383,8 @@ class ObjectiveConfig:
         _need(self.teacher_temperature > 0, f"objective.teacher_temperature={self.teacher_temperature} must be positive")
         _need(not self.teacher or self.name in ("next_token", "sft", "masked_token"), f"objective.teacher does not go with objective.name={self.name}: distil "
               "with next_token, sft or masked_token")
-        _need(not self.teacher or self.teacher_kl + self.teacher_hard + self.teacher_cosine > 0, "objective.teacher_kl, teacher_hard and teacher_cosine are all "
-              "0: nothing is learned")
+        _need(not self.teacher or self.teacher_kl + self.teacher_hard + self.teacher_cosine > 0, "objective.teacher_kl, teacher_hard and teacher_cosine are "
+              "all 0: nothing is learned")
         _need(self.span_length >= 1, f"objective.span_length={self.span_length} must be at least 1 token")
         _need(self.mask_random >= 0 and self.mask_keep >= 0 and self.mask_random + self.mask_keep <= 1, f"objective.mask_random={self.mask_random} and "
               f"objective.mask_keep={self.mask_keep} must be shares of one whole; the rest is masked")
@@ -425,7 +425,7 @@ class OptimConfig:
     step_ratio: float = 0.1  # step: each drop multiplies lr by this
     weight_decay: float = 0.1
     decay_rules: Rules = ()  # (path regex, decays or not), strict; empty: every weight with two or more dimensions of its own decays
-    trainable: Rules = ()  # (path regex, trained or frozen), strict; empty: everything is trained
+    trainable: Rules = ()  # (path regex, trained or frozen), strict; empty: everything is trained, with lora.rank the adapters alone
     frozen_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"  # how frozen matrices are kept: int8 and nf4 those of the layers, blockwise, and
     # the others in bfloat16; with lora.rank nf4 is QLoRA
     clip: float = 1.0  # global norm of the gradient; 0: off
@@ -540,12 +540,11 @@ class Config:
         _need(self.train.init_from or self.data.sequence_length <= self.model.context, f"data.sequence_length={self.data.sequence_length} is longer than "
               f"model.context={self.model.context}: make the first smaller or the second larger")
         form = {"sft": "chat", "preference": "preference"}.get(self.objective.name, "text")
-        _need(self.data.format in (form, "text") and (form == "text" or not self.data.source or self.data.format == form), f"objective.name={self.objective.name} "
+        _need(self.data.format == form or self.data.format == "text" and not self.data.source, f"objective.name={self.objective.name} "
               f"learns from data.format={form}, not {self.data.format}")
         edits = [name for name, part in (("clean", self.clean), ("filter", self.filter)) if part != type(part)()] + ["dedup.line_length"] * bool(
             self.dedup.line_length)
         _need(self.data.format == "text" or not edits, f"data.format={self.data.format}: {' and '.join(edits)} would tear messages apart: leave them out")
-        _need(not self.lora.rank or not self.optim.trainable, "optim.trainable goes without lora.rank: with adapters these are what is trained")
         _need(not self.train.init_layers or self.train.init_from, "train.init_layers are layers of another model: set train.init_from")
         pairs, source = self.objective.name == "seq2seq", bool(self.data.source)
         labelled = self.objective.name in LABELLED

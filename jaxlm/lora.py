@@ -74,7 +74,7 @@ def adapter_axes(cfg: LoraConfig, axes: Axes) -> dict[str, tuple[str, ...]]:
 
 
 def init(cfg: LoraConfig, axes: Axes, params: Any, key: jax.Array) -> dict[str, Any]:
-    """The adapters of plain `params` before training, float32: A as in PEFT (uniform, Kaiming with a = sqrt(5): within 1 / sqrt(inputs)), B 0, m the lengths."""
+    """The adapters of plain `params` before training, float32: A as in PEFT (uniform within 1 / sqrt(inputs)), B 0, m the lengths."""
     flat, found = trees.flatten(params), {}
     for number, path in enumerate(targets(cfg, axes)):
         w, split = flat[path], inputs(path) + 1
@@ -115,7 +115,8 @@ def _merged(w, a, b, m, split: int) -> jax.Array:
 def compact(dtype: str, axes: Axes, frozen: Callable[[str], bool]) -> tuple[dict[str, str], dict[str, int]]:
     """How leaves are kept: path -> bfloat16, int8 or nf4 (others stay float32), and for the last two the axis of the blocks, of the stacked leaf.
 
-    Matrices are all that becomes smaller; in int8 and nf4 those of the layers but routers, whose choices hang on small differences. Blocks do not lie along the axis that FSDP splits.
+    Matrices are all that becomes smaller; in int8 and nf4 those of the layers but routers, whose choices hang on small differences. Blocks do not lie along
+    the axis that FSDP splits.
 
     Raises:
       ValueError: one line: a matrix that nf4 cannot pair.
@@ -186,7 +187,7 @@ def form(model: Any, cfg: LoraConfig, frozen_dtype: str, axes: Axes, trainable: 
 
     Args:
       axes: path -> logical axes of the plain parameters.
-      trainable: path -> trained or frozen; with adapters the plain ones are all frozen.
+      trainable: path -> trained or frozen, of the plain parameters.
       dtype: what layers compute in.
     """
     if not cfg.rank and frozen_dtype == "float32":

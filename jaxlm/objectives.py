@@ -93,7 +93,7 @@ def labels(cfg: ObjectiveConfig, model: Model, params: Any, batch: Mapping[str, 
 def distilled(objective: Callable[..., Sums], cfg: ObjectiveConfig, model: Model, params: Any, batch: Mapping[str, jax.Array], key: jax.Array | None, *,
               companion: Model) -> Sums:
     """The token objective, the divergence from a teacher's distribution and the angle between the last hidden states, each with its weight, over the tokens
-    that the objective counts (Hinton et al. 2015; DistilBERT: Sanh et al. 2019, whose angle also counts the other tokens). `params["companion"]` is the teacher."""
+    that the objective counts (Hinton et al. 2015; DistilBERT: Sanh et al. 2019, whose angle counts all tokens). `params["companion"]` is the teacher."""
     assert objective in (next_token, masked_token)
     taught = companion.apply(params[COMPANION], batch)[0]
     hidden, _, routing = model.apply(params, batch, key=key)

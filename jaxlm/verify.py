@@ -83,7 +83,8 @@ def shrink(config: Config, steps: int) -> Config:
 
     Width 32, 4 layers for each group of a stage, up to 4 key heads of 8 with up to 2 query heads each, up to 8 experts, 128 ids, rows of 32 tokens, 8 rows for
     each of up to 2 microbatches; windows become a few tokens. In float32, without dropout (its random numbers depend on how the batch is cut), with wider
-    initial weights, so that attention is not flat, a constant learning rate, and the kernel that runs anywhere, and without a teacher. With microbatches the losses that balance
+    initial weights, so that attention is not flat, a constant learning rate, the kernel that runs anywhere,
+    and no teacher. With microbatches the losses that balance
     experts are off: their values are not sums over tokens.
     """
     old = config.model.filled()

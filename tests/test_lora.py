@@ -1,6 +1,7 @@
 """Adapters and compact frozen weights: the base exactly at first, merged as unmerged, errors as stated; preferences and distillation against formulas."""
 
 import types
+from statistics import NormalDist
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,13 @@ def test_quantised_within_the_stated_error(kind, bits):
         blocks, found = (np.moveaxis(np.asarray(a), axis, -1).reshape(3, -1, 64) for a in (w, back))
         assert (np.abs(found - blocks) <= np.abs(blocks).max(-1, keepdims=True) * quantise.ERROR[kind] * (1 + 1e-5)).all()
         assert sum(leaf.nbytes for leaf in stored.values()) * 8 == w.size * bits and np.array_equal(again, stored[kind])
+
+
+def test_the_levels_of_nf4():
+    """By their definition: equally spaced quantiles of the normal distribution, eight above 0 and seven below, and 0 itself, up to 1."""
+    normal, most = NormalDist(), 0.9677083
+    above, below = ([normal.inv_cdf(p) for p in np.linspace(most, 0.5, n)[:-1]] for n in (9, 8))
+    np.testing.assert_allclose(quantise._NF4, np.sort([*above, 0, *np.negative(below)]) / max(above), atol=2e-7)
 
 
 def test_targets_that_match_nothing():

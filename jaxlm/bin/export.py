@@ -33,6 +33,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(values: flags.FlagValues) -> int:
+    import dataclasses
     import os
     import pathlib
     import tempfile
@@ -52,21 +53,21 @@ def main(values: flags.FlagValues) -> int:
     from jaxlm.train import saved
 
     run = saved.open_run(values.workdir, values.step)
+    tokenizer = run.tokenizer
+    if run.chat_template:
+        tokenizer = dataclasses.replace(tokenizer, files={**tokenizer.files, chat.FILE: run.chat_template.encode()})
     to.parent.mkdir(parents=True, exist_ok=True)
     if to.suffix == ".gguf":
-        file = gguf.write(to, run.config.model, run.params, run.tokenizer, {"float32": "f32", "float16": "f16", "q8_0": "q8_0"}[values.dtype])
+        file = gguf.write(to, run.config.model, run.params, tokenizer, {"float32": "f32", "float16": "f16", "q8_0": "q8_0"}[values.dtype])
         print(f"{to}, step {run.step} of {run.workdir}, read back and compared:\n{gguf.mapping(file)}")
         return 0
     # Whole or not at all.
     with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as temporary:
         folder = pathlib.Path(temporary) / "export"
         folder.mkdir()
-        tokenizer = run.tokenizer
         source = hf.save(folder, run.config.model, run.params, dtype=values.dtype, architecture=values.architecture,
                          extra={"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad})
         tokenizer.write_huggingface(folder)
-        if run.chat_template:
-            (folder / chat.FILE).write_text(run.chat_template, encoding="utf-8")
         if to.exists():
             to.rmdir()
         os.replace(folder, to)
@@ -94,5 +95,6 @@ def _write_adapter(values: flags.FlagValues, to) -> int:
         if to.exists():
             to.rmdir()
         os.replace(folder, to)
-    print(f"adapters of rank {config.lora.rank} for {', '.join(modules)} in {to}, step {step} of {values.workdir}, for the base {told['origin']}, read back and compared")
+    print(f"adapters of rank {config.lora.rank} for {', '.join(modules)} in {to}, step {step} of {values.workdir}, for the base {told['origin']}, read back "
+          "and compared")
     return 0

@@ -80,7 +80,8 @@ def build(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> Task:
         asked, found = ("chat" if name == "sft" else name) if name in CHATS else "text", "text"
         if train.turns is not None:
             found = "chat" if train.inputs is None else "preference"
-        raise ValueError(f"{corpus.folder} was prepared with data.format={found}, and objective.name={name} needs data.format={asked}: prepare it again with that")
+        raise ValueError(f"{corpus.folder} was prepared with data.format={found}, and objective.name={name} needs data.format={asked}: prepare it "
+                         "again with that")
     if name not in CHATS and (name == "seq2seq") != (train.inputs is not None):
         raise ValueError(f"{corpus.folder} was prepared without data.input_key and holds no pairs: prepare it with that key for objective.name=seq2seq"
                          if name == "seq2seq" else f"{corpus.folder} holds pairs (data.input_key): they are for objective.name=seq2seq, not {name}")
@@ -89,8 +90,9 @@ def build(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> Task:
     if name == "seq2seq":
         task = task._replace(target_length=data.target_length or data.sequence_length)
     if name in CHATS and not len(_items(task, train, None)[0]):
-        raise ValueError(f"nothing that an assistant says is left in rows of data.sequence_length={task.sequence_length} tokens" + ", half of which each answer "
-                         "gets with its prompt" * (name == "preference") + f": make it longer (half of the chats have {int(np.median(train.tokens))} or more)")
+        raise ValueError(f"nothing that an assistant says is left in rows of data.sequence_length={task.sequence_length} tokens" + ", half of which each "
+                         "answer gets with its prompt" * (name == "preference") + ": make it longer (half of the chats have "
+                         f"{int(np.median(train.tokens))} or more)")
     if name == "span_corruption":
         task = _with_sentinels(task, tokenizer, corpus, config.model.context)
     if task.target_length > config.model.context:
@@ -291,8 +293,8 @@ def notes(task: Task, split: Split) -> list[str]:
         whole = split.tokens - len(_sides(task, split, documents[:1]))
         cut = sum(stop - start for start, stop in _sides(task, split, documents)) < whole
         gone = len(documents) - len(_items(task, split, None)[0])
-        return [f"{int(cut.sum()):,} of {len(documents):,} chats are longer than their row and lose their end; of {gone:,} nothing is left to learn, and they are "
-                "left out"] if cut.any() or gone else []
+        return [f"{int(cut.sum()):,} of {len(documents):,} chats are longer than their row and lose their end; of {gone:,} nothing is left to learn, and they "
+                "are left out"] if cut.any() or gone else []
     if not task.fitted:
         return []
     spans = task.objective.name == "span_corruption"

@@ -249,8 +249,8 @@ class Split:
     record_begins: np.ndarray  # int64 [records], place in the shard, see `records.places`
     record_sizes: np.ndarray  # int32 [records], bytes
     shard_ends: tuple[int, ...]  # one past the last record of each shard, counted likewise
-    inputs: np.ndarray | None = None  # int32 [documents] of a corpus of pairs: tokens of the input, eos included; of preferences: of the chosen chat; None: no pairs
-    turns: np.ndarray | None = None  # int32 of a corpus of chats: places in their documents where what the assistant says begins and ends, in turn; None: no chats
+    inputs: np.ndarray | None = None  # int32 [documents] of pairs: tokens of the input, eos included; of preferences: of the chosen chat; None: neither
+    turns: np.ndarray | None = None  # int32, of chats: places in their documents where what the assistant says begins and ends, in turn; None: no chats
     turn_ends: np.ndarray | None = None  # int64 [documents]: turns up to the end of each
 
     def said(self, document: int, start: int, stop: int) -> np.ndarray:

@@ -24,7 +24,7 @@ _FORMS = {"linear", "linear_out", "conv", "conv_out"}
 
 
 def save(folder: pathlib.Path, cfg: TransformerConfig, adapters: LoraConfig, params: Any, *, base: str, fingerprint: str, architecture: str = "") -> list[str]:
-    """Writes adapters into an existing directory and reads them back; returns the names of PEFT's target modules.
+    """Writes adapters into an existing directory and reads them back; returns the short names of the modules that have one.
 
     Args:
       cfg: of the base.
@@ -39,13 +39,13 @@ def save(folder: pathlib.Path, cfg: TransformerConfig, adapters: LoraConfig, par
     family, _ = hf_config.write(cfg, architecture)
     flat = trees.flatten(params)
     tensors = dict(_tensors(family.table, cfg, flat))
-    modules = sorted({name.removeprefix(_PREFIX).rpartition(".lora_")[0].rpartition(".")[2] for name in tensors})
+    modules = _modules(tensors)
     names = {name: (array.shape, array.dtype) for name, array in tensors.items()}
     hf_files.write_files(folder, names, iter(tensors.items()), shard_bytes=1 << 60)
     (folder / "model.safetensors").rename(folder / WEIGHTS)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM" if cfg.kind == "decoder" else None, "base_model_name_or_path": base, "r": adapters.rank,
               "lora_alpha": adapters.alpha, "lora_dropout": adapters.dropout, "use_rslora": adapters.rslora, "use_dora": adapters.dora,
-              "target_modules": _modules(tensors), "bias": "none", "fan_in_fan_out": family.table == "gpt2", "inference_mode": True, "init_lora_weights": True,
+              "target_modules": modules, "bias": "none", "fan_in_fan_out": family.table == "gpt2", "inference_mode": True, "init_lora_weights": True,
               "modules_to_save": None}
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / _OURS).write_text(json.dumps({"base": base, "fingerprint": fingerprint}, indent=2) + "\n", encoding="utf-8")
@@ -53,7 +53,7 @@ def save(folder: pathlib.Path, cfg: TransformerConfig, adapters: LoraConfig, par
     for path, leaf in flat.items():
         if not np.array_equal(found[path], np.asarray(jax.device_get(leaf))):
             raise OSError(f"{folder / WEIGHTS}: {path} reads back differently from what was written: check the disk")
-    return modules
+    return sorted({module.rpartition(".")[2] for module in modules})
 
 
 def _modules(tensors: Mapping[str, np.ndarray]) -> list[str]:
@@ -80,7 +80,7 @@ def load(folder: pathlib.Path, cfg: TransformerConfig, adapters: LoraConfig) -> 
     file = hf_files.Files(folder, hf_files.header(path))
     found: dict[str, np.ndarray] = {}
     used = set()
-    for ours, theirs, shapes, index in _places(_table(cfg, folder), cfg):
+    for ours, theirs, shapes, index in _places(hf_config.write(cfg)[0].table, cfg):
         for leaf, suffixes in _SUFFIXES.items():
             name = next((name for suffix in suffixes if (name := f"{_PREFIX}{theirs}.{suffix}") in file.tensors), None)
             if name is None:
@@ -91,13 +91,14 @@ def load(folder: pathlib.Path, cfg: TransformerConfig, adapters: LoraConfig) -> 
             own = _own(leaf, shape, ours, adapters.rank)
             array = hf_files.finite(file.read(name), f"{path}: {name}").astype(np.float32)
             if array.size != math.prod(own):
-                raise ValueError(f"{path}: {name} has shape {list(array.shape)}, which does not fit {ours} of this base, {list(shape)}: it is an adapter for another "
-                                 "base")
+                raise ValueError(f"{path}: {name} has shape {list(array.shape)}, which does not fit {ours} of this base, {list(shape)}: it is an adapter "
+                                 "for another base")
             stack = found.setdefault(target, np.zeros((layers, *own), np.float32))
             stack[index] = array.reshape(own) if leaf == "m" else array.T.reshape(own)
     left = sorted(set(file.tensors) - used)
     if left:
-        raise ValueError(f"{path} has {left[0]}{f' and {len(left) - 1} more' * (len(left) > 1)}, which this base has no place for: it is an adapter for another base")
+        raise ValueError(f"{path} has {left[0]}{f' and {len(left) - 1} more' * (len(left) > 1)}, which this base has no place for: it is an adapter "
+                         "for another base")
     note = folder / _OURS
     return (hf_files.read_json(note).get("fingerprint", "") if note.is_file() else ""), found
 
@@ -106,15 +107,11 @@ def check(folder: pathlib.Path, found: Mapping[str, tuple[int, ...]], wanted: Ma
     """Refuses adapters of other matrices than a run has."""
     wrong = sorted(path for path in found.keys() | wanted.keys() if found.get(path) != wanted.get(path))
     if wrong:
-        raise ValueError(f"the adapter in {folder} does not fit: {wrong[0]} is {found.get(wrong[0], 'missing')} in it and {wanted.get(wrong[0], 'missing')} here: "
-                         "set lora.targets and lora.rank to its own")
+        raise ValueError(f"the adapter in {folder} does not fit: {wrong[0]} is {found.get(wrong[0], 'missing')} in it and {wanted.get(wrong[0], 'missing')} "
+                         "here: set lora.targets and lora.rank to its own")
 
 
 _SUFFIXES = {"a": ("lora_A.weight",), "b": ("lora_B.weight",), "m": ("lora_magnitude_vector", "lora_magnitude_vector.weight")}
-
-
-def _table(cfg: TransformerConfig, folder: pathlib.Path) -> str:
-    return hf_config.write(cfg)[0].table
 
 
 def _own(leaf: str, shape: tuple[int, ...], path: str, rank: int) -> tuple[int, ...]:
@@ -143,5 +140,5 @@ def _tensors(table: str, cfg: TransformerConfig, flat: Mapping[str, Any]) -> Ite
                 yield f"{_PREFIX}{theirs}.{suffixes[0]}", np.ascontiguousarray(flatter)
     left = sorted(arrays.keys() - used)
     if left:
-        raise ValueError(f"{left[0]} has no form in PEFT: the family keeps queries, keys and values in one matrix; export without --adapter, which merges it, or train "
-                         "with lora.targets that leave them out")
+        raise ValueError(f"{left[0]} has no form in PEFT: the family keeps queries, keys and values in one matrix; export without --adapter, which merges it, "
+                         "or train with lora.targets that leave them out")

@@ -34,7 +34,7 @@ class Slots(NamedTuple):
     keys: attention.Tokens  # [B, S]; S = T without a cache
     angles: tuple[jax.Array, jax.Array] | None  # rotary, of the queries
     local_angles: tuple[jax.Array, jax.Array] | None  # the same for layers with a window, where these differ
-    start: jax.Array | None  # first cache slot to write, int32 scalar; None without a cache
+    store: Callable | None  # with a cache: writes a layer's new keys and values there and returns all (`cache.Store`)
     bias: jax.Array | None = None  # of the scores of self-attention, [B, N, T, S]
     memory: Memory | None = None  # of the encoder, where there is one
 
@@ -164,9 +164,7 @@ class Attention(nn.Module):
         q = constrain(q, "batch", "sequence", "heads", "head_size")
         key, value = (constrain(a, "batch", "sequence", "kv_heads", "head_size") for a in (key, value))
         if cache is not None:
-            cache = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), slots.start, axis=1)
-                     for name, new in (("k", key), ("v", value))}
-            key, value = cache["k"].astype(q.dtype), cache["v"].astype(q.dtype)
+            cache, key, value = slots.store(cache, key, value)
         if self.is_initializing():  # only shapes count, of rows that a kernel for training may refuse
             out_BTNH = q
         else:

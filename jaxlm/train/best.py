@@ -5,8 +5,9 @@ import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from jaxlm import sharding
 from jaxlm.config import LABELLED, Config
-from jaxlm.evaluate import classification, likelihood
+from jaxlm.evaluate import classification, likelihood, verdict
 from jaxlm.train import checkpoint, report
 
 
@@ -43,6 +44,13 @@ def history(config: Config, workdir: pathlib.Path, step: int) -> list[float]:
 def exhausted(costs: Sequence[float], patience: int) -> bool:
     """Whether the last `patience` evaluations brought nothing better than those before; never with a patience of 0."""
     return 0 < patience < len(costs) and min(costs[-patience:]) >= min(costs[:-patience])
+
+
+def ends(config: Config, workdir: pathlib.Path, costs: Sequence[float]) -> bool:
+    """Whether train.patience is used up: by the run's own evaluations, or those of a watcher beside it (jaxlm eval --watch). Called together."""
+    patience = config.train.patience
+    watched = sharding.first(lambda: int(bool(patience and (found := verdict.read(workdir)) and found.without_gain >= patience)))
+    return exhausted(costs, patience) or bool(watched)
 
 
 def step(workdir: pathlib.Path) -> int | None:

@@ -31,13 +31,15 @@ def scorer(objective: ObjectiveConfig, model: Model, mesh: Mesh) -> likelihood.S
     return likelihood.scorer(model, mesh, objective.chunk_rows)
 
 
-def score(of: Subject, params: Any, split: str, *, limit: int = 0, batch_size: int = 0, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
+def score(of: Subject, params: Any, split: str, *, limit: int = 0, batch_size: int = 0, progress: Callable[[int, int], None] | None = None,
+          keep: Callable[[likelihood.Scores], None] = lambda scores: None) -> dict[str, float]:
     """The summary (`likelihood.summary`) of a split. In several processes all call this together.
 
     Args:
       limit: documents to score, spread evenly over the split; 0: all.
       batch_size: rows of a batch; 0: the config's.
       progress: called with what is done and what there is in all, of targets and then of outputs.
+      keep: called with the scores of the documents.
 
     Raises:
       ValueError: see `likelihood.score_documents`.
@@ -49,6 +51,7 @@ def score(of: Subject, params: Any, split: str, *, limit: int = 0, batch_size: i
                                 progress=progress)
     scores = likelihood.score_documents(of.scorer, params, of.mesh, of.corpus, split, of.task, batch_size=batch_size, overlap=config.eval.overlap,
                                         limit_documents=limit, progress=progress)
+    keep(scores)
     exact = None
     if config.objective.name == "seq2seq" and config.eval.outputs:
         answer = lambda inputs: generate.generate(of.model, params, inputs, max_tokens=of.task.target_length, context=config.model.context,

@@ -41,8 +41,8 @@ def resolve(config: Config, workdir: pathlib.Path) -> Config:
     origin = config.train.init_from or (str(workdir) if own else "")
     if not origin:
         if config.lora.rank or config.objective.name == "preference":
-            raise ValueError(f"{'lora.rank' if config.lora.rank else 'objective.name=preference'} needs a model to begin with: set train.init_from to a workdir, "
-                             "hf:DIR or gguf:FILE")
+            raise ValueError(f"{'lora.rank' if config.lora.rank else 'objective.name=preference'} needs a model to begin with: set train.init_from to a "
+                             "workdir, hf:DIR or gguf:FILE")
         return config
     if own and (config.lora.rank or config.objective.name == "preference"):
         raise ValueError(f"{workdir} is where the base lies, whose checkpoint this run would replace: choose another --workdir, with "
@@ -181,10 +181,12 @@ def adapter(config: Config, base_note: dict[str, Any], target: Any) -> Any:
         raise ValueError(f"lora.init_from={given} is a run without adapters: give it as train.init_from")
     for name in ("alpha", "rslora"):
         if getattr(theirs.lora, name) != getattr(config.lora, name):
-            raise ValueError(f"lora.{name}={getattr(config.lora, name)}, and the adapter in {given} was trained with {getattr(theirs.lora, name)}: set it to that")
+            raise ValueError(f"lora.{name}={getattr(config.lora, name)}, and the adapter in {given} was trained with {getattr(theirs.lora, name)}: "
+                             "set it to that")
     told = json.loads(checkpoint.read_file(given, step, origins.BASE))["base"]
     if told["fingerprint"] != base_note["fingerprint"]:
-        raise ValueError(f"lora.init_from={given} was trained on another base ({told['origin']}) than train.init_from={config.train.init_from}: give it its own base")
+        raise ValueError(f"lora.init_from={given} was trained on another base ({told['origin']}) than train.init_from="
+                         f"{config.train.init_from}: give it its own base")
     return checkpoint.restore_params(given, step, target, ema=theirs.optim.ema > 0)
 
 

@@ -129,7 +129,7 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
     log = _Log(parts, epoch, trees.count(parts.plain), peak[0], clock, health, reporter, progress, lambda step: due("log", step))
     pending: tuple[int, dict] | None = None
     saved_step, step, found, costs = start, start, None, best.history(config, workdir, start)
-    early = best.exhausted(costs, config.train.patience)  # killed after its last evaluation
+    early = best.ends(config, workdir, costs)  # killed after its last evaluation
     stop.arm()
     with Watchdog(config.train.watchdog_seconds) as watchdog, contextlib.closing(reporter) if primary else contextlib.nullcontext():
         while step < total and not early and not stop.at(step):
@@ -150,7 +150,7 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
                 if due("eval", step) and not stop.now():
                     found = _evaluate(subject, state, step, reporter, progress, watchdog, stop)
                     costs += [value] if (value := best.cost(config, found)) is not None else []
-                    early = best.exhausted(costs, config.train.patience)
+                    early = best.ends(config, workdir, costs)
                 if due("save", step) or early:
                     save(step, state, found)
                     saved_step = step
@@ -314,6 +314,18 @@ def _finish(step: int, early: bool, subject: evaluation.Subject, chosen: tuple[A
         f"  tensorboard --logdir={workdir}        (pip install tensorboard)"]))
 
 
+def _work(parts: setup.Setup) -> float:
+    """Operations of a step as a share of those of training all weights: a third each for the forward pass, the gradients of activations and those of weights,
+    of which frozen ones have none; the frozen model beside it has a forward pass more."""
+    whole = trees.count(parts.plain)
+    if parts.config.lora.rank or parts.companion is not None:
+        trained = trees.count(trees.split(parts.target.params, parts.kept)[0]) / whole
+        beside = 1.0 if parts.config.objective.name == "preference" else 0.0
+        beside = trees.count(parts.companion) / whole if parts.companion is not None else beside
+        return (2 + min(trained, 1.0) + beside) / 3
+    return 1.0
+
+
 class _Log:
     """Reads a finished step's metrics, looks at their health, shows and writes them."""
 
@@ -323,7 +335,7 @@ class _Log:
         config = parts.config
         self._tokens, self._padding = config.data.batch_size * setup.row_tokens(config), epoch.padding / epoch.positions
         flops = report.flops_per_token(config.model, params, config.data.sequence_length, config.data.target_length)
-        self._load = self._tokens * flops / peak  # seconds at the peak
+        self._load = self._tokens * flops * _work(parts) / peak  # seconds at the peak
 
     def __call__(self, step: int, metrics: dict[str, Any]) -> None:
         values = jax.device_get(metrics)

@@ -172,7 +172,8 @@ def form(config: Config, cfg: TransformerConfig, mesh: Mesh, *, companion: bool 
     axes = trees.match(built.axes, trees.flatten(shapes), "axes of the model")
     places = sharding.params_shardings(mesh, built.axes, shapes)
     adapters = LoraConfig() if companion else config.lora
-    trainable = dict.fromkeys(axes, False) if companion or adapters.rank else optim.trainable(config.optim, shapes)
+    still = companion or adapters.rank and not config.optim.trainable
+    trainable = dict.fromkeys(axes, False) if still else optim.trainable(config.optim, shapes)
     found = lora.form(built, adapters, config.optim.frozen_dtype, axes, trainable, cfg.dtype)
     return found, jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxlm import sharding, trees
+from jaxlm import lora, sharding, trees
 from jaxlm.config import Config, MeshConfig
 from jaxlm.data import shards
 from jaxlm.data import tokenizer as tokenizers
@@ -30,13 +30,15 @@ class Run(NamedTuple):
     params: Any  # on `mesh`; the moving average where the run keeps one; adapters are merged
     mesh: Mesh
     chat_template: str  # Jinja, of a run that was trained on chats; "": its tokenizer may have one
+    fingerprint: str  # of the checkpoint's manifest
 
 
-def open_run(workdir: os.PathLike | str, step: int | None = None, *, log: Callable[[str], None] = print) -> Run:
+def open_run(workdir: os.PathLike | str, step: int | None = None, *, mesh: MeshConfig | None = None, log: Callable[[str], None] = print) -> Run:
     """Reads the model of a run, its parameters verified; the optimiser's state is not read. In several processes all call this together.
 
     Args:
       step: the checkpoint; None for the newest whole one, or where the run says what is best (`best.chooses`) for the best.
+      mesh: where the parameters go; None for the mesh of the run's config.
       log: receives a line for each newer checkpoint that is damaged.
 
     Raises:
@@ -44,7 +46,7 @@ def open_run(workdir: os.PathLike | str, step: int | None = None, *, log: Callab
     """
     workdir = pathlib.Path(workdir)
     if step is not None and step in checkpoint.steps(workdir):
-        return _open(workdir, step)
+        return _open(workdir, step, mesh)
     if not checkpoint.steps(workdir):
         what = "has no checkpoint yet: wait for the first one" if workdir.is_dir() else "does not exist: give the folder of a run"
         raise ValueError(f"{workdir} {what}, or make one with jaxlm train --config=quickstart --workdir={workdir}")
@@ -53,11 +55,11 @@ def open_run(workdir: os.PathLike | str, step: int | None = None, *, log: Callab
     newest = _newest_below(workdir, np.iinfo(np.int32).max)
     with contextlib.suppress(ValueError):  # a damaged newest checkpoint is looked at below
         if best.chooses(origin.read_files(workdir, newest)[0]) and (found := sharding.first(lambda: best.step(workdir))) is not None:
-            return _open(workdir, found)
+            return _open(workdir, found, mesh)
     bound, last = np.iinfo(np.int32).max, None
     while (bound := _newest_below(workdir, bound)) >= 0:
         try:
-            return _open(workdir, bound)
+            return _open(workdir, bound, mesh)
         except Exception as error:
             if bound not in checkpoint.steps(workdir):  # deleted meanwhile by the run, which then has newer ones
                 bound = np.iinfo(np.int32).max
@@ -86,6 +88,8 @@ def adapters(workdir: os.PathLike | str, step: int | None = None, *, log: Callab
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     dressed = jax.eval_shape(kept.dress, shapes, jax.random.key(0))
     target = trees.map_paths(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), trees.split(dressed, kept.trainable)[0])
+    if more := [path for path in trees.flatten(target) if not lora.is_adapter(path)]:
+        raise ValueError(f"{workdir} also trained {more[0]} (optim.trainable), which an adapter cannot hold: leave --adapter out")
     found = checkpoint.restore_params(workdir, step, target, ema=config.optim.ema > 0)
     return config, step, found, json.loads(checkpoint.read_file(workdir, step, origin.BASE))["base"]
 
@@ -96,14 +100,15 @@ def _newest_below(workdir: pathlib.Path, bound: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(found))) if jax.process_count() > 1 else found
 
 
-def _open(workdir: pathlib.Path, step: int) -> Run:
+def _open(workdir: pathlib.Path, step: int, mesh: MeshConfig | None) -> Run:
     config, tokenizer, data = origin.read_files(workdir, step)
+    fingerprint = checkpoint.fingerprint(workdir, step)
     model = kinds.build(config.model)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    mesh, places = place(config.mesh, model, shapes)
+    devices, places = place(mesh or config.mesh, model, shapes)
     target = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places)
     params = origin.saved(workdir, step, target)
-    return Run(workdir, step, config, tokenizer, data, model, params, mesh, origin.read_template(workdir, step))
+    return Run(workdir, step, config, tokenizer, data, model, params, devices, origin.read_template(workdir, step), fingerprint)
 
 
 def place(cfg: MeshConfig, model: decoder.Model, shapes: Any) -> tuple[Mesh, Any]:

@@ -49,7 +49,8 @@ def test_chats_of_all_kinds(tmp_path):
     count = len(found.splits["train"].tokens)
     size = loader.epoch_size(found, "train", task, 2)
     steps = -(-size.rows // 2)
-    seen = [piece for _, batch in loader.batches(found, "train", task, batch_size=2, seed=0, start_step=0, stop_step=steps, threads=0) for piece in pieces(tok, batch)]
+    batches = loader.batches(found, "train", task, batch_size=2, seed=0, start_step=0, stop_step=steps, threads=0)
+    seen = [piece for _, batch in batches for piece in pieces(tok, batch)]
     assert all(expected[text] == said for text, said in seen) and len({text for text, _ in seen}) == count
     held = [piece for batch in loader.evaluation_batches(found, "validation", task, batch_size=2, overlap=0.5, threads=0) for piece in pieces(tok, batch)]
     assert sorted(text for text, _ in held) == sorted(set(expected) - {text for text, _ in seen}) and all(expected[text] == said for text, said in held)

@@ -37,7 +37,8 @@ def test_frozen_leaves_stay_bit_by_bit_and_cost_no_state(single):
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 2, "tensor": 2}, {"stage": 2, "sequence": 2}])
 def test_meshes_agree(single, mesh):
-    parts = build((1, mesh.get("fsdp", 1), mesh.get("tensor", 1)), **QLORA, **{f"mesh__{axis}": size for axis, size in mesh.items() if axis not in ("fsdp", "tensor")})
+    others = {f"mesh__{axis}": size for axis, size in mesh.items() if axis not in ("fsdp", "tensor")}
+    parts = build((1, mesh.get("fsdp", 1), mesh.get("tensor", 1)), **QLORA, **others)
     with jax.set_mesh(parts.mesh):
         params = jax.tree.map(lambda leaf, target: jax.device_put(leaf, target.sharding), trees.unflatten(single[1]), parts.target.params)
         state, losses = parts.begin(params), []
@@ -53,7 +54,8 @@ def test_packed_chats_have_the_gradients_of_unpacked_ones():
     chats = [(random.integers(0, 64, n + 1), random.random(n) < 0.5) for n in (7, 9, 5)]
 
     def rows(groups):
-        out = {key: np.zeros((len(groups), 24), np.float32 if key == "weights" else np.int32) for key in ("tokens", "targets", "positions", "segments", "weights")}
+        dtypes = dict.fromkeys(("tokens", "targets", "positions", "segments"), np.int32) | {"weights": np.float32}
+        out = {key: np.zeros((len(groups), 24), dtype) for key, dtype in dtypes.items()}
         for row, group in enumerate(groups):
             column = 0
             for segment, (ids, said) in enumerate(group, 1):

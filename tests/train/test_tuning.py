@@ -33,9 +33,9 @@ def folder(tmp_path_factory):
 def settings(folder, source, more):
     form = {"chats.json": "chat", "pairs.json": "preference"}.get(source, "text")
     values = {"data.source": f"({str(folder / source)!r},)", "data.format": form, "data.sequence_length": "64",
-              "data.batch_size": "4", "data.validation": "0.2", "data.test": "0", "data.threads": "0", "optim.lr": "1e-2", "optim.warmup": "0", "train.steps": "4",
-              "train.log_every": "1", "train.eval_every": "50%", "checkpoint.every": "50%", "checkpoint.keep_last": "9", "eval.bootstrap": "10",
-              "mesh.data": "1", "mesh.fsdp": "2"} | ({"data.chat_template": str(folder / "t.jinja")} if form != "text" else {})
+              "data.batch_size": "4", "data.validation": "0.2", "data.test": "0", "data.threads": "0", "optim.lr": "1e-2", "optim.warmup": "0",
+              "train.steps": "4", "train.log_every": "1", "train.eval_every": "50%", "checkpoint.every": "50%", "checkpoint.keep_last": "9",
+              "eval.bootstrap": "10", "mesh.data": "1", "mesh.fsdp": "2"} | ({"data.chat_template": str(folder / "t.jinja")} if form != "text" else {})
     return config.load(str(folder / "recipe.py"), (values | more).items())
 
 
@@ -111,8 +111,8 @@ def test_export_and_import(folder, tuned, tmp_path, capsys):
 
 
 def test_preferences_and_a_second_adapter(folder, tuned):
-    dpo = run(folder, "dpo", source="pairs.json", more={"objective.name": "preference", "lora.rank": "4", "lora.alpha": "8", "train.init_from": str(folder / "base"),
-                                                       "optim.frozen_dtype": "int8", "lora.init_from": str(tuned)})
+    dpo = run(folder, "dpo", source="pairs.json", more={"objective.name": "preference", "lora.rank": "4", "lora.alpha": "8",
+                                                       "train.init_from": str(folder / "base"), "optim.frozen_dtype": "int8", "lora.init_from": str(tuned)})
     rows = [row for row in report.read_metrics(dpo) if "train/reward_margin" in row]
     assert rows[-1]["train/reward_margin"] > rows[0]["train/reward_margin"] and 0 <= rows[-1]["train/reward_accuracy"] <= 1
     assert any("eval/preferred" in row for row in report.read_metrics(dpo))
