@@ -37,6 +37,11 @@ def test_xla_equals_reference(options):
     compare(attention.KERNELS["xla"], length=64, size=8, options=options)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": jnp.int32(7), "softcap": 3.0}], ids=str)
+def test_blocked_equals_reference(options):
+    compare(attention.blocked, length=64, size=8, options=options, kernel_options={"block": 20})
+
+
 @pytest.mark.parametrize("options, windows", [
     ({}, (0,)), ({"window": jnp.int32(50), "softcap": 3.0}, (50,)), ({"window": jnp.int32(0)}, (0, 30)), ({"window": jnp.int32(30)}, (0, 30))], ids=str)
 def test_splash_equals_reference(options, windows):
