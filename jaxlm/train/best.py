@@ -49,7 +49,7 @@ def exhausted(costs: Sequence[float], patience: int) -> bool:
 def ends(config: Config, workdir: pathlib.Path, costs: Sequence[float]) -> bool:
     """Whether train.patience is used up: by the run's own evaluations, or those of a watcher beside it (jaxlm eval --watch). Called together."""
     patience = config.train.patience
-    watched = sharding.first(lambda: int(bool(patience and (found := verdict.read(workdir)) and found.without_gain >= patience)))
+    watched = sharding.first(lambda: int(patience > 0 and verdict.exhausted(workdir, patience)))
     return exhausted(costs, patience) or bool(watched)
 
 
