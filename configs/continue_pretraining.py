@@ -3,7 +3,7 @@
     jaxlm train --config=continue_pretraining --workdir=runs/more --config.data.source=field/*.jsonl --config.train.init_from=hf:models/SmolLM2-135M
 
 Mix in some text of the kind that the model was trained on, or it forgets: --config.data.source='field=field/,general=general/' with
---config.data.weights="(('field', 0.7), ('general', 0.3))". jaxlm eval --data=FOLDER compares before (the import's workdir) and after.
+--config.data.weights="(('field', 0.7), ('general', 0.3))". `jaxlm eval --data=FOLDER` compares before (the import's workdir) and after.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """Prefers one answer to another: direct preference optimisation (Rafailov et al. 2023), with adapters.
 
     jaxlm train --config=dpo --workdir=runs/dpo --config.data.source=pairs.jsonl      (train.init_from: runs/chat)
-    jaxlm train --config=dpo:full ...                all weights; the reference is a second, frozen copy
+    --config=dpo:full                 all weights; the reference is a second, frozen copy
 
 A record is {"prompt", "chosen", "rejected"} (text, or lists of messages), or {"instruction", "input", "chosen", "rejected"}. The reference is the model that
 training begins with: with adapters it is the same weights without them. Begin with a model that has learned to answer (sft_chat, sft_lora). Half of a row

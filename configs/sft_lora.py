@@ -1,7 +1,7 @@
 """The same with adapters: only small matrices beside the frozen weights are trained and saved (LoRA), and with `:qlora` the frozen ones lie in 4 bits.
 
     jaxlm train --config=sft_lora --workdir=runs/lora --config.data.source=chats.jsonl --config.train.init_from=gguf:SmolLM2-135M-Instruct.Q4_1.gguf
-    jaxlm train --config=sft_lora:qlora ...          NF4 base
+    --config=sft_lora:qlora          NF4 base
     jaxlm generate --workdir=runs/lora --prompt=...                         with the adapters merged
     jaxlm export --workdir=runs/lora --to=exports/lora                      likewise, as a Hugging Face directory
     jaxlm export --workdir=runs/lora --to=exports/adapter --adapter         for PEFT
