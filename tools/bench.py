@@ -46,7 +46,8 @@ def models() -> dict[str, Config]:
         "Llama": gated("llama_7b"), "Llama 3": gated("llama_8b", kv_heads=2),
         "Mistral": gated("mistral_7b", kv_heads=2, windows=(64,)), "Mixtral": gated("mixtral_8x7b", kv_heads=2, experts=4),
         "Qwen 2": gated("qwen2_0.5b", kv_heads=2), "Qwen 3": gated("qwen3_0.6b", kv_heads=2), "OLMo 2": gated("olmo2_1b"),
-        "Gemma": gated("gemma_2b", kv_heads=1, embedding_scale=16.0), "Gemma 2": gated("gemma2_2b", kv_heads=2, windows=(64, 0), query_scale=64.0, embedding_scale=16.0),
+        "Gemma": gated("gemma_2b", kv_heads=1, embedding_scale=16.0),
+        "Gemma 2": gated("gemma2_2b", kv_heads=2, windows=(64, 0), query_scale=64.0, embedding_scale=16.0),
         "Gemma 3": gated("gemma3_1b", kv_heads=1, windows=(64, 64, 64, 0), query_scale=64.0, embedding_scale=16.0),
     }
 
@@ -148,8 +149,8 @@ def measure(name: str, cfg: Config, names: list[str], python: str, rounds: int, 
     ours, other = found[0], [s.facts["parameters"] for s in found if s.facts["parameters"] != found[0].facts["parameters"]]
     assert not other, f"not the same model: {ours.facts['parameters']} parameters against {other}"
     peak, flops = statistics.median(ours.peaks), ours.facts["flops"]
-    print(f"\n{name}: {ours.facts['parameters']:,} parameters, {cfg.data.batch_size} x {cfg.data.sequence_length} tokens, {cfg.model.dtype}; {ours.facts['device']}, "
-          f"{os.cpu_count()} cores, compiled in {ours.facts['compile']:.1f} s\nfloor of a step: {flops / peak * 1e3:,.1f} ms ({flops / 1e9:,.1f} GFLOP at "
+    print(f"\n{name}: {ours.facts['parameters']:,} parameters, {cfg.data.batch_size} x {cfg.data.sequence_length} tokens, {cfg.model.dtype}; "
+          f"{ours.facts['device']}, {os.cpu_count()} cores, compiled in {ours.facts['compile']:.1f} s\nfloor of a step: {flops / peak * 1e3:,.1f} ms ({flops / 1e9:,.1f} GFLOP at "
           f"{peak / 1e9:,.0f} GFLOP/s)\n")
     print("| | tokens/s | step, ms (fastest to slowest) | of the floor (MFU) | jaxlm is | peak memory, GiB |\n|---|---|---|---|---|---|")
     mine = statistics.median(ours.seconds)

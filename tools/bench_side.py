@@ -71,8 +71,8 @@ def jaxlm(asked: dict) -> None:
             jax.block_until_ready(metrics)
             return lambda: {"peak": report.peak_flops()[0]}  # called when the time is taken
 
-        turn = Turns(done, parameters=params, version=f"jax {jax.__version__}", compile=compiled, device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-                     flops=rows * length * report.flops_per_token(parts.config.model, params, length))
+        turn = Turns(done, parameters=params, version=f"jax {jax.__version__}", compile=compiled,
+                     device=f"{jax.device_count()} x {jax.devices()[0].device_kind}", flops=rows * length * report.flops_per_token(parts.config.model, params, length))
         while True:
             turn()
             state, metrics = step(state, batch)

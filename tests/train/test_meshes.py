@@ -177,5 +177,6 @@ def test_the_output_projection_is_gathered_once_for_all_chunks_of_the_loss():
     parts = build((1, 8, 1), model__vocab_size=192, model__tied=False, objective__chunk_rows=64)
     with jax.set_mesh(parts.mesh):
         program = hlo.parse(parts.gradient.lower(parts.target.params, parts.batch).compile().as_text())
-    found = [(c.times, c.loop) for c in hlo.collectives(program, parts.mesh.shape) if c.kind == "all-gather" and 192 * 64 in {math.prod(a.shape) for a in c.arrays}]
+    found = [(c.times, c.loop) for c in hlo.collectives(program, parts.mesh.shape)
+             if c.kind == "all-gather" and 192 * 64 in {math.prod(a.shape) for a in c.arrays}]
     assert found == [(1, "")] * 2, found  # the embedding, and the projection
