@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 LLAMA = """
 import sys, xllamacpp as x
 p = x.CommonParams()
-p.model.path, p.n_ctx, p.n_parallel, p.port, p.hostnames = sys.argv[1], int(sys.argv[3]) * int(sys.argv[2]), int(sys.argv[2]), 0, "127.0.0.1"
+p.model.path, p.n_ctx, p.n_parallel, p.port, p.hostnames = sys.argv[1], int(sys.argv[3]) * int(sys.argv[2]), int(sys.argv[2]), 0, ["127.0.0.1"]
 p.cpuparams.n_threads = p.cpuparams_batch.n_threads = int(sys.argv[4])
 p.cont_batching = True
 server = x.Server(p)
