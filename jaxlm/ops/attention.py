@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxlm.config import TransformerConfig
 
@@ -58,86 +57,17 @@ def reference(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=N
     return jnp.einsum("bkgts,bskh->btkgh", weights, v_BSKH).reshape(b, t, n, h)
 
 
-def blocked(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, block: int = 128, window=None, causal: bool = True, softcap: float = 0.0,
-            scale: float) -> jax.Array:
-    """`reference` by blocks of queries, each against the keys up to its own end: skips the half that causality hides, and keeps no probabilities: the
-    backward pass computes them again from the logarithm of their sum (Dao et al. 2022).
+def blocked(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, block: int = 128, **options) -> jax.Array:
+    """`reference` by blocks of queries, each against the keys up to its own end: skips the half that causality hides.
 
     Right only for causal attention where slot order is time order within each segment (training rows; not a cache), which `choose` sees to.
     """
-    assert causal
-    window = jnp.int32(0) if window is None else window
-    return _blocked(block, softcap, q_BTNH * scale, k_BSKH, v_BSKH, queries, keys, window)
-
-
-# Scores lie as [S, T] in here, keys by queries: so all six products are plain ones for XLA:CPU, which else copies probabilities to turn them round, and the
-# softmax goes down columns, which is vectorised. G query heads share one of K key heads.
-
-def _block_scores(softcap: float, q_BtKGH, k_BKSH, queries: Tokens, keys: Tokens, window) -> jax.Array:
-    scores = jnp.einsum("bksh,bkhgt->bksgt", k_BKSH, jnp.transpose(q_BtKGH, (0, 2, 4, 3, 1)), preferred_element_type=jnp.float32)
-    if softcap:
-        scores = softcap * jnp.tanh(scores / softcap)
-    seen_BSt = jnp.swapaxes(mask(queries, keys, window), 1, 2)
-    return jnp.where(seen_BSt[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
-
-
-def _blocks(block: int, q_BTNH, k_BSKH, queries: Tokens, keys: Tokens):
-    """Of each block of queries: where it begins and ends, its queries `[B, t, K, G, H]`, their tokens and those of the keys up to its end."""
-    b, t, n, h = q_BTNH.shape
-    q_BTKGH = q_BTNH.reshape(b, t, k_BSKH.shape[2], n // k_BSKH.shape[2], h)
-    for start in range(0, t, block):
-        end = min(start + block, t)
-        cut = lambda tree, start, end=end: jax.tree.map(lambda leaf: leaf[:, start:end], tree)
-        yield start, end, q_BTKGH[:, start:end], cut(queries, start), cut(keys, 0)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _blocked(block, softcap, q_BTNH, k_BSKH, v_BSKH, queries, keys, window) -> jax.Array:
-    return _blocked_forward(block, softcap, q_BTNH, k_BSKH, v_BSKH, queries, keys, window)[0]
-
-
-def _blocked_forward(block, softcap, q_BTNH, k_BSKH, v_BSKH, queries, keys, window):
-    k_BKSH, v_BKHS, outs, logs = jnp.swapaxes(k_BSKH, 1, 2), jnp.transpose(v_BSKH, (0, 2, 3, 1)), [], []
-    for _, end, q_BtKGH, some, before in _blocks(block, q_BTNH, k_BSKH, queries, keys):
-        scores = _block_scores(softcap, q_BtKGH, k_BKSH[:, :, :end], some, before, window)
-        top = scores.max(2, keepdims=True)
-        weights = jnp.exp(scores - top)
-        total = weights.sum(2, keepdims=True)
-        out = jnp.einsum("bkhs,bksgt->bkhgt", v_BKHS[..., :end], weights.astype(v_BSKH.dtype), preferred_element_type=jnp.float32) / total
-        outs.append(jnp.transpose(out, (0, 4, 1, 3, 2)).astype(v_BSKH.dtype))
-        logs.append(top + jnp.log(total))
-    out_BTNH = jnp.concatenate(outs, 1).reshape(q_BTNH.shape)
-    return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, queries, keys, window, out_BTNH, jnp.concatenate(logs, -1))
-
-
-def _blocked_backward(block, softcap, kept, g_BTNH):
-    q_BTNH, k_BSKH, v_BSKH, queries, keys, window, out_BTNH, logs = kept
-    k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
-    k_BKHS = jnp.transpose(k_BSKH, (0, 2, 3, 1))
-    shape = (*q_BTNH.shape[:2], *k_BKSH.shape[1:2], -1, q_BTNH.shape[-1])
-    g_BTKGH = g_BTNH.reshape(shape)
-    within_BKGT = jnp.transpose((g_BTKGH.astype(jnp.float32) * out_BTNH.reshape(shape)).sum(-1), (0, 2, 3, 1))
-    dq, dk, dv = [], 0.0, 0.0
-    for start, end, q_BtKGH, some, before in _blocks(block, q_BTNH, k_BSKH, queries, keys):
-        scores = _block_scores(softcap, q_BtKGH, k_BKSH[:, :, :end], some, before, window)
-        weights = jnp.exp(scores - logs[..., start:end])
-        g_BtKGH = g_BTKGH[:, start:end]
-        d_weights = jnp.einsum("bksh,bkhgt->bksgt", v_BKSH[:, :, :end], jnp.transpose(g_BtKGH, (0, 2, 4, 3, 1)), preferred_element_type=jnp.float32)
-        d_scores = weights * (d_weights - within_BKGT[:, :, None, :, start:end])
-        if softcap:
-            d_scores = d_scores * (1 - jnp.square(jnp.where(weights > 0, scores, 0) / softcap))
-        d_scores, weights = d_scores.astype(q_BTNH.dtype), weights.astype(v_BSKH.dtype)
-        rest = ((0, 0), (0, 0), (0, k_BKSH.shape[2] - end), (0, 0))
-        back = lambda a_BKSGt, b_BtKGH: jnp.pad(jnp.einsum("bksgt,bkgth->bksh", a_BKSGt, jnp.transpose(b_BtKGH, (0, 2, 3, 1, 4)),
-                                                           preferred_element_type=jnp.float32), rest)
-        dv, dk = dv + back(weights, g_BtKGH), dk + back(d_scores, q_BtKGH)
-        dq.append(jnp.transpose(jnp.einsum("bkhs,bksgt->bkhgt", k_BKHS[..., :end], d_scores), (0, 4, 1, 3, 2)))
-    none = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), (queries, keys, window))
-    dk, dv = (jnp.swapaxes(a, 1, 2).astype(like.dtype) for a, like in ((dk, k_BSKH), (dv, v_BSKH)))
-    return jnp.concatenate(dq, 1).reshape(q_BTNH.shape), dk, dv, *none
-
-
-_blocked.defvjp(_blocked_forward, _blocked_backward)
+    t = q_BTNH.shape[1]
+    starts = range(0, t, block)
+    cut = lambda x, a, b: jax.tree.map(lambda leaf: leaf[:, a:b], x)
+    return jnp.concatenate([
+        reference(q_BTNH[:, a:a + block], k_BSKH[:, :a + block], v_BSKH[:, :a + block], cut(queries, a, a + block), cut(keys, 0, a + block),
+                  **options) for a in starts], axis=1)
 
 
 def dot_product(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=None, causal: bool = True, softcap: float = 0.0, scale: float,
