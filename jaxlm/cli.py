@@ -115,6 +115,12 @@ def _raised_here(error: BaseException) -> bool:
 _YNN = "--xla_cpu_experimental_ynn_fusion_type"
 
 
+# Of NVIDIA GPUs (docs.jax.dev, "GPU performance tips"): Triton's matrix products compete with cuBLAS's in the autotuner, and communication is scheduled
+# beside computation. jaxlib 0.7.2 to 0.12 know both.
+_GPU = ("--xla_gpu_triton_gemm_any=true", "--xla_gpu_enable_latency_hiding_scheduler=true")
+_NVIDIA = pathlib.Path("/proc/driver/nvidia/version")  # where the driver runs, whatever jax will find
+
+
 def set_environment(verbose: bool) -> None:
     """Settings that must stand before jax is imported; what the user has set wins."""
     chosen = {
@@ -125,6 +131,9 @@ def set_environment(verbose: bool) -> None:
         os.environ.setdefault(name, value)
     if importlib.metadata.version("jaxlib").startswith("0.10.") and _YNN not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_YNN}=".strip()
+    for flag in _GPU if _NVIDIA.exists() else ():
+        if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     if verbose:
         print("\n".join(f"{name}={os.environ[name]}" for name in (*chosen, "XLA_FLAGS") if name in os.environ), file=sys.stderr)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from jaxlm import trees
+from jaxlm import moments, trees
 from jaxlm.config import OptimConfig, steps_of
 
 
@@ -68,7 +68,7 @@ def decays(cfg: OptimConfig, axes: dict[str, tuple[str, ...]]) -> dict[str, bool
 
 
 def build(cfg: OptimConfig, rate: Callable, axes: dict[str, tuple[str, ...]]) -> optax.GradientTransformation:
-    """The optimiser: clip by global norm, then the named method with decoupled weight decay.
+    """The optimiser: clip by global norm, then the named method with decoupled weight decay, its moments kept as `cfg.state_dtype` says.
 
     Args:
       rate: learning rate by step.
@@ -77,7 +77,8 @@ def build(cfg: OptimConfig, rate: Callable, axes: dict[str, tuple[str, ...]]) ->
     decay = decays(cfg, axes)
     mask = lambda tree: trees.map_paths(lambda path, _: decay[path], tree)
     clip = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
-    return optax.chain(*clip, _method(cfg, rate, mask, axes))
+    tx = optax.chain(*clip, _method(cfg, rate, mask, axes))
+    return tx if cfg.state_dtype == "float32" else moments.compressed(tx, cfg.state_dtype, axes)
 
 
 def _method(cfg: OptimConfig, rate: Callable, mask: Callable, axes: dict[str, tuple[str, ...]]) -> optax.GradientTransformation:

@@ -72,10 +72,18 @@ def blocked(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, block: int
 
 def dot_product(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=None, causal: bool = True, softcap: float = 0.0, scale: float,
                 implementation: str) -> jax.Array:
-    """`jax.nn.dot_product_attention`: with "cudnn" the fused kernel of NVIDIA's library. No soft-cap."""
+    """`jax.nn.dot_product_attention`: with "cudnn" the fused kernel of NVIDIA's library, which skips what causality hides. No soft-cap.
+
+    Like `blocked` it needs slot order to be time order in each segment. The library knows no segments: they are a mask `[B, 1, T, S]` that it reads for
+    every head, unless all rows of a batch hold one document each, which is looked up at run time.
+    """
     assert not softcap
-    seen = mask(queries, keys, window, causal)[:, None]
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=seen, scale=scale, implementation=implementation)
+    attend = functools.partial(jax.nn.dot_product_attention, scale=scale, is_causal=causal, implementation=implementation)
+    masked = lambda q, k, v: attend(q, k, v, mask=mask(queries, keys, window, causal)[:, None])
+    if window is not None:
+        return masked(q_BTNH, k_BSKH, v_BSKH)
+    whole = (queries.segments == keys.segments[:, :1]).all() & (keys.segments == keys.segments[:, :1]).all()
+    return jax.lax.cond(whole, attend, masked, q_BTNH, k_BSKH, v_BSKH)
 
 
 def splash(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=None, windows: Sequence[int] = (0,), causal: bool = True, softcap: float = 0.0,
@@ -120,9 +128,15 @@ KERNELS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
+def _fuses() -> bool:
+    """Whether the GPU here, if there is one, is one that cuDNN's fused attention knows: others, of AMD too, have no such number."""
+    capability = str(getattr(jax.devices()[0], "compute_capability", "8.0"))
+    return capability.partition(".")[0].isdigit() and int(capability.partition(".")[0]) >= 8
+
+
 def choose(cfg: TransformerConfig, length: int, backend: str = "") -> str:
     """The kernel for training rows of `length` tokens: the one `cfg.attention` names, or for "auto" the one for this backend (empty: that of jax) which
-    can do what the model needs: blocked on CPUs (see tools/bench.py), splash on TPUs, else reference.
+    can do what the model needs: blocked on CPUs (see tools/bench.py), splash on TPUs, cudnn on GPUs, else reference.
 
     Raises:
       ValueError: one line: a forced kernel that cannot.
@@ -132,7 +146,7 @@ def choose(cfg: TransformerConfig, length: int, backend: str = "") -> str:
         "reference": "",
         "blocked": "" if cfg.causal else "is for causal models",
         "xla": "has no soft-cap" if cfg.attention_softcap else "",
-        "cudnn": ("runs on NVIDIA GPUs" if backend != "gpu" else "has no soft-cap" if cfg.attention_softcap else
+        "cudnn": ("runs on NVIDIA GPUs" if backend != "gpu" else "needs a GPU of compute capability 8 (A100) or newer" if not _fuses() else "has no soft-cap" if cfg.attention_softcap else
                   "computes in bfloat16: set model.dtype=bfloat16" if cfg.dtype != "bfloat16" else
                   f"needs a head size that is a multiple of 8 and at most 128, not {size}" if size % 8 or size > 128 else ""),
         "splash": ("runs on TPUs" if backend != "tpu" else "is for causal models" if not cfg.causal else
@@ -142,7 +156,7 @@ def choose(cfg: TransformerConfig, length: int, backend: str = "") -> str:
     if cfg.positions == "relative":
         obstacles = {name: "adds no bias to the scores, which relative positions are" if name != "reference" else "" for name in obstacles}
     if cfg.attention == "auto":
-        first = {"cpu": "blocked", "tpu": "splash"}.get(backend, "reference")
+        first = {"cpu": "blocked", "tpu": "splash", "gpu": "cudnn"}.get(backend, "reference")
         return "reference" if obstacles[first] else first
     if obstacles[cfg.attention]:
         able = [name for name, obstacle in obstacles.items() if not obstacle]

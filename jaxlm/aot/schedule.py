@@ -1,0 +1,178 @@
+"""The time of a compiled TPU step from its own schedule: the compiler's static cycles of each operation in order, and the communication that waits.
+
+libtpu writes what it expects each operation to take into the program's text (`estimated_cycles`: the same figures that its static LLO profile,
+`LIBTPU_INIT_ARGS=--xla_jf_dump_static_llo_profile_to=DIR`, lists per operation), and the text is in the order of execution. So one walk through it gives
+the time that the core computes; a collective adds what it takes over the links (`roofline.seconds`), but for what runs beside computation between its
+start and its end. Pallas kernels carry no estimate: splash attention is taken at `_KERNEL_SHARE` of the peak. All of it is predicted.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping
+
+from jaxlm.aot import hlo, roofline
+from jaxlm.aot.chips import Topology
+
+# Share of the peak at which splash attention's kernels run, an assumption; docs/performance.md has the check against published steps.
+_KERNEL_SHARE = 0.5
+_PRODUCTS = (("fwd", 2), ("dq", 3), ("dkv", 4))  # matrix products of each kernel; the backward pass in one kernel ("dkv", with a dq among its results) has 5
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """What one kind of operation adds to a step."""
+    seconds: float  # of one step, all runs together; of a collective what it takes, hidden or not
+    times: int
+    kind: str  # "compute", "ici" or "dcn"
+    name: str  # the instruction's name without its number, of the run that takes longest
+    source: str  # where in the model, as in `hlo.Collective`
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Predicted seconds of one step on one device."""
+    compute: float  # the core works
+    ici: float  # the core waits for other chips of the slice
+    dcn: float  # it waits for other slices
+    ici_busy: float  # communication, hidden behind computation or not
+    dcn_busy: float
+    operations: tuple[Operation, ...]  # the longest first
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.ici + self.dcn
+
+
+def schedule(program: hlo.Program, topology: Topology, mesh: Mapping[str, int], links: Mapping[str, int]) -> Schedule:
+    """Walks through a scheduled program.
+
+    Args:
+      program: of one device.
+      topology: where it runs.
+      mesh: mesh axis -> size, in the mesh's order.
+      links: see `roofline.communication`.
+    """
+    walk = _Walk(program, topology, mesh, links)
+    total = walk.run(program.entry)
+    times = {name: sum(t for other, t, _, _ in hlo.executions(program) if other == name) for name in walk.found}
+    grouped: dict[tuple, list] = collections.defaultdict(list)
+    for name, operations in walk.found.items():
+        for seconds, kind, label, source in operations:
+            grouped[kind, re.sub(r"[.\d]+$", "", label), source].append((seconds, times[name]))
+    operations = [Operation(sum(s * t for s, t in runs), sum(t for _, t in runs), *key) for key, runs in grouped.items()]
+    return Schedule(*total, tuple(sorted(operations, key=lambda o: -o.seconds)))
+
+
+class _Walk:
+    """Times of computations, each walked once; `found` has the operations of each."""
+
+    def __init__(self, program, topology, mesh, links):
+        self.program, self.topology, self.mesh, self.links = program, topology, mesh, links
+        self.found: dict[str, list[tuple[float, str, str, str]]] = {}
+        self.run = functools.cache(self._run)
+
+    def _run(self, name: str) -> tuple[float, float, float, float, float]:
+        """Compute, waits for ici and dcn, communication over ici and dcn: seconds of one run."""
+        now = compute = 0.0
+        wait, busy = collections.Counter(), collections.Counter()
+        pending: dict[str, tuple[str, float]] = {}  # start -> (kind, when it ends)
+        free = collections.Counter()  # when each set of links, or the way to memory, is free again
+        sent: collections.deque = collections.deque()  # ends of what went to other slices, in order
+        found = self.found[name] = []
+        inside = {i.name: i for i in self.program.computations[name]}
+        for one in self.program.computations[name]:
+            if one.opcode in ("while", "call", "conditional"):
+                parts = self._called(one)
+                compute, now = compute + parts[0], now + sum(parts[:3])
+                for kind, waited, total in (("ici", parts[1], parts[3]), ("dcn", parts[2], parts[4])):
+                    wait[kind] += waited
+                    busy[kind] += total
+                continue
+            if one.opcode.endswith("-done"):
+                start = one.operands[0] if one.operands else ""
+                kind, end = sent.popleft() if one.opcode == "recv-done" and sent else pending.get(start, ("", 0.0))
+                if end > now:
+                    wait[kind] += end - now
+                    now = end
+                continue
+            moved = self._communication(one, name, inside)
+            if moved is not None:
+                kind, seconds, way = moved
+                busy[kind] += seconds
+                found.append((seconds, kind, one.name, hlo._source(one)))
+                begin = max(now, free[way])
+                free[way] = begin + seconds
+                if one.opcode == "send":
+                    sent.append((kind, begin + seconds))
+                elif one.opcode.endswith("-start"):
+                    pending[one.name] = (kind, begin + seconds)
+                else:
+                    wait[kind] += begin + seconds - now
+                    now = begin + seconds
+            elif one.opcode in ("copy-start", "slice-start"):  # between memories, beside the core; what waits for it is the core's own time
+                seconds = min(a.bytes for a in one.arrays if a.shape) / self.topology.chip.hbm_bandwidth if any(a.shape for a in one.arrays) else 0.0
+                free["hbm"] = max(now, free["hbm"]) + seconds
+                pending[one.name] = ("hbm", free["hbm"])
+            else:
+                seconds = self._seconds(one, inside)
+                if seconds:
+                    found.append((seconds, "compute", one.name, hlo._source(one)))
+                compute, now = compute + seconds, now + seconds
+        return compute + wait["hbm"], wait["ici"], wait["dcn"], busy["ici"], busy["dcn"]
+
+    def _called(self, one: hlo.Instruction) -> tuple[float, ...]:
+        if one.opcode == "while":
+            trips = hlo.trip_count(self.program, one)
+            return tuple(trips * part for part in self.run(one.attribute("body")))
+        names = re.findall(r"\b(?:to_apply|true_computation|false_computation)=%?([\w.\-]+)", one.attributes)
+        branches = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
+        names += re.findall(r"%?([\w.\-]+)", branches[1]) if branches else []
+        return max((self.run(name) for name in names if name in self.program.computations), key=lambda parts: sum(parts[:3]), default=(0.0,) * 5)
+
+    def _communication(self, one: hlo.Instruction, name: str, inside: Mapping[str, hlo.Instruction]) -> tuple[str, float, str] | None:
+        """Network, seconds, and the links it holds, of an instruction that communicates; also of a fusion around one."""
+        kind = one.opcode.removesuffix("-start")
+        found, caller = one, None
+        if one.opcode == "fusion":
+            inner = self.program.computations.get(one.attribute("calls") or "", ())
+            found, caller = next((i for i in inner if i.opcode in _COLLECTIVES), None), one
+            if found is None:
+                return None
+            name, kind = one.attribute("calls"), found.opcode
+        elif one.opcode == "send" and "_xla_megascale_transfer_type" in one.attributes:
+            kind = "send"
+        elif kind not in _COLLECTIVES:
+            return None
+        merged = hlo.collective(found, kind, name, (), caller, self.mesh)
+        if merged is None:
+            return "ici", 0.0, ""
+        ici, dcn = roofline.communication(self.topology, [merged], self.links)
+        if merged.kind == "ring permute" or merged.kind == "collective-permute":  # one direction of one link each
+            pairs = re.search(r"source_target_pairs=\{(\{\d+,\d+\})", found.attributes)
+            ici = merged.bytes / self.topology.chip.link if ici else 0.0
+            return ("dcn" if dcn else "ici"), ici + dcn, f"{merged.axes} {pairs[1] if pairs else ''}"
+        return ("dcn" if dcn else "ici"), ici + dcn, merged.axes
+
+    def _seconds(self, one: hlo.Instruction, inside: Mapping[str, hlo.Instruction]) -> float:
+        """Of an instruction that computes: the compiler's estimate, else its traffic."""
+        chip = self.topology.chip
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', one.attributes)
+        if cycles and int(cycles[1]):
+            return int(cycles[1]) / chip.clock
+        if 'custom_call_target="tpu_custom_call"' in one.attributes:
+            return _kernel_flops(one, inside) / (chip.flops * _KERNEL_SHARE)
+        return hlo.bytes_moved(self.program, one, inside) / chip.hbm_bandwidth
+
+
+def _kernel_flops(one: hlo.Instruction, inside: Mapping[str, hlo.Instruction]) -> float:
+    """Operations of one of splash attention's kernels over the causal half of `[B, N, T, H]`, by its name."""
+    kind = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", one.name)
+    queries = next((a for o in one.operands if o in inside for a in inside[o].arrays if len(a.shape) >= 4 and a.dtype == "bf16"), None)
+    if kind is None or queries is None:
+        return 0.0
+    products = dict(_PRODUCTS)[kind[1]]
+    return products * math.prod(queries.shape) * queries.shape[-2]
