@@ -140,6 +140,16 @@ def ways(axis: str, mesh: Any = None) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[name] for name in RULES[axis] or ())
 
 
+def platform(mesh: Any = None) -> str:
+    """"cpu", "gpu" or "tpu": what the devices of `mesh` are (None: of the surrounding `jax.set_mesh`, outside of one jax's default). They need not be here:
+    this is what a program is compiled for."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else getattr(mesh, "abstract_mesh", mesh)
+    if mesh.empty or mesh.abstract_device is None:
+        return jax.default_backend()
+    kind = mesh.abstract_device.device_kind.lower()
+    return next((name for name in ("cpu", "tpu") if kind.startswith(name)), "gpu")
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tells the compiler how an activation is split; no effect outside a mesh. An axis with fewer elements than parts (the one token of a step of
     generation) stays whole."""

@@ -129,7 +129,24 @@ def build(config: Config, name: str) -> setup.Setup:
     return setup.build(config, sharding.make_mesh(_mesh(name), jax.devices()[:devices(name)]), VOCABULARY)
 
 
-def train(parts: setup.Setup, steps: int, params: Any) -> Run:
+class Programs(NamedTuple):
+    """The compiled functions of a `setup.Setup`."""
+    gradient: Callable
+    step: Callable
+
+
+def compiled(function: Callable, *arguments: Any) -> Callable:
+    """The jitted function for arguments of these shapes. Half of the time that a tiny model takes is LLVM's optimisation, which emulated devices do not need."""
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+    return function.lower(*arguments).compile(compiler_options=options)
+
+
+def programs(parts: setup.Setup) -> Programs:
+    with jax.set_mesh(parts.mesh):
+        return Programs(compiled(parts.gradient, parts.target.params, parts.batch), compiled(parts.step, parts.target, parts.batch))
+
+
+def train(parts: setup.Setup, run: Programs, steps: int, params: Any) -> Run:
     """The steps on the mesh of `parts`, from these parameters (a nested dict of numpy arrays)."""
     mesh, rows, losses, grads = parts.mesh, parts.config.data.batch_size, [], {}
     host = lambda tree: {path: np.asarray(leaf) for path, leaf in trees.flatten(tree).items()}
@@ -138,8 +155,8 @@ def train(parts: setup.Setup, steps: int, params: Any) -> Run:
         for step in range(steps):
             given = sharding.to_device(mesh, batch(step, rows, parts.config.model.encoder_layers > 0), rows)
             if step == 0:
-                grads = host(parts.gradient(state.params, given)[0])
-            state, metrics = parts.step(state, given)
+                grads = host(run.gradient(state.params, given)[0])
+            state, metrics = run.step(state, given)
             total, weight = metrics["sums"]["loss"]
             losses.append(float(total) / float(weight))
         return Run(np.array(losses), grads, host(state.params))
@@ -173,12 +190,13 @@ def verify(config: Config, names: Sequence[str], steps: int, progress: Callable[
         raise ValueError(f"--meshes: {too_many[0]} needs {devices(too_many[0])} devices, and there are {jax.device_count()}")
     alone = build(dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=1)), "fsdp=1")
     params = jax.tree.map(np.asarray, alone.init().params)
-    start, expected = trees.flatten(params), train(alone, steps, params)
+    run = programs(alone)
+    start, expected = trees.flatten(params), train(alone, run, steps, params)
     sensitivity: dict[str, dict[str, float]] = {}
     for seed in (0, 1):
         random = np.random.default_rng(seed)
         moved = jax.tree.map(lambda leaf: (leaf * (1 + EPS * random.uniform(-1, 1, leaf.shape))).astype(np.float32), params)
-        for kind, errors in _errors(train(alone, steps, moved), expected, start).items():
+        for kind, errors in _errors(train(alone, run, steps, moved), expected, start).items():
             for path, error in errors.items():
                 sensitivity.setdefault(kind, {})[path] = max(error, sensitivity.get(kind, {}).get(path, 0.0))
     rows = []
@@ -191,11 +209,13 @@ def verify(config: Config, names: Sequence[str], steps: int, progress: Callable[
 def _compare(config: Config, name: str, steps: int, params: Any, expected: Run, start: dict[str, np.ndarray], sensitivity: dict[str, dict[str, float]],
              chosen: bool) -> Row:
     try:
-        found = train(build(config, name), steps, params)
+        parts = build(config, name)
+        run = programs(parts)
     except ValueError as error:
         if chosen:
             raise ValueError(f"{name}: {error}") from error
         return Row(name, 0.0, 0.0, 0.0, "", 0.0, True, str(error))
+    found = train(parts, run, steps, params)
     errors, shares = _errors(found, expected, start), {}
     for kind, leaves in errors.items():
         for path, error in leaves.items():

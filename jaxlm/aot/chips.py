@@ -1,12 +1,22 @@
 """What one chip can do, needs and costs, and the topologies that can be asked for. A user replaces any figure with `--prices=FILE`.
 
-Where a figure stands, written down from memory in November 2026 and not looked up again but for `usable`:
-* TPU peak, memory and its bandwidth: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e). `usable` is what XLA says a program may take: the compiler's own
-  out-of-memory messages (15.75G on v5e, 95.74G on v5p, 31.25G on v6e).
-* ICI per link and direction, DCN per chip: Austin et al. 2025, "How to Scale Your Model", jax-ml.github.io/scaling-book/tpus.
-* GPUs: NVIDIA's data sheets of A100, H100 SXM and H200 SXM; `link` is NVLink in one direction, `dcn` a 400 Gbit/s (A100: 200) adapter for each GPU.
-* Dollars: Google Cloud's on-demand list prices in us regions, a chip and hour; GPUs a share of a3-highgpu-8g, a3-ultragpu-8g and a2-ultragpu-8g. They change.
-* Watts: of v4 the mean of Jouppi et al. 2023; of GPUs the thermal design power; of v5e, v5p and v6e Google has published none: **assumed**.
+Where a figure stands; looked up on 2026-11-22 in stored copies of the pages, some of them months old:
+* TPU `flops`, `hbm`, `hbm_bandwidth`: docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e ("Peak compute per chip (bf16)", "HBM capacity", "HBM bandwidth
+  per chip"; v5p says 95 GB). `usable`: what XLA says a program may take, from its own out-of-memory messages on v5e, v5p and v6e (15.75G, 95.74G, 31.25G);
+  that of v4 is an **estimate**, as v6e's.
+* `link`, `wraps`: Austin et al. 2025, "How to Scale Your Model", jax-ml.github.io/scaling-book/tpus, "ICI BW/link (one-way)". Google's pages give for all
+  links of a chip, both directions, 400 GB/s (v5e), 1200 (v5p) and 800 (v6e): 50, 100 and 100 of a link one way, a tenth more than the book's.
+* TPU `dcn`: the same book (6.25e9 bytes/s a chip, v6e 12.5e9, v5e 3.125e9); so does docs.cloud.google.com/tpu/docs/v5p (50 Gbit/s a chip).
+* GPU `flops`, `hbm`, `hbm_bandwidth`, `link` (half of NVLink's 600 and 900 GB/s, which count both directions), `watts` (the most they draw): NVIDIA's data
+  sheets of A100 80GB SXM, H100 SXM and H200 SXM as repeated by mercatus-ai.com/blog/a100-vs-h100-vs-h200 (operations) and
+  acecloud.ai/blog/nvidia-b200-vs-h200-h100-a100 (the rest); the H200's links and watts also by
+  github.com/mlcommons/inference_results_v4.1. `usable`: **estimate**, with XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 (jax's own default is 0.75). `dcn`:
+  **estimate**, an adapter of 400 Gbit/s (A100: 200) for each GPU as in NVIDIA's own servers.
+* `dollars_per_hour`: Google Cloud on demand in us regions. Google's own page was not to be had; these are as several public repositories of 2025 and 2026
+  list them: TPUs a chip 3.22 (v4), 1.20 (v5e), 4.20 (v5p), 2.70 (v6e; others say 2.40 to 2.70); GPUs an eighth of a2-ultragpu-8g at 40.55, a3-highgpu-8g
+  at 88.49 and a3-ultragpu-8g at 84.81. They change, and nobody pays list prices for long: give your own.
+* `clock`: from `flops` and the multiply-adds of a cycle (Austin et al. 2025: matrix units of 128 x 128, four a core, in v4, v5e and v5p; v6e's 256 x 256).
+* `watts` of v4: 170, the measured mean, docs.cloud.google.com/tpu/docs/v4 (90 least, 192 most). Of v5e, v5p and v6e none is published: **estimate**.
 """
 
 import dataclasses
@@ -32,17 +42,18 @@ class Chip:
     dcn: float  # bytes/s of one chip into the network between slices or nodes
     watts: float
     dollars_per_hour: float
-    assumed: tuple[str, ...] = ()  # figures that nobody published
+    clock: float = 0.0  # cycles/s of a TPU's core, in which its compiler reckons
+    assumed: tuple[str, ...] = ()  # figures that are estimates
 
 
 CHIPS = {chip.name: chip for chip in (
-    Chip("v4", "tpu", 275e12, 32 * _GIB, 31.25 * _GIB, 1.23e12, 45e9, 4, 0, 6.25e9, 170, 3.22),
-    Chip("v5e", "tpu", 197e12, 16 * _GIB, 15.75 * _GIB, 8.1e11, 45e9, 16, 0, 3.125e9, 200, 1.20, ("watts",)),
-    Chip("v5p", "tpu", 459e12, 96 * _GIB, 95.74 * _GIB, 2.77e12, 90e9, 4, 0, 6.25e9, 450, 4.20, ("watts",)),
-    Chip("v6e", "tpu", 918e12, 32 * _GIB, 31.25 * _GIB, 1.64e12, 90e9, 16, 0, 12.5e9, 300, 2.70, ("watts",)),
-    Chip("a100", "gpu", 312e12, 80e9, 74e9, 2.04e12, 300e9, 0, 8, 25e9, 400, 5.07),
-    Chip("h100", "gpu", 989e12, 80e9, 74e9, 3.35e12, 450e9, 0, 8, 50e9, 700, 11.06),
-    Chip("h200", "gpu", 989e12, 141e9, 132e9, 4.8e12, 450e9, 0, 8, 50e9, 700, 10.60),
+    Chip("v4", "tpu", 275e12, 32 * _GIB, 31.25 * _GIB, 1.2e12, 45e9, 4, 0, 6.25e9, 170, 3.22, 1.05e9, ("usable",)),
+    Chip("v5e", "tpu", 197e12, 16 * _GIB, 15.75 * _GIB, 8.19e11, 45e9, 16, 0, 3.125e9, 200, 1.20, 1.5e9, ("watts",)),
+    Chip("v5p", "tpu", 459e12, 96 * _GIB, 95.74 * _GIB, 2.765e12, 90e9, 4, 0, 6.25e9, 450, 4.20, 1.75e9, ("watts",)),
+    Chip("v6e", "tpu", 918e12, 32 * _GIB, 31.25 * _GIB, 1.638e12, 90e9, 16, 0, 12.5e9, 300, 2.70, 1.75e9, ("watts",)),
+    Chip("a100", "gpu", 312e12, 80e9, 74e9, 2.039e12, 300e9, 0, 8, 25e9, 400, 5.07, 0.0, ("usable", "dcn")),
+    Chip("h100", "gpu", 989e12, 80e9, 74e9, 3.35e12, 450e9, 0, 8, 50e9, 700, 11.06, 0.0, ("usable", "dcn")),
+    Chip("h200", "gpu", 989e12, 141e9, 132e9, 4.8e12, 450e9, 0, 8, 50e9, 700, 10.60, 0.0, ("usable", "dcn")),
 )}
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -128,7 +139,7 @@ def read_prices(path: str | pathlib.Path) -> dict[str, Chip]:
         for key, value in values.items():
             if key not in figures:
                 raise ValueError(f"--prices={path}: {name}.{key} is no figure of a chip; known: {', '.join(figures)}")
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not (value > 0 or (key in ("wraps", "node", "dollars_per_hour") and value == 0)):
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not (value > 0 or (key in ("wraps", "node", "dollars_per_hour", "clock") and value == 0)):
                 raise ValueError(f"--prices={path}: {name}.{key}={value!r} must be a positive number")
         assumed = tuple(key for key in table[name].assumed if key not in values)
         table[name] = dataclasses.replace(table[name], **values, assumed=assumed)

@@ -102,19 +102,7 @@ def build(config: Config, mesh: Mesh | AbstractMesh, platform: str) -> setup.Set
     pieces = 259 if config.tokenizer.kind == "bytes" else config.model.vocab_size if config.tokenizer.path else config.tokenizer.vocab_size
     # Some steps: how long a run is changes nothing here, and with a batch many times larger it may be shorter than its own warm-up.
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps="100_000_000 steps"))
-    with as_on(platform):
-        return setup.build(config, mesh, pieces, tokens_per_epoch=10**9)
-
-
-@contextlib.contextmanager
-def as_on(platform: str):
-    """Lets the model choose its kernels as it would on "tpu" or "gpu": it asks `jax.default_backend`, which here names this machine's."""
-    before = jax.default_backend
-    jax.default_backend = lambda: platform
-    try:
-        yield
-    finally:
-        jax.default_backend = before
+    return setup.build(config, mesh, pieces, 10**9, platform)
 
 
 def state_bytes(parts: setup.Setup) -> dict[str, int]:
@@ -140,7 +128,7 @@ def compile_step(config: Config, topology: Topology, quick: bool = False, text: 
     parts = build(config, mesh, "tpu")  # before the mesh is set: what it evaluates must not lie on devices that are not there
     memory = state_bytes(parts)
     started = time.perf_counter()
-    with jax.set_mesh(mesh), _no_cache(), as_on("tpu"):
+    with jax.set_mesh(mesh), _no_cache():
         traced = parts.step.trace(parts.target, parts.batch)
         flops = (roofline.jaxpr_flops(traced.jaxpr) + formula.kernel_flops(config, "tpu")) / topology.chips
         try:

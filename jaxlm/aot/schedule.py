@@ -19,7 +19,6 @@ from jaxlm.aot.chips import Topology
 # Share of the peak at which splash attention's kernels run, an assumption; docs/performance.md has the check against published steps.
 _KERNEL_SHARE = 0.5
 _PRODUCTS = (("fwd", 2), ("dq", 3), ("dkv", 4))  # matrix products of each kernel; the backward pass in one kernel ("dkv", with a dq among its results) has 5
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +98,11 @@ class _Walk:
                     wait[kind] += end - now
                     now = end
                 continue
-            moved = self._communication(one, name, inside)
+            moved = self._communication(one, name)
             if moved is not None:
                 kind, seconds, way = moved
                 busy[kind] += seconds
-                found.append((seconds, kind, one.name, hlo._source(one)))
+                found.append((seconds, kind, one.name, hlo.source(one)))
                 begin = max(now, free[way])
                 free[way] = begin + seconds
                 if one.opcode == "send":
@@ -120,7 +119,7 @@ class _Walk:
             else:
                 seconds = self._seconds(one, inside)
                 if seconds:
-                    found.append((seconds, "compute", one.name, hlo._source(one)))
+                    found.append((seconds, "compute", one.name, hlo.source(one)))
                 compute, now = compute + seconds, now + seconds
         return compute + wait["hbm"], wait["ici"], wait["dcn"], busy["ici"], busy["dcn"]
 
@@ -133,29 +132,20 @@ class _Walk:
         names += re.findall(r"%?([\w.\-]+)", branches[1]) if branches else []
         return max((self.run(name) for name in names if name in self.program.computations), key=lambda parts: sum(parts[:3]), default=(0.0,) * 5)
 
-    def _communication(self, one: hlo.Instruction, name: str, inside: Mapping[str, hlo.Instruction]) -> tuple[str, float, str] | None:
+    def _communication(self, one: hlo.Instruction, name: str) -> tuple[str, float, str] | None:
         """Network, seconds, and the links it holds, of an instruction that communicates; also of a fusion around one."""
-        kind = one.opcode.removesuffix("-start")
         found, caller = one, None
         if one.opcode == "fusion":
-            inner = self.program.computations.get(one.attribute("calls") or "", ())
-            found, caller = next((i for i in inner if i.opcode in _COLLECTIVES), None), one
-            if found is None:
-                return None
-            name, kind = one.attribute("calls"), found.opcode
-        elif one.opcode == "send" and "_xla_megascale_transfer_type" in one.attributes:
-            kind = "send"
-        elif kind not in _COLLECTIVES:
+            name = one.attribute("calls") or ""
+            found, caller = next((i for i in self.program.computations.get(name, ()) if i.opcode in hlo.KINDS), None), one
+        moved = None if found is None else hlo.collective(found, name, (), caller, self.mesh)
+        if moved is None:
             return None
-        merged = hlo.collective(found, kind, name, (), caller, self.mesh)
-        if merged is None:
-            return "ici", 0.0, ""
-        ici, dcn = roofline.communication(self.topology, [merged], self.links)
-        if merged.kind == "ring permute" or merged.kind == "collective-permute":  # one direction of one link each
-            pairs = re.search(r"source_target_pairs=\{(\{\d+,\d+\})", found.attributes)
-            ici = merged.bytes / self.topology.chip.link if ici else 0.0
-            return ("dcn" if dcn else "ici"), ici + dcn, f"{merged.axes} {pairs[1] if pairs else ''}"
-        return ("dcn" if dcn else "ici"), ici + dcn, merged.axes
+        ici, dcn = roofline.communication(self.topology, [moved], self.links)
+        way = moved.axes
+        if ici and moved.kind in ("ring permute", "collective-permute"):  # one direction of one link each
+            ici, way = moved.bytes / self.topology.chip.link, f"{way} {re.search(r'source_target_pairs=.(.[0-9,]+)', found.attributes)[1]}"
+        return ("dcn" if dcn else "ici"), ici + dcn, way
 
     def _seconds(self, one: hlo.Instruction, inside: Mapping[str, hlo.Instruction]) -> float:
         """Of an instruction that computes: the compiler's estimate, else its traffic."""

@@ -25,7 +25,7 @@ def attend(cfg: TransformerConfig, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH:
     if cached or bias_BNTS is not None or dropping:
         biased = {} if bias_BNTS is None else {"bias_BNTS": bias_BNTS}
         return attention.reference(q_BTNH, k_BSKH, v_BSKH, queries, keys, window=window, **options, **biased, **dropping)
-    name, parts = attention.choose(cfg, q_BTNH.shape[1]), sharding.ways("sequence")
+    name, parts = attention.choose(cfg, q_BTNH.shape[1], sharding.platform()), sharding.ways("sequence")
     evenly = sharding.divides(q_BTNH, *_ROWS, "heads", None)
     if parts > 1 and (cfg.attention == "reference" or not evenly):
         return attention.reference(q_BTNH, k_BSKH, v_BSKH, queries, keys, window=window, **options)
@@ -42,13 +42,13 @@ def attend(cfg: TransformerConfig, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH:
         q_BTNH, k_BSKH, v_BSKH, queries, keys, jnp.int32(0) if window is None else window)
 
 
-def check(cfg: TransformerConfig, mesh: Any, length: int) -> str:
-    """How attention will be computed in training with rows of `length` tokens, in words for the run's introduction.
+def check(cfg: TransformerConfig, mesh: Any, length: int, platform: str) -> str:
+    """How attention will be computed in training with rows of `length` tokens on a "cpu", "gpu" or "tpu", in words for the run's introduction.
 
     Raises:
       ValueError: one line: a forced kernel that cannot do what the model needs, heads that do not divide.
     """
-    name, parts = attention.choose(cfg, length), mesh.shape["sequence"]
+    name, parts = attention.choose(cfg, length, platform), mesh.shape["sequence"]
     if cfg.positions == "relative" or cfg.attention_dropout:
         return "reference"
     if parts == 1:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxlm.config import TransformerConfig
 from jaxlm.models.attend import attend
 from jaxlm.ops import attention, moe, positions
-from jaxlm.sharding import constrain, divides, per_device, ways
+from jaxlm.sharding import constrain, divides, per_device, platform, ways
 
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False), "gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu,
@@ -138,8 +138,11 @@ class Attention(nn.Module):
             cache = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), slots.start, axis=1)
                      for name, new in (("k", key), ("v", value))}
             key, value = cache["k"].astype(q.dtype), cache["v"].astype(q.dtype)
-        out_BTNH = attend(cfg, q, key, value, slots.queries, slots.keys, window=window, cached=cache is not None, bias_BNTS=slots.bias,
-                          **_dropping(cfg, dropout_key))
+        if self.is_initializing():  # only shapes count, of rows that a kernel for training may refuse
+            out_BTNH = q
+        else:
+            out_BTNH = attend(cfg, q, key, value, slots.queries, slots.keys, window=window, cached=cache is not None, bias_BNTS=slots.bias,
+                              **_dropping(cfg, dropout_key))
         out = project(out_BTNH, self.param("o", initialiser(cfg, n * h, d, into_residual=True), (n, h, d), jnp.float32), inputs=2)
         if cfg.bias:
             out = out + self.param("o_bias", nn.initializers.zeros, (d,), jnp.float32)
@@ -227,11 +230,13 @@ class Moe(nn.Module):
 def _experts(cfg: TransformerConfig, x_BTD, weights_BTK, chosen_BTK, gate, up, down) -> jax.Array:
     """The weighted sum of each token's experts. On a mesh each device sorts its own tokens: over `expert` they travel to their experts, over `tensor`
     each device has a part of every expert's inner size, whose results are added."""
+    kernel = "blocks" if platform() == "cpu" else "ragged"
+
     def local(x, weights, chosen, gate, up, down, **over):
         act, flat = ACTIVATIONS[cfg.activation], lambda a: a.reshape(-1, a.shape[-1])
         mlp = lambda rows, multiply: multiply(act(multiply(rows, gate)) * multiply(rows, up), down)
         dispatch = functools.partial(moe.dispatch_over, **over) if over else moe.dispatch
-        return dispatch(flat(x), flat(weights), flat(chosen), cfg.experts, mlp).reshape(x.shape)
+        return dispatch(flat(x), flat(weights), flat(chosen), cfg.experts, mlp, kernel).reshape(x.shape)
 
     tokens, wide = ("batch", "sequence", None), ("expert", None, "feedforward")
     if not divides(x_BTD, *tokens):

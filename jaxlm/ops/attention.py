@@ -134,29 +134,30 @@ def _fuses() -> bool:
     return capability.partition(".")[0].isdigit() and int(capability.partition(".")[0]) >= 8
 
 
-def choose(cfg: TransformerConfig, length: int, backend: str = "") -> str:
-    """The kernel for training rows of `length` tokens: the one `cfg.attention` names, or for "auto" the one for this backend (empty: that of jax) which
-    can do what the model needs: blocked on CPUs (see tools/bench.py), splash on TPUs, cudnn on GPUs, else reference.
+def choose(cfg: TransformerConfig, length: int, platform: str) -> str:
+    """The kernel for training rows of `length` tokens on a "cpu", "gpu" or "tpu": the one `cfg.attention` names, or for "auto" the one for the platform
+    which can do what the model needs: blocked on CPUs (see tools/bench.py), splash on TPUs, cudnn on GPUs, else reference.
 
     Raises:
       ValueError: one line: a forced kernel that cannot.
     """
-    backend, size = backend or jax.default_backend(), cfg.head_size or cfg.width // cfg.heads
+    size = cfg.head_size or cfg.width // cfg.heads
     obstacles = {
         "reference": "",
         "blocked": "" if cfg.causal else "is for causal models",
         "xla": "has no soft-cap" if cfg.attention_softcap else "",
-        "cudnn": ("runs on NVIDIA GPUs" if backend != "gpu" else "needs a GPU of compute capability 8 (A100) or newer" if not _fuses() else "has no soft-cap" if cfg.attention_softcap else
+        "cudnn": ("runs on NVIDIA GPUs" if platform != "gpu" else "needs a GPU of compute capability 8 (A100) or newer" if not _fuses() else
+                  "has no soft-cap" if cfg.attention_softcap else
                   "computes in bfloat16: set model.dtype=bfloat16" if cfg.dtype != "bfloat16" else
                   f"needs a head size that is a multiple of 8 and at most 128, not {size}" if size % 8 or size > 128 else ""),
-        "splash": ("runs on TPUs" if backend != "tpu" else "is for causal models" if not cfg.causal else
+        "splash": ("runs on TPUs" if platform != "tpu" else "is for causal models" if not cfg.causal else
                    f"needs heads of a multiple of 128, not {size}" if size % 128 else f"needs rows of a multiple of 128 tokens, not {length}" if length % 128
                    else ""),
     }
     if cfg.positions == "relative":
         obstacles = {name: "adds no bias to the scores, which relative positions are" if name != "reference" else "" for name in obstacles}
     if cfg.attention == "auto":
-        first = {"cpu": "blocked", "tpu": "splash", "gpu": "cudnn"}.get(backend, "reference")
+        first = {"cpu": "blocked", "tpu": "splash", "gpu": "cudnn"}.get(platform, "reference")
         return "reference" if obstacles[first] else first
     if obstacles[cfg.attention]:
         able = [name for name, obstacle in obstacles.items() if not obstacle]

@@ -41,16 +41,14 @@ def balance(chosen: jax.Array, shares: jax.Array, tokens: jax.Array) -> jax.Arra
     return chosen.shape[-1] * (chosen / tokens * shares / tokens).sum(-1)
 
 
-def dispatch(x_RD: jax.Array, weights_RK: jax.Array, chosen_RK: jax.Array, experts: int, mlp: Callable, kernel: str = "auto") -> jax.Array:
+def dispatch(x_RD: jax.Array, weights_RK: jax.Array, chosen_RK: jax.Array, experts: int, mlp: Callable, kernel: str) -> jax.Array:
     """The weighted sum of each token's experts, `[R, D]`.
 
     Args:
       mlp: `(rows [M, D], multiply) -> [M, D]`, where `multiply(rows [M, A], w [E, A, B]) -> [M, B]` takes each row times its expert's matrix.
-      kernel: "ragged", "blocks", or "auto": what is fast on this backend.
+      kernel: "blocks", which is fast on CPUs, or "ragged": `jax.lax.ragged_dot`, elsewhere.
     """
     r, k = chosen_RK.shape
-    if kernel == "auto":
-        kernel = "blocks" if jax.default_backend() == "cpu" else "ragged"
     pairs = chosen_RK.reshape(-1)
     order = jnp.argsort(pairs, stable=True)
     sizes_E = jnp.bincount(pairs, length=experts)
@@ -71,8 +69,8 @@ def dispatch(x_RD: jax.Array, weights_RK: jax.Array, chosen_RK: jax.Array, exper
     return (out_RKD * weights_RK[..., None].astype(out_RKD.dtype)).sum(1)
 
 
-def dispatch_over(x_RD: jax.Array, weights_RK: jax.Array, chosen_RK: jax.Array, experts: int, mlp: Callable, *, axis: str, parts: int,
-                  everywhere: Sequence[str], kernel: str = "auto") -> jax.Array:
+def dispatch_over(x_RD: jax.Array, weights_RK: jax.Array, chosen_RK: jax.Array, experts: int, mlp: Callable, kernel: str, *, axis: str, parts: int,
+                  everywhere: Sequence[str]) -> jax.Array:
     """`dispatch` of one of `parts` devices along `axis`, each with its own tokens and with `experts / parts` neighbouring experts.
 
     Exact for any routing, with fixed sizes: pairs travel by all-to-all in rounds of a fixed number of slots between each two devices, a quarter more

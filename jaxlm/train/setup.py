@@ -17,14 +17,14 @@ from jaxlm.train.state import State
 from jaxlm.train.step import init_state, mean_gradient, train_step
 
 
-def layout(config: Config, mesh: Mesh) -> str:
-    """How attention and layers are laid out on the mesh, in a few words for the run's introduction.
+def layout(config: Config, mesh: Mesh, platform: str = "") -> str:
+    """How attention and layers are laid out on the mesh, in a few words for the run's introduction; `platform` as in `build`.
 
     Raises:
       ValueError: one line, for what kernel, heads, layers or rows do not allow.
     """
     cfg, found = config.model.filled(), []
-    found.append(f"attention {attend.check(cfg, mesh, config.data.sequence_length)}")
+    found.append(f"attention {attend.check(cfg, mesh, config.data.sequence_length, platform or sharding.platform(mesh))}")
     for length in (config.data.sequence_length, *([config.data.target_length] if cfg.encoder_layers else [])):
         if mesh.shape["sequence"] > 1:
             sharding.zigzag(mesh.shape["sequence"], length)  # refuses what does not divide
@@ -69,7 +69,7 @@ class Setup(NamedTuple):
     steps: Callable[[str, str], int]  # (config key, duration) -> steps
 
 
-def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int | None = None) -> Setup:
+def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int | None = None, platform: str = "") -> Setup:
     """Checks what only the tokenizer, the corpus and the devices can tell, and builds the run.
 
     Args:
@@ -77,6 +77,7 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
       mesh: from `sharding.make_mesh`.
       tokenizer_size: pieces of the tokenizer.
       tokens_per_epoch: targets of the training split; None where there is none (benchmarks).
+      platform: "cpu", "gpu" or "tpu", of a mesh without devices; empty: what the devices of `mesh` are.
 
     Raises:
       ValueError: one line, for a vocabulary that is too small, sizes that the mesh does not divide, a warm-up longer than the run, a rule
@@ -95,7 +96,7 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
     if rows % (parts * ways):
         raise ValueError(f"data.batch_size={rows} must be a multiple of train.microbatches={parts} times {sharding.over('batch', mesh)}: "
                          f"try {max(1, round(rows / (parts * ways))) * parts * ways}")
-    layout(config, mesh)
+    layout(config, mesh, platform)
     tokens_per_step = rows * row_tokens(config)
     total = steps_of("train.steps", config.train.steps, tokens_per_step=tokens_per_step, tokens_per_epoch=tokens_per_epoch)
     if total < 1:

@@ -80,7 +80,7 @@ def test_dispatch_over_devices_equals_dense(parts, k, skew):
 
     def device(x, share, chosen, w0, w1):
         mlp = lambda rows, multiply: multiply(jax.nn.silu(multiply(rows, w0)), w1)
-        return moe.dispatch_over(x, share, chosen, experts, mlp, axis="expert", parts=parts, everywhere=("expert",))
+        return moe.dispatch_over(x, share, chosen, experts, mlp, "blocks", axis="expert", parts=parts, everywhere=("expert",))
 
     mesh = jax.make_mesh((parts,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:parts])
     over = jax.shard_map(device, mesh=mesh, in_specs=(P("expert"),) * 5, out_specs=P("expert"), check_vma=False)
