@@ -16,6 +16,7 @@ from jaxlm import metrics, sharding
 from jaxlm.data.loader import evaluation_batches
 from jaxlm.data.rows import Task, evaluation_documents, evaluation_targets
 from jaxlm.data.shards import Corpus
+from jaxlm.evaluate import uncertainty
 from jaxlm.models.decoder import Model
 from jaxlm.objectives import token_nll
 
@@ -123,14 +124,14 @@ def summary(scores: Scores, bootstrap: int, objective: str = "next_token", exact
     columns = np.stack([scores.nll, scores.right, scores.tokens, scores.bytes], axis=1)
     result = {name: float(value) for name, value in _figures(columns.sum(axis=0)).items()}
     if len(columns) > 1:
-        for name, values in _figures(metrics.resample(columns, bootstrap)).items():
-            result[f"{name}_low"], result[f"{name}_high"] = metrics.interval(values)
+        for name, values in _figures(uncertainty.resample(columns, bootstrap)).items():
+            result[f"{name}_low"], result[f"{name}_high"] = uncertainty.interval(values)
     result = {name: value for name, value in result.items() if name.removesuffix("_low").removesuffix("_high") in _UNITS[objective]}
     if exact is not None and len(exact):
         result |= {"exact_match": float(exact.mean()), "outputs": len(exact)}
         if len(exact) > 1:
-            drawn = metrics.resample(exact[:, None], bootstrap)[:, 0] / len(exact)
-            result["exact_match_low"], result["exact_match_high"] = metrics.interval(drawn)
+            drawn = uncertainty.resample(exact[:, None], bootstrap)[:, 0] / len(exact)
+            result["exact_match_low"], result["exact_match_high"] = uncertainty.interval(drawn)
     return result | {"tokens": int(scores.tokens.sum()), "documents": len(columns), "bytes": int(scores.bytes.sum())}
 
 

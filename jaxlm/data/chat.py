@@ -1,0 +1,301 @@
+"""Chats as text and as tokens: templates (ChatML, Llama 3, Gemma, or any Jinja text), and which of the tokens an assistant said.
+
+A template is a program that comes with a checkpoint. It runs in Jinja's sandbox, cannot change what it is given, and is bounded: no more than `_STEPS` turns
+of its counted loops, no text longer than `_LONGEST`. Home of jinja2: pip install 'jaxlm[chat]'.
+
+A special token that is spelled out in a message is text, so that no message can end its turn or speak for another; those of the template itself are tokens.
+"""
+
+import datetime
+import functools
+import json
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlm.data.tokenizer import Tokenizer
+
+FILE = "chat_template.jinja"
+ROLES = ("system", "user", "assistant", "tool")
+
+_STEPS = 100_000
+_LONGEST = 16 << 20  # characters
+_LARGEST = 1 << 20  # characters of a template; the longest published ones have some 20,000
+
+# The formats of OpenAI's ChatML, of Llama 3 (Dubey et al. 2024, model card) and of Gemma (model card: no system turn, it opens the first user's).
+BUILT_IN = {
+    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+              "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    "llama3": "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' + m['content'] | trim + '<|eot_id|>' }}"
+              "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
+    "gemma": "{{ bos_token }}{% set ns = namespace(before='') %}{% for m in messages %}{% if m['role'] == 'system' %}"
+             "{% set ns.before = m['content'] | trim + '\\n\\n' %}{% else %}"
+             "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\\n' + ns.before + m['content'] | trim + '<end_of_turn>\\n' }}"
+             "{% set ns.before = '' %}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}",
+}
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template. Messages are dicts with `role` and `content`, both text."""
+
+    jinja: str
+    tokens: tuple[tuple[str, str], ...] = ()  # what the template may name: ("bos_token", "<s>") ...
+    name: str = "the chat template"
+
+    def render(self, messages: Sequence[Mapping[str, Any]], generate: bool = False) -> str:
+        """The chat as text; `generate`: up to where the assistant begins to speak.
+
+        Raises:
+          ValueError: one line: messages that are none, or what the template refuses or does wrong.
+        """
+        return "".join(text for text, _ in self._run(messages, generate))
+
+    def spans(self, messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
+        """The same text in pieces, and of each whether the assistant said it: what a model learns to say, with what ends the turn.
+
+        They begin where `render(..., generate=True)` ends. A template that marks them (`{% generation %}`, as in transformers) is believed; of any other the
+        text of every assistant's turn is what comes to the text before it.
+
+        Raises:
+          ValueError: one line: also, no assistant speaks, or the template writes earlier turns differently when others follow.
+        """
+        if not any(message.get("role") == "assistant" for message in checked(messages)):
+            raise ValueError("a chat without a turn of the assistant has nothing to learn from: its roles are "
+                             f"{', '.join(str(message['role']) for message in messages)}")
+        if re.search(r"\{%-?\s*generation\b", self.jinja):
+            return _joined(self._run(messages, False))
+        whole, pieces, done = self.render(messages), [], 0
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, after = self.render(messages[:number], generate=True), self.render(messages[:number + 1])
+            if not (after.startswith(before) and whole.startswith(after)):
+                raise ValueError(f"{self.name} writes turn {number + 1} in another way when others follow, or after another beginning than it generates from, so "
+                                 "what the assistant says cannot be told from the rest: mark it in the template with {% generation %} ... {% endgeneration %}, "
+                                 "or set data.chat_template=chatml, llama3 or gemma")
+            said = after[len(before):]
+            kept = said.rstrip()
+            if kept != message["content"].rstrip():  # else white space is all that ends the turn
+                said = kept
+            pieces += [(whole[done:len(before)], False), (said, True)]
+            done = len(before) + len(said)
+        return _joined([*pieces, (whole[done:], False)])
+
+    @functools.cached_property
+    def end_of_turn(self) -> str:
+        """What ends an assistant's turn, "<|im_end|>" for example: where generation stops."""
+        content = "Yes."
+        said = [text for text, learned in self.spans([{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": content}]) if learned]
+        return said[-1].rpartition(content)[2]
+
+    def encode(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], generate: bool = False) -> np.ndarray:
+        """Token ids of `render`, int32; special tokens in the messages are spelled out."""
+        return np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in self._tokens(tokenizer, messages, lambda m: [(self.render(m, generate), False)]))])
+
+    def encode_spans(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of the chat, int32 `[n]`, and whether the assistant said each, bool `[n]`. Each span is encoded by itself, as a prompt and what is generated
+        after it are."""
+        parts = self._tokens(tokenizer, messages, self.spans)
+        ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in parts)])
+        return ids, np.concatenate([np.zeros(0, bool), *(np.full(len(ids), said) for ids, said in parts)])
+
+    def _tokens(self, tokenizer: Tokenizer, messages, spans) -> list[tuple[np.ndarray, bool]]:
+        """Ids of each span. Special tokens that messages spell out pass through the template as single characters that no message holds."""
+        found = sorted((text for text in tokenizer.special_tokens if text), key=len, reverse=True)
+        contents = "".join(message["content"] for message in checked(messages))
+        present = [text for text in found if text in contents]
+        if not present:
+            texts = [(text, said, True) for text, said in spans(messages)]
+        else:
+            free = (chr(code) for code in range(0x10F000, 0x10FFFE) if chr(code) not in contents)
+            stand_in = dict(zip(present, free))
+            pattern = re.compile("|".join(map(re.escape, present)))
+            hidden = [{**message, "content": pattern.sub(lambda match: stand_in[match[0]], message["content"])} for message in messages]
+            back = {character: text for text, character in stand_in.items()}
+            cut = re.compile(f"([{''.join(back)}])")
+            texts = [(back.get(part, part), said, part not in back) for text, said in spans(hidden) for part in cut.split(text) if part]
+        ids = iter(tokenizer.encode_batch([text for text, _, special in texts if special], special=True))
+        return [(next(ids) if special else np.array(tokenizer.encode(text), np.int32), said) for text, said, special in texts]
+
+    def _run(self, messages: Sequence[Mapping[str, Any]], generate: bool) -> list[tuple[str, bool]]:
+        import jinja2
+
+        try:
+            program, state = _program(self.jinja)
+            state.begin()
+            size = 0
+            for text in program.generate(messages=[dict(message) for message in checked(messages)], add_generation_prompt=generate, **dict(self.tokens)):
+                state.write(text)
+                size += len(text)
+                if size > _LONGEST:
+                    raise ValueError(f"it writes more than {_LONGEST:,} characters")
+            return state.pieces
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"{self.name} is not Jinja: {error.message} (line {error.lineno})") from None
+        except (jinja2.TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError) as error:
+            raise ValueError(f"{self.name} cannot write this chat: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def template(name: str, tokenizer: Tokenizer | None = None) -> Template:
+    """A template by its name ("chatml", "llama3", "gemma"), its Jinja text, or the path of a .jinja file; "": the one that came with the tokenizer.
+
+    Args:
+      tokenizer: whose template it may be, and whose special tokens a template may name.
+
+    Raises:
+      ValueError: one line: none of these, or there is no template to take.
+    """
+    tokens = ()
+    if tokenizer is not None:
+        named = {i: text for text, i in tokenizer.special_tokens.items()}
+        tokens = tuple((key, named.get(i, "")) for key, i in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos), ("pad_token", tokenizer.pad)))
+    if name in BUILT_IN:
+        return Template(BUILT_IN[name], tokens, f"the chat template {name}")
+    if "{{" in name or "{%" in name:
+        return _bounded(Template(name, tokens))
+    if not name:
+        if tokenizer is None or not tokenizer.chat_template:
+            raise ValueError("the tokenizer came without a chat template: set data.chat_template=chatml, llama3 or gemma, or to a .jinja file")
+        return _bounded(Template(tokenizer.chat_template, tokens, "the chat template of the checkpoint"))
+    path = Path(name).expanduser()
+    if path.suffix != ".jinja" or not path.is_file():
+        raise ValueError(f"data.chat_template={name!r} is no template: allowed are {', '.join(BUILT_IN)}, the path of a .jinja file, or nothing for the "
+                         "checkpoint's own")
+    return _bounded(Template(path.read_text(encoding="utf-8"), tokens, str(path)))
+
+
+def _bounded(found: Template) -> Template:
+    if len(found.jinja) > _LARGEST:
+        raise ValueError(f"{found.name} has {len(found.jinja):,} characters, more than the {_LARGEST:,} that are believable")
+    return found
+
+
+def checked(messages: Any) -> Sequence[Mapping[str, Any]]:
+    """`messages` as they are.
+
+    Raises:
+      ValueError: one line: not a list of messages with a known role and text.
+    """
+    if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
+        raise ValueError(f"a chat is a list of messages, not {json.dumps(messages, default=str)[:60]}")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+            role = message.get("role") if isinstance(message, Mapping) else message
+            raise ValueError(f"message {number} has the role {json.dumps(role, default=str)[:40]}; known: {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"message {number} ({message['role']}) has no text as its content: {json.dumps(message.get('content'), default=str)[:40]}")
+    return messages
+
+
+def _joined(pieces: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """Without empty pieces, and neighbours of one kind as one."""
+    out: list[tuple[str, bool]] = []
+    for text, said in pieces:
+        if not text:
+            continue
+        if out and out[-1][1] == said:
+            out[-1] = (out[-1][0] + text, said)
+        else:
+            out.append((text, said))
+    return out
+
+
+class _State(threading.local):
+    """What a template has written in its present run (of each thread), and how far its loops have counted."""
+
+    def begin(self) -> None:
+        self.pieces, self.steps, self.inside = [], 0, False
+
+    def write(self, text: str) -> None:
+        """Text with what `{% generation %}` has marked: between the characters U+FDD0 and U+FDD1, which are no characters of any text."""
+        for number, part in enumerate(re.split("([\ufdd0\ufdd1])", text)):
+            if number % 2:
+                self.inside = part == "\ufdd0"
+            elif part:
+                self.pieces.append((part, self.inside))
+
+    def count(self, *bounds: int) -> range:
+        found = range(*bounds)
+        self.steps += len(found)
+        if self.steps > _STEPS:
+            raise ValueError(f"it counts more than {_STEPS:,} times")
+        return found
+
+
+@functools.lru_cache(8)
+def _program(text: str):
+    """The compiled template and its state. Variables and filters are those of transformers' `apply_chat_template`."""
+    try:
+        import jinja2
+        from jinja2 import ext, nodes, sandbox, visitor
+    except ImportError:
+        raise ValueError("chat templates need the package jinja2: pip install 'jaxlm[chat]'") from None
+
+    def sized(value: Any) -> Any:
+        if isinstance(value, (str, list, tuple)) and len(value) > _LONGEST:
+            raise ValueError(f"it makes a text of more than {_LONGEST:,} characters")
+        return value
+
+    class Joins(visitor.NodeTransformer):
+        """`a ~ b` as a filter, which the sandbox can look at."""
+
+        def visit_Concat(self, node, *args, **kwargs):
+            self.generic_visit(node, *args, **kwargs)
+            return nodes.Filter(nodes.List(node.nodes), "joined", [], [], None, None).set_lineno(node.lineno)
+
+    class Generation(ext.Extension):
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            mark = lambda character: nodes.Output([nodes.TemplateData(character)]).set_lineno(line)
+            return [mark("\ufdd0"), *body, mark("\ufdd1")]
+
+    class Sandbox(sandbox.ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(["+", "*", "**", "%"])
+
+        def _parse(self, *args):
+            return Joins().visit(super()._parse(*args))
+
+        def call_binop(self, context, operator, left, right):
+            sizes = [len(value) if isinstance(value, (str, list, tuple)) else value for value in (left, right)]
+            if operator == "**" or operator == "%" and isinstance(left, str):
+                raise ValueError(f"a chat template has no use for {operator}")
+            if operator == "*" and isinstance(left, (str, list, tuple)) | isinstance(right, (str, list, tuple)) and sizes[0] * sizes[1] > _LONGEST:
+                raise ValueError(f"it makes a text of more than {_LONGEST:,} characters")
+            return sized(super().call_binop(context, operator, left, right))
+
+        def is_safe_attribute(self, obj, attr, value):
+            grows = isinstance(obj, str) and attr in ("ljust", "rjust", "center", "zfill", "expandtabs", "format", "format_map", "translate", "join", "replace")
+            return super().is_safe_attribute(obj, attr, value) and (not grows or attr in ("join", "replace"))
+
+        def call(self, context, f, *args, **kwargs):
+            if getattr(f, "__name__", "") == "replace" and isinstance(getattr(f, "__self__", None), str) and len(args) > 1:
+                replaced(f.__self__, *args)
+            return sized(super().call(context, f, *args, **kwargs))
+
+    def replaced(text: str, old: str, new: str, count: int | None = None) -> str:
+        if len(str(new)) * (len(text) + 1) > _LONGEST and text.count(str(old)) * len(str(new)) > _LONGEST:
+            raise ValueError(f"it makes a text of more than {_LONGEST:,} characters")
+        return text.replace(str(old), str(new), -1 if count is None else count)
+
+    def refuse(message: str):
+        raise jinja2.TemplateError(message)
+
+    state = _State()
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
+    for name in ("center", "format", "wordwrap", "xmlattr", "urlize", "pprint", "filesizeformat", "random"):
+        environment.filters.pop(name, None)
+    environment.filters |= {
+        "joined": lambda parts: sized("".join(map(str, parts))), "replace": lambda text, *rest: replaced(str(text), *rest),
+        "tojson": lambda value, ensure_ascii=False, indent=None, **options: json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)}
+    environment.globals |= {"raise_exception": refuse, "range": state.count, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
+    environment.globals.pop("lipsum", None)
+    return environment.from_string(text), state
