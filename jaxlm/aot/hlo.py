@@ -220,13 +220,22 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
       mesh: mesh axis -> size, in the mesh's order; device numbers in the program count through the mesh, last axis fastest.
     """
     found: collections.Counter = collections.Counter()
+    counted = set()
     for name, times, loops, caller in executions(program):
         for instruction in program.computations[name]:
             one = collective(instruction, name, loops, caller, mesh)
-            if one is not None:
+            # One that runs beside computation stands in the fusion that starts it, in those it runs beside and in the one that ends it.
+            if one is not None and (caller is None or caller.opcode != "fusion" or channel(instruction) not in counted):
                 found[one] += times
+                counted.add(channel(instruction))
     merged = [dataclasses.replace(one, times=times) for one, times in found.items()]
     return sorted(merged, key=lambda c: (-c.bytes * c.times, c.kind, c.axes, str(c.arrays[0]), c.source))
+
+
+def channel(instruction: Instruction) -> int | None:
+    """The number that is the same in all places where one collective stands."""
+    found = re.search(r"channel_id=(\d+)", instruction.attributes)
+    return int(found[1]) if found else None
 
 
 def collective(instruction: Instruction, computation: str, loops: tuple[int, ...], caller: Instruction | None, mesh: Mapping[str, int]) -> Collective | None:

@@ -18,7 +18,7 @@ from jaxlm.aot.chips import Topology
 
 # Share of the peak at which splash attention's kernels run, an assumption; docs/performance.md has the check against published steps.
 _KERNEL_SHARE = 0.5
-_PRODUCTS = (("fwd", 2), ("dq", 3), ("dkv", 4))  # matrix products of each kernel; the backward pass in one kernel ("dkv", with a dq among its results) has 5
+_PRODUCTS = {"fwd": 2, "dkv": 5}  # matrix products of each kernel: the backward pass is one, named for the keys and values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +77,8 @@ class _Walk:
     def _run(self, name: str) -> tuple[float, float, float, float, float]:
         """Compute, waits for ici and dcn, communication over ici and dcn: seconds of one run."""
         now = compute = 0.0
-        wait, busy = collections.Counter(), collections.Counter()
-        pending: dict[str, tuple[str, float]] = {}  # start -> (kind, when it ends)
-        free = collections.Counter()  # when each set of links, or the way to memory, is free again
-        sent: collections.deque = collections.deque()  # ends of what went to other slices, in order
+        wait, busy, free = collections.Counter(), collections.Counter(), collections.Counter()  # free: when each set of links is free again
+        pending: dict[str | int, tuple[str, float]] = {}  # what was started, by name or channel -> (network, when it ends)
         found = self.found[name] = []
         inside = {i.name: i for i in self.program.computations[name]}
         for one in self.program.computations[name]:
@@ -91,30 +89,26 @@ class _Walk:
                     wait[kind] += waited
                     busy[kind] += total
                 continue
-            if one.opcode.endswith("-done"):
-                start = one.operands[0] if one.operands else ""
-                kind, end = sent.popleft() if one.opcode == "recv-done" and sent else pending.get(start, ("", 0.0))
-                if end > now:
-                    wait[kind] += end - now
-                    now = end
-                continue
-            moved = self._communication(one, name)
-            if moved is not None:
+            moved, channel = self._communication(one, name)
+            if one.opcode.endswith("-done") or one.name.startswith("async-collective-done"):
+                kind, end = pending.get(channel if moved else one.operands[0] if one.operands else "", ("", 0.0))
+                kind, end = pending.get(_rendezvous(one), (kind, end)) if one.opcode == "recv-done" else (kind, end)
+                wait[kind] += max(0.0, end - now)
+                now = max(now, end)
+            elif moved is not None and channel not in pending:
                 kind, seconds, way = moved
                 busy[kind] += seconds
                 found.append((seconds, kind, one.name, hlo.source(one)))
                 begin = max(now, free[way])
-                free[way] = begin + seconds
-                if one.opcode == "send":
-                    sent.append((kind, begin + seconds))
-                elif one.opcode.endswith("-start"):
-                    pending[one.name] = (kind, begin + seconds)
+                free[way] = end = begin + seconds
+                if one.opcode == "send" or one.opcode.endswith("-start") or one.name.startswith("async-collective-start"):
+                    pending |= dict.fromkeys((one.name, channel, _rendezvous(one)), (kind, end))
                 else:
-                    wait[kind] += begin + seconds - now
-                    now = begin + seconds
+                    wait[kind] += end - now
+                    now = end
             elif one.opcode in ("copy-start", "slice-start"):  # between memories, beside the core; what waits for it is the core's own time
-                seconds = min(a.bytes for a in one.arrays if a.shape) / self.topology.chip.hbm_bandwidth if any(a.shape for a in one.arrays) else 0.0
-                free["hbm"] = max(now, free["hbm"]) + seconds
+                moving = [a.bytes for a in one.arrays if a.shape]
+                free["hbm"] = max(now, free["hbm"]) + (min(moving) if moving else 0) / self.topology.chip.hbm_bandwidth
                 pending[one.name] = ("hbm", free["hbm"])
             else:
                 seconds = self._seconds(one, inside)
@@ -132,20 +126,20 @@ class _Walk:
         names += re.findall(r"%?([\w.\-]+)", branches[1]) if branches else []
         return max((self.run(name) for name in names if name in self.program.computations), key=lambda parts: sum(parts[:3]), default=(0.0,) * 5)
 
-    def _communication(self, one: hlo.Instruction, name: str) -> tuple[str, float, str] | None:
-        """Network, seconds, and the links it holds, of an instruction that communicates; also of a fusion around one."""
+    def _communication(self, one: hlo.Instruction, name: str) -> tuple[tuple[str, float, str] | None, int | None]:
+        """(network, seconds, the links it holds) of an instruction that communicates, or of a fusion around one, and its channel."""
         found, caller = one, None
         if one.opcode == "fusion":
             name = one.attribute("calls") or ""
             found, caller = next((i for i in self.program.computations.get(name, ()) if i.opcode in hlo.KINDS), None), one
         moved = None if found is None else hlo.collective(found, name, (), caller, self.mesh)
         if moved is None:
-            return None
+            return None, None
         ici, dcn = roofline.communication(self.topology, [moved], self.links)
         way = moved.axes
         if ici and moved.kind in ("ring permute", "collective-permute"):  # one direction of one link each
             ici, way = moved.bytes / self.topology.chip.link, f"{way} {re.search(r'source_target_pairs=.(.[0-9,]+)', found.attributes)[1]}"
-        return ("dcn" if dcn else "ici"), ici + dcn, way
+        return ("dcn" if dcn else "ici", ici + dcn, way), hlo.channel(found)
 
     def _seconds(self, one: hlo.Instruction, inside: Mapping[str, hlo.Instruction]) -> float:
         """Of an instruction that computes: the compiler's estimate, else its traffic."""
@@ -158,11 +152,17 @@ class _Walk:
         return hlo.bytes_moved(self.program, one, inside) / chip.hbm_bandwidth
 
 
+def _rendezvous(one: hlo.Instruction) -> str:
+    """What the two ends of a transfer between slices have in common; the name where it is none."""
+    found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', one.attributes)
+    return found[1] if found else one.name
+
+
 def _kernel_flops(one: hlo.Instruction, inside: Mapping[str, hlo.Instruction]) -> float:
     """Operations of one of splash attention's kernels over the causal half of `[B, N, T, H]`, by its name."""
-    kind = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", one.name)
+    kind = re.search(r"splash_m[hq]a_(fwd|dkv)", one.name)
     queries = next((a for o in one.operands if o in inside for a in inside[o].arrays if len(a.shape) >= 4 and a.dtype == "bf16"), None)
     if kind is None or queries is None:
         return 0.0
-    products = dict(_PRODUCTS)[kind[1]]
+    products = _PRODUCTS[kind[1]]
     return products * math.prod(queries.shape) * queries.shape[-2]
