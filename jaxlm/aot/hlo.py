@@ -19,7 +19,7 @@ _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2,
 _ARRAY = re.compile(r"([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\](\{[^}]*\})?")
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id", "replica-id", "iota",
-         "opt-barrier", "custom-call-done", "send-done", "recv-done"}  # no traffic of their own: the work inside is counted where it happens
+         "opt-barrier", "custom-call-done", "send", "recv", "send-done", "recv-done"}  # no traffic of their own: the work inside is counted where it happens
 
 
 @dataclasses.dataclass(frozen=True)

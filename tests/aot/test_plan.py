@@ -32,7 +32,7 @@ def test_a_formula_verdict():
     v = plan.judge(tiny(), H100)
     assert v.method == "formula" and v.fits and v.mesh["fsdp"] == 8 and v.rows == 8
     assert v.flops * 8 == pytest.approx(v.useful * 4 / 3, rel=0.2)  # full recomputation
-    assert v.time.mfu <= 1 and v.time.step_seconds == max(v.time.compute, v.time.hbm, v.time.ici, v.time.dcn)
+    assert v.time.mfu <= 1 and v.time.step_seconds >= v.time.least_seconds == max(v.time.compute, v.time.hbm, v.time.ici, v.time.dcn)
 
 
 def test_the_formula_knows_what_each_axis_sends():
