@@ -74,8 +74,8 @@ def test_the_loss_goes_where_it_went_with_less_memory(dtype, size):
 
 def test_a_mesh_keeps_the_same_moments_where_the_parameters_lie():
     """Rounding hangs on the place in the parameter, not on the device; codes are split like the parameter, scales as far as they divide."""
-    parts, losses, state, _ = run("int8", (1, 4, 2))
-    np.testing.assert_allclose(losses, run("int8")[1], rtol=2e-3)
+    parts, losses, state, _ = run("int8", (1, 2, 2), steps=6)
+    np.testing.assert_allclose(losses, run("int8")[1][:6], rtol=2e-3)
     blocks = state.opt.inner[1][0].mu
     for path, leaf in trees.flatten(state.params).items():
         node = functools.reduce(lambda tree, key: tree[key], path.split("/"), blocks)

@@ -1,6 +1,6 @@
 """How long a step takes, and what that costs: the time its core works and waits, beside what operations, memory and communication take at their peaks.
 
-Of a compiled program the time comes from its own schedule (`schedule.py`); by formula from the peaks and the two shares below, which were read off compiled
+Of a compiled program the time comes from its own schedule (`schedule.py`); by formula from the peaks and the three shares below, which were read off compiled
 programs. Each resource's time at its peak is a lower bound of the step (Williams et al. 2009). All of it is predicted.
 """
 
@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from jaxlm.aot.chips import Topology
 from jaxlm.aot.hlo import Collective
 
-# By formula: the share of the peak at which matrix products run, and of communication inside a slice that computation does not hide, as in the schedules of
-# our compiled programs (docs/performance.md).
-_PRODUCTS_SHARE, _EXPOSED_SHARE = 0.75, 0.6
+# By formula: the share of the peak at which matrix products run, and the shares of memory traffic and of communication inside a slice that nothing hides,
+# as in the schedules of our compiled programs (docs/performance.md).
+_PRODUCTS_SHARE, _TRAFFIC_SHARE, _EXPOSED_SHARE = 0.75, 0.75, 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ def estimate(topology: Topology, *, flops: float, useful: float, traffic: float,
     chip = topology.chip
     times = {"compute": flops / chip.flops, "hbm": traffic / chip.hbm_bandwidth, "ici": ici, "dcn": dcn}
     bound = max(times, key=times.get)
-    core, waits = schedule or (max(times["compute"] / _PRODUCTS_SHARE, times["hbm"]), _EXPOSED_SHARE * ici + dcn)
+    core, waits = schedule or (times["compute"] / _PRODUCTS_SHARE + _TRAFFIC_SHARE * times["hbm"], _EXPOSED_SHARE * ici + dcn)
     least = max(times[bound], 1e-12) / (1 - bubble)
     step = max((core + waits) / (1 - bubble), least)
     rate = tokens / step

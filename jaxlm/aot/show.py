@@ -115,6 +115,33 @@ def chart(verdicts: Sequence[Verdict], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=110, format="png")
 
 
+def scaling_chart(name: str, verdicts: Sequence[Verdict], path: pathlib.Path) -> None:
+    """Time and collectives of a step with the same work on each chip, a bar for each topology (.svg or .png).
+
+    Raises:
+      ValueError: matplotlib is absent.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    timed = [v for v in verdicts if v.time]
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    places, names = range(len(timed)), [f"{v.topology.chips} chips\n{v.topology}" for v in timed]
+    left.bar(places, [v.time.core for v in timed], 0.6, label="the core works")
+    left.bar(places, [v.time.waits for v in timed], 0.6, bottom=[v.time.core for v in timed], label="it waits for communication")
+    left.set(title=f"{name}: one step (predicted)", ylabel="seconds", xticks=list(places))
+    right.bar(places, [sum(c.bytes * c.times for c in v.collectives) / _GIB for v in timed], 0.6, color="tab:gray")
+    right.set(title="Collectives of a chip and step", ylabel="GiB", xticks=list(places))
+    for axes in (left, right):
+        axes.set_xticklabels(names, fontsize="small")
+    left.set_ylim(0, 1.35 * max(v.time.core + v.time.waits for v in timed))
+    left.legend(fontsize="small")
+    figure.savefig(path)
+
+
 def require_matplotlib() -> None:
     """Raises a ValueError that names the extra to install where matplotlib is absent."""
     import importlib.util
