@@ -9,7 +9,8 @@ The tokenizer is a SentencePiece BPE of GPT-2's size, trained on your text, so l
 
     jaxlm fit --config=gpt2_124m --topology=v5e:2x4,v5p:2x2x1,v6e:2x2
 
-Compiled ahead of time (2026-11-22, libtpu 0.0.42.1, `--quick`), GiB on each device of what a program may take, and seconds to compile on a busy machine:
+Compiled ahead of time (2026-11-22, libtpu 0.0.42.1, `--quick`), GiB on each device (arguments and temporaries with the gaps
+between them: more than its peak, which `jaxlm fit` now shows) of what a program may take, and seconds to compile on a busy machine:
 v5e:2x4 5.6 of 15.75 in 35 s; v6e:2x2 11.6 of 31.25 in 44 s; v5p:2x2x1 12.0 of 95.74 in 62 s.
 """
 

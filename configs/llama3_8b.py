@@ -6,7 +6,8 @@ Predicted, not run here: 160 B tokens are 7.7e21 FLOP, about 7 days on a v5e-128
 
     jaxlm fit --config=llama3_8b --topology=v5e:8x16,v5p:2x4x4,v6e:8x8
 
-Compiled ahead of time (2026-11-22, libtpu 0.0.42.1, `--quick`), GiB on each device of what a program may take, and seconds to compile on a busy machine:
+Compiled ahead of time (2026-11-22, libtpu 0.0.42.1, `--quick`), GiB on each device (arguments and temporaries with the gaps
+between them: more than its peak, which `jaxlm fit` now shows) of what a program may take, and seconds to compile on a busy machine:
 v5e:8x16 12.7 of 15.75 in 17 s; v5p:2x4x4 45.5 of 95.74 in 32 s; v6e:8x8 24.7 of 31.25 in 43 s.
 """
 

@@ -7,7 +7,8 @@ AdamW's state are 13 GB in float32, split over all chips.
 
     jaxlm fit --config=llama_1b --topology=v5e:4x4,v5p:2x2x2,v6e:2x4
 
-Compiled ahead of time (2026-11-22, libtpu 0.0.42.1, `--quick`), GiB on each device of what a program may take, and seconds to compile on a busy machine:
+Compiled ahead of time (2026-11-22, libtpu 0.0.42.1, `--quick`), GiB on each device (arguments and temporaries with the gaps
+between them: more than its peak, which `jaxlm fit` now shows) of what a program may take, and seconds to compile on a busy machine:
 v5e:4x4 11.3 of 15.75 in 41 s; v5p:2x2x2 22.8 of 95.74 in 105 s; v6e:2x4 17.5 of 31.25 in 20 s.
 """
 

@@ -7,7 +7,8 @@ Predicted, not run here: 1.4 T tokens are 5.8e23 FLOP, about 230 days on a v5p-1
     jaxlm fit --config=llama_70b --topology=v5p:4x4x8,v6e:16x16
     jaxlm fit --config=llama_70b --topology=v5e:16x16 --config.mesh.tensor=8 --config.train.microbatches=32
 
-Compiled ahead of time (2026-11-22, libtpu 0.0.42.1, `--quick`), GiB on each device of what a program may take, and seconds to compile on a busy machine:
+Compiled ahead of time (2026-11-22, libtpu 0.0.42.1, `--quick`), GiB on each device (arguments and temporaries with the gaps
+between them: more than its peak, which `jaxlm fit` now shows) of what a program may take, and seconds to compile on a busy machine:
 v5p:4x4x8 37.0 of 95.74 in 27 s; v6e:16x16 18.7 of 31.25 in 34 s; v5e:16x16 12.6 of 15.75 in 14 s (with mesh.tensor=4 17.0: too much).
 """
 

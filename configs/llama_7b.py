@@ -7,7 +7,8 @@ Predicted, not run here: the paper's 2 T tokens are 8.4e22 FLOP; 20 tokens per p
 
     jaxlm fit --config=llama_7b --topology=v5e:8x16,v5p:2x4x4,v6e:8x8
 
-Compiled ahead of time (2026-11-22, libtpu 0.0.42.1, `--quick`), GiB on each device of what a program may take, and seconds to compile on a busy machine:
+Compiled ahead of time (2026-11-22, libtpu 0.0.42.1, `--quick`), GiB on each device (arguments and temporaries with the gaps
+between them: more than its peak, which `jaxlm fit` now shows) of what a program may take, and seconds to compile on a busy machine:
 v5e:8x16 7.9 of 15.75 in 19 s; v5p:2x4x4 30.5 of 95.74 in 43 s; v6e:8x8 15.7 of 31.25 in 16 s.
 """
 

@@ -7,7 +7,8 @@ Predicted, not run here: 260 B tokens are 2.0e22 FLOP, about 16 days on a v5p-64
     jaxlm fit --config=mixtral_8x7b --topology=v5p:4x4x4,v6e:8x16
     jaxlm fit --config=mixtral_8x7b --topology=v5e:16x16 --config.mesh.tensor=4 --config.train.microbatches=4
 
-Compiled ahead of time (2026-11-22, libtpu 0.0.42.1, `--quick`), GiB on each device of what a program may take, and seconds to compile on a busy machine:
+Compiled ahead of time (2026-11-22, libtpu 0.0.42.1, `--quick`), GiB on each device (arguments and temporaries with the gaps
+between them: more than its peak, which `jaxlm fit` now shows) of what a program may take, and seconds to compile on a busy machine:
 v5p:4x4x4 48.3 of 95.74 in 162 s; v6e:8x16 26.9 of 31.25 in 150 s; v5e:16x16 10.4 of 15.75 in 87 s.
 """
 

@@ -21,7 +21,7 @@ def token_nll(model: Model, params: Any, batch: Mapping[str, jax.Array], key: ja
     """Per token, each float32 `[B, T]`: `-log p(target)` in nats, `log Z`, and whether the target ranks first; and the routers' statistics."""
     hidden, _, routing = model.apply(params, batch, key=key)
     hidden = constrain(hidden, "batch", "sequence", "residual")
-    return *losses.token_losses(lambda h: model.head(params, h), hidden, batch["targets"], chunk_rows, ways("sequence")), routing
+    return *losses.token_losses(model.projection(params), hidden, batch["targets"], chunk_rows, ways("sequence")), routing
 
 
 def next_token(cfg: ObjectiveConfig, model: Model, params: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> Sums:

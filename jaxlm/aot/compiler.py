@@ -34,7 +34,7 @@ _ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", 
 class Compiled:
     """What the compiler says of one device's program."""
     memory: dict[str, int]  # bytes, see `MEMORY`
-    fits: bool  # the compiler refused nothing and all parts together are within what a program may take: the compiler itself looks at temporaries alone
+    fits: bool  # what the compiler says: it refuses a program of which more than a program may take, arguments included, lives at one time
     flops: float  # of matrix products, one device, one step, recomputation included
     traffic: int  # bytes of main memory read and written in one step, an estimate from the program's text; 0 where the compiler refused
     collectives: tuple[hlo.Collective, ...]
@@ -141,13 +141,15 @@ def compile_step(config: Config, topology: Topology, quick: bool = False, text: 
             return Compiled(memory, False, flops, 0, (), links(topology, mesh), None, time.perf_counter() - started, str(error).splitlines()[0])
     seconds = time.perf_counter() - started
     sizes = program.memory_analysis()
-    rest = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes - sum(memory.values())
-    memory = _filled(memory, max(0, rest), sizes.temp_size_in_bytes, sizes.generated_code_size_in_bytes)
+    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    # At the peak, as the compiler's own check counts. `temp_size_in_bytes` is up to a third more, also of programs that the compiler fits into less.
+    code = sizes.generated_code_size_in_bytes
+    memory = _filled(memory, max(0, held - sum(memory.values())), max(0, sizes.peak_memory_in_bytes - held - code), code)
     written = program.as_text()
     text(written)
     parsed = hlo.parse(written)
     ways = links(topology, mesh)
-    return Compiled(memory, sum(memory.values()) <= topology.chip.usable, flops, hlo.traffic(parsed), tuple(hlo.collectives(parsed, mesh.shape)), ways,
+    return Compiled(memory, True, flops, hlo.traffic(parsed), tuple(hlo.collectives(parsed, mesh.shape)), ways,
                     schedule.schedule(parsed, topology, mesh.shape, ways), seconds, "")
 
 
@@ -156,14 +158,11 @@ def _filled(memory: Mapping[str, int], rest: int = 0, temporaries: int = 0, prog
 
 
 def _exceeded(message: str, state: int) -> int:
-    """Bytes of temporaries from the compiler's out-of-memory message, which names them, or the sum of all."""
+    """Bytes beside the state, from the compiler's out-of-memory message. It says "HLO temporaries" or "Used", and means all that the program needs, its
+    arguments included."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
-    size = lambda found: int(float(found[1]) * units[found[2]])
-    temporaries = re.search(r"temporaries \(([\d.]+)([KMGT]?)\)", message)
-    if temporaries:
-        return size(temporaries)
-    used = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
-    return max(0, size(used) - state) if used else 0
+    found = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT]?)", message)
+    return max(0, int(float(found[1]) * units[found[2]]) - state) if found else 0
 
 
 def links(topology: Topology, mesh: Mesh) -> dict[str, int]:

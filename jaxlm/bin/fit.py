@@ -9,8 +9,8 @@
 
 For TPUs this needs libtpu (pip install 'jaxlm[tpu]', any x86 Linux machine, no TPU). It prints, for each topology:
 
-  memory       parameters, optimiser, batch, activations and temporaries, and the program of one device, against what a program may take there. The
-               compiler itself refuses only temporaries that are too large alone; DOES NOT FIT counts the state as well, as a device does.
+  memory       parameters, optimiser, batch, activations and temporaries, and the program of one device when it needs most, against what a program may
+               take there. FITS is the compiler's own word: near the limit it recomputes more, and what it cannot bring below it refuses.
   largest      the most rows of a batch that one device holds: extrapolated from two compilations, or, with --confirm, compiled itself.
   collectives  what goes between devices in one step: kind, mesh axis, how often, how large. Gathers of weights over fsdp are the price of splitting
                them; nothing should be larger than one layer's weights or one device's activations.

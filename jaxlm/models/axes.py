@@ -1,9 +1,11 @@
 """Logical axes of every parameter: what sharding, optimisers and reports know of a weight."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm import trees
 from jaxlm.config import TransformerConfig
@@ -26,6 +28,15 @@ def gathered(w: Any, *axes: str) -> Any:
     gather = jax.custom_vjp(whole)
     gather.defvjp(lambda w: (whole(w), None), lambda _, gradient: (constrain(gradient, *axes),))
     return gather(constrain(w, *axes))
+
+
+def lent(w: jax.Array, dtype: jnp.dtype, *axes: str | None) -> Callable[[], jax.Array]:
+    """`gathered(w.astype(dtype), *axes)`, gathered here, once, for all the loop bodies in which what is returned is called: gathered in the body of a loop a
+    weight would travel once for each turn. The gradient of each turn is split again and added to the others in the dtype of `w`, as it would be there."""
+    once = jax.lax.stop_gradient(gathered(w.astype(dtype), *axes))
+    lend = jax.custom_vjp(lambda w, once: once)
+    lend.defvjp(lambda w, once: (once, None), lambda _, gradient: (constrain(gradient, *axes).astype(w.dtype), None))
+    return lambda: lend(w, once)
 
 
 def encoder_axes(cfg: TransformerConfig) -> Axes:

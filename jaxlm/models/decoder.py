@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import TransformerConfig
 from jaxlm.models import pipeline, stack
-from jaxlm.models.axes import decoder_axes, gathered
+from jaxlm.models.axes import decoder_axes, gathered, lent
 from jaxlm.models.layers import Norm, Slots, dropout, initialiser, project
 from jaxlm.ops import attention, positions
 from jaxlm.sharding import constrain
@@ -19,15 +19,19 @@ from jaxlm.sharding import constrain
 class Model(NamedTuple):
     """A language model: pure functions and a table.
 
-    `apply` ends before the output projection, which `head` does, so that a loss may take the vocabulary in pieces and generation may ask
-    for the last token only.
+    `apply` ends before the output projection, so that a loss may take the tokens in pieces and generation may ask for the last token only.
+    `projection` does first what depends on the parameters alone, so that a loop over such pieces does it once.
     """
     init: Callable  # key -> params, nested dict of float32
     apply: Callable  # params, {tokens, positions, segments} each int32 [B, T], *, cache=None, key=None, view=... -> hidden [B, T, D], cache, routing
-    head: Callable  # params, hidden [..., D] -> logits [..., V] float32
+    projection: Callable  # params -> hidden [..., D] -> logits [..., V] float32
     init_cache: Callable  # batch, length -> cache
     axes: tuple[tuple[str, tuple[str, ...]], ...]  # path regex -> logical axes, strict
     start: int | None = None  # models with an encoder (encdec.py): id with which the decoder begins; None: the decoder continues what it is given
+
+    def head(self, params: dict, hidden: jax.Array) -> jax.Array:
+        """Logits `[..., V]` float32 of hidden states `[..., D]`, or what else the model ends in."""
+        return self.projection(params)(hidden)
 
 
 def vocabulary(cfg: TransformerConfig, tokenizer_size: int) -> TransformerConfig:
@@ -47,7 +51,7 @@ def build(cfg: TransformerConfig) -> Model:
     """The model of a config whose `vocab_size` is known (see `vocabulary`)."""
     assert cfg.vocab_size > 0
     cfg = cfg.filled()
-    return Model(functools.partial(_init, cfg), functools.partial(_apply, cfg), functools.partial(_head, cfg),
+    return Model(functools.partial(_init, cfg), functools.partial(_apply, cfg), functools.partial(_projection, cfg),
                  functools.partial(_init_cache, cfg), decoder_axes(cfg))
 
 
@@ -134,12 +138,16 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: dict | 
     return x, cache, routing
 
 
-def _head(cfg: TransformerConfig, params: dict, hidden: jax.Array) -> jax.Array:
-    """Logits `[..., V]` float32 of hidden states `[..., D]`."""
-    kernel = gathered((params["embed"]["tokens"].T if cfg.tied else params["head"]["kernel"]).astype(hidden.dtype), "embed", "vocab")
-    hidden = hidden if cfg.logit_scale == 1 else hidden * jnp.asarray(cfg.logit_scale, hidden.dtype)
-    logits = project(hidden, kernel).astype(jnp.float32)
-    return cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap) if cfg.final_softcap else logits
+def _projection(cfg: TransformerConfig, params: dict) -> Callable[[jax.Array], jax.Array]:
+    """Hidden states `[..., D]` -> logits `[..., V]` float32."""
+    kernel = lent(params["embed"]["tokens"].T if cfg.tied else params["head"]["kernel"], jnp.dtype(cfg.dtype), "embed", "vocab")
+
+    def head(hidden: jax.Array) -> jax.Array:
+        hidden = hidden if cfg.logit_scale == 1 else hidden * jnp.asarray(cfg.logit_scale, hidden.dtype)
+        logits = project(hidden, kernel()).astype(jnp.float32)
+        return cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap) if cfg.final_softcap else logits
+
+    return head
 
 
 def _init_cache(cfg: TransformerConfig, batch: int, length: int) -> dict:

@@ -28,7 +28,7 @@ def build(cfg: TransformerConfig) -> decoder.Model:
     cfg = cfg.filled()
     # What begins, what ends and the cache of the decoder are those of a model without an encoder.
     plain = decoder.build(cfg)
-    return decoder.Model(functools.partial(_init, cfg), functools.partial(_apply, cfg), plain.head, plain.init_cache, encdec_axes(cfg), cfg.decoder_start)
+    return decoder.Model(functools.partial(_init, cfg), functools.partial(_apply, cfg), plain.projection, plain.init_cache, encdec_axes(cfg), cfg.decoder_start)
 
 
 def _encoder(cfg: TransformerConfig) -> TransformerConfig:

@@ -1,6 +1,7 @@
 """The encoder: the decoder's embedding and stack with attention to both sides, token types, an embedding norm, and the heads of `heads.py`."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ def build(cfg: TransformerConfig) -> decoder.Model:
     """
     assert cfg.vocab_size > 0 and cfg.kind == "encoder"
     cfg = cfg.filled()
-    return decoder.Model(functools.partial(_init, cfg), functools.partial(_apply, cfg), functools.partial(_head, cfg), _no_cache, encoder_axes(cfg))
+    return decoder.Model(functools.partial(_init, cfg), functools.partial(_apply, cfg), functools.partial(_projection, cfg), _no_cache, encoder_axes(cfg))
 
 
 def _init(cfg: TransformerConfig, key: jax.Array) -> dict:
@@ -61,10 +62,12 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: None = 
     return x, None, routing
 
 
-def _head(cfg: TransformerConfig, params: dict, hidden: jax.Array) -> jax.Array:
+def _projection(cfg: TransformerConfig, params: dict) -> Callable[[jax.Array], jax.Array]:
     """See `build`."""
-    if cfg.output == "tokens":
-        return heads.masked(cfg, params["head"], params["embed"]["tokens"], hidden)
+    return heads.masked(cfg, params["head"], params["embed"]["tokens"]) if cfg.output == "tokens" else functools.partial(_outputs, cfg, params)
+
+
+def _outputs(cfg: TransformerConfig, params: dict, hidden: jax.Array) -> jax.Array:
     if cfg.output == "hidden":
         return hidden.astype(jnp.float32)
     if cfg.output == "token_labels":

@@ -1,10 +1,12 @@
 """What stands on an encoder's hidden states: tokens behind masks, one vector of a sequence, labels. Pure functions over nested dicts."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from jaxlm.config import TransformerConfig
-from jaxlm.models.axes import gathered
+from jaxlm.models.axes import lent
 from jaxlm.models.layers import ACTIVATIONS, Norm, initialiser, project
 
 POOLER_ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
@@ -22,15 +24,19 @@ def init_masked(cfg: TransformerConfig, key: jax.Array) -> dict:
     return params
 
 
-def masked(cfg: TransformerConfig, params: dict, table: jax.Array, hidden: jax.Array) -> jax.Array:
-    """Logits `[..., V]` float32 of hidden states `[..., D]`; `table` is the token embedding `[V, D]`."""
-    x = project(hidden, params["dense"].astype(hidden.dtype))
-    if cfg.bias:
-        x = x + params["dense_bias"].astype(x.dtype)
-    x = Norm(cfg).apply({"params": params["norm"]}, ACTIVATIONS[cfg.activation](x))
-    kernel = gathered((table.T if cfg.tied else params["kernel"]).astype(x.dtype), "embed", "vocab")
-    logits = project(x, kernel).astype(jnp.float32)
-    return logits + params["bias"] if cfg.bias else logits
+def masked(cfg: TransformerConfig, params: dict, table: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """Hidden states `[..., D]` -> logits `[..., V]` float32; `table` is the token embedding `[V, D]`."""
+    kernel = lent(table.T if cfg.tied else params["kernel"], jnp.dtype(cfg.dtype), "embed", "vocab")
+
+    def head(hidden: jax.Array) -> jax.Array:
+        x = project(hidden, params["dense"].astype(hidden.dtype))
+        if cfg.bias:
+            x = x + params["dense_bias"].astype(x.dtype)
+        x = Norm(cfg).apply({"params": params["norm"]}, ACTIVATIONS[cfg.activation](x))
+        logits = project(x, kernel()).astype(jnp.float32)
+        return logits + params["bias"] if cfg.bias else logits
+
+    return head
 
 
 def init_linear(cfg: TransformerConfig, key: jax.Array, outputs: int) -> dict:

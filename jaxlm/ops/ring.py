@@ -51,6 +51,9 @@ def _ring(how: _How, q_BTKGH, k_BTKH, v_BTKH, queries, keys, window):
 
 
 def _forward(how: _How, q, k, v, queries, keys, window):
+    # Without the barrier the masks hang on positions and segments alone, and jax computes those of all tiles and turns once, before the scan over the layers,
+    # and keeps them: T^2 of them on each device.
+    q, queries, keys, window = jax.lax.optimization_barrier((q, queries, keys, window))
     size = _tile(q.shape[1], how.block)
     q_tiles, tokens = _tiles(q, size), jax.tree.map(lambda a: _tiles(a, size), queries)
     b, t, kh, g, h = q_tiles.shape[1:]
@@ -94,6 +97,7 @@ def _forward(how: _How, q, k, v, queries, keys, window):
 
 def _backward(how: _How, saved, d_out):
     q, k, v, queries, keys, window, out, log_z = saved
+    d_out, queries, keys, window = jax.lax.optimization_barrier((d_out, queries, keys, window))
     size = _tile(q.shape[1], how.block)
     dots = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     dots = jnp.moveaxis(_tiles(dots, size), 2, -1)  # [I, B, K, G, t]

@@ -193,7 +193,7 @@ def test_a_held_libtpu_is_waited_for(monkeypatch):
 
 
 @pytest.mark.parametrize("message, temporaries", [
-    ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (18.50G) exceeds available HBM (15.75G).", 18.5 * 2**30),
+    ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (18.50G) exceeds available HBM (15.75G).", 16.5 * 2**30),
     ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.", 18.5 * 2**30),
     ("RESOURCE_EXHAUSTED: no figures", 0)])
 def test_the_compilers_figures_are_read(message, temporaries):

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import math
+import re
 
 import jax
 import numpy as np
@@ -86,9 +88,19 @@ def test_in_bfloat16_to_two_percent(mesh, kind, options):
     assert loss < 2e-2 and grads < 2e-2, (loss, grads)
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_ring_never_holds_all_scores_or_masks(remat):
+    """In the traced gradient: tiles of 512 x 512 for each head, not 8192 / 8 x 8192 of them, however the scan over layers moves what all layers share."""
+    parts = build((1, 1, 1), mesh__sequence=8, **LONG | dict(model__context=8192, data__sequence_length=8192, model__remat=remat))
+    with jax.set_mesh(parts.mesh):
+        traced = str(parts.gradient.trace(parts.target.params, parts.batch).jaxpr)
+    largest = max(math.prod(map(int, shape.split(","))) for shape in re.findall(r"(?:bool|f32|i32)\[([\d,]+)\]", traced))
+    assert largest <= 2 * 8192 * 256, largest  # feed-forward activations of all tokens, two layers; the masks alone were 8192 x 8192
+
+
 @pytest.mark.slow
 def test_a_row_longer_than_one_device_holds():
-    """Of a single row of 2048 tokens each of eight devices needs less than a third of what one needs alone, as compiled, and all compute the same."""
+    """Of a single row of 2048 tokens each of eight devices needs less than an eighth of what one needs alone, as compiled, and all compute the same."""
     found = []
     for parts in (build((1, 1, 1), **LONG), build((1, 1, 1), mesh__sequence=8, **LONG)):
         with jax.set_mesh(parts.mesh):
@@ -99,7 +111,7 @@ def test_a_row_longer_than_one_device_holds():
         found.append((jax.tree.map(np.asarray, params), float(sums["loss"][0]) / float(sums["loss"][1]), np.asarray(grads["layers"]["attn"]["k"]),
                       program.memory_analysis().temp_size_in_bytes))
     (_, loss_1, grad_1, memory_1), (_, loss, grad, memory) = found
-    assert memory < memory_1 / 3, (memory, memory_1)
+    assert memory < memory_1 / 8, (memory, memory_1)
     assert abs(loss - loss_1) < 1e-5 * loss_1 and np.abs(grad - grad_1).max() < 1e-5 * np.abs(grad_1).max()
 
 
