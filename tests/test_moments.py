@@ -82,7 +82,7 @@ def test_a_mesh_keeps_the_same_moments_where_the_parameters_lie():
         if isinstance(node, moments.Blocks):
             assert node.codes.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
             assert node.scale.sharding.shard_shape(node.scale.shape) != node.scale.shape, path
-    assert sum(isinstance(x, moments.Blocks) for x in jax.tree.leaves(blocks, is_leaf=lambda x: isinstance(x, moments.Blocks))) == 9
+    assert sum(isinstance(x, moments.Blocks) for x in jax.tree.leaves(blocks, is_leaf=lambda x: isinstance(x, moments.Blocks))) == 8
 
 
 def test_a_resumed_run_is_the_same_bit_by_bit_and_a_bad_step_changes_nothing(tmp_path):

@@ -108,9 +108,10 @@ def splash(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=None
     def of(size: int):
         shape = (length, length)
         one = masks.LocalMask(shape, (size - 1, 0), 0) if size else masks.CausalMask(shape)
-        wide, block = math.gcd(length, 1024), math.gcd(length, 512)
-        # One kernel for the whole backward pass: 5 matrix products in place of 7, and the scores are computed anew once.
-        blocks = kernels.BlockSizes(block_q=wide, block_kv=wide, block_kv_compute=block, block_q_dkv=wide, block_kv_dkv=wide, block_kv_dkv_compute=block,
+        whole, wide, block = (math.gcd(length, size) for size in (2048, 1024, 512))
+        # One kernel for the whole backward pass: 5 matrix products in place of 7, and the scores are computed anew once. It writes the queries' gradient
+        # once for each block of keys, to be added up: these blocks are large.
+        blocks = kernels.BlockSizes(block_q=wide, block_kv=wide, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=whole, block_kv_dkv_compute=block,
                                     use_fused_bwd_kernel=True)
         run = kernels.make_splash_mha(masks.MultiHeadMask([one] * heads), head_shards=1, q_seq_shards=1, block_sizes=blocks,
                                       attn_logits_soft_cap=softcap or None, residual_checkpoint_name=SAVED, interpret=interpret)
