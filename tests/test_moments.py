@@ -1,6 +1,7 @@
 """Moments in bfloat16 and 8 bits: unbiased, small, on every mesh, saved and read bit by bit, and the loss goes where it went."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from jaxlm import moments, sharding, trees
 from jaxlm.train import checkpoint
 from jaxlm.train.lock import Lock
-from tests.train.test_step import batch, build, train
+from tests.train.test_step import GOLDEN, batch, build, train
 
 AXES = {"w": ("embed", "feedforward")}
 
@@ -102,8 +103,8 @@ def test_a_resumed_run_is_the_same_bit_by_bit_and_a_bad_step_changes_nothing(tmp
     jax.tree.map(np.testing.assert_array_equal, new.opt.inner[1][0].nu, old.opt.inner[1][0].nu)
 
 
-@pytest.mark.parametrize("name", ["adafactor", "lion", "muon", "sgd"])
-def test_every_optimiser_takes_it(name):
-    options = {"lion": {"optim__lr": 5e-4}, "sgd": {"optim__lr": 0.5}}.get(name, {})
-    curve = lambda dtype: train(build(optim__name=name, optim__state_dtype=dtype, **options), 12)[0]
-    np.testing.assert_allclose(curve("int8"), curve("float32"), rtol=0.02)
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_other_optimisers_take_it(name):
+    """Factored moments stay as they are; Muon has two optimisers inside. The golden losses are float32's."""
+    losses = train(build(optim__name=name, optim__state_dtype="int8"), 6)[0]
+    np.testing.assert_allclose(losses, json.loads(GOLDEN.read_text())[name][:6], rtol=0.01)
