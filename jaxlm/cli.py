@@ -14,8 +14,9 @@ VERBS = {
     "tokenizer": "train a tokenizer alone, or look at what one does to a text",
     "train": "train a model, or resume the run in a workdir",
     "fit": "before you rent: does a config fit on these TPUs or GPUs, how fast, at what cost",
-    "eval": "loss, perplexity and bits per byte of a checkpoint; --watch follows a run",
+    "eval": "loss and bits per byte of a checkpoint, tasks (HellaSwag, your own), which of two is better; --watch follows and judges a run",
     "generate": "continue prompts with a checkpoint",
+    "serve": "serve a checkpoint over HTTP, with OpenAI's interface",
     "data": "which documents a checkpoint has seen, how often and when (data audit)",
     "import": "turn a Hugging Face directory into a checkpoint",
     "verify": "compare a config's training on many meshes with one device",
@@ -71,7 +72,7 @@ def run(verb: str, argv: Sequence[str]) -> int:
         if len(rest) > 1 and not words:
             raise ValueError(f"unexpected argument {rest[1]!r}; flags look like --name=value; see jaxlm {verb} --help")
         flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl's global flags
-        set_environment(values.v)
+        set_environment(values.v, dots=verb == "serve")
         return module.main(values, overrides) if "config" in values else module.main(values, **words) or 0
     except flags.Error as error:
         _fail(f"{str(error).replace(chr(10), ' ')}; see jaxlm {verb} --help")
@@ -136,8 +137,12 @@ def use_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def set_environment(verbose: bool) -> None:
-    """Settings that must stand before jax is imported; what the user has set wins."""
+def set_environment(verbose: bool, dots: bool = False) -> None:
+    """Settings that must stand before jax is imported; what the user has set wins.
+
+    Args:
+      dots: let jaxlib 0.10.2 compute matrix products of a few rows with its newer library: for 8 to 32 rows, as a server has, 1.4 to 1.6 times as fast.
+    """
     chosen = {
         "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "jaxlm" / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
@@ -145,7 +150,7 @@ def set_environment(verbose: bool) -> None:
     for name, value in chosen.items():
         os.environ.setdefault(name, value)
     if importlib.metadata.version("jaxlib").startswith("0.10.") and _YNN not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_YNN}=".strip()
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_YNN}={'individual_dot' if dots else ''}".strip()
     for flag in _GPU if _NVIDIA.exists() else ():
         if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()

@@ -24,6 +24,7 @@ from typing import Any, Literal
 # A length of training: "2000 steps", "3 epochs", "1e9 tokens", "5%" of the run, or a bare number of steps. "0" means never or none.
 Duration = typing.NewType("Duration", str)
 
+PAIRS = 16  # of preferences in one row: what an objective keeps apart
 Rules = tuple[tuple[str, bool], ...]
 
 
@@ -56,6 +57,9 @@ class DataConfig:
     # `datasets`, tfds:NAME[/CONFIG][:SPLIT], or "python_docs", the text in every CPython; each may have a name: "web=crawl/"
     text_key: str = "text"  # the field (JSON) or column (tables) that holds the text
     input_key: str = ""  # objective.name=seq2seq: the field or column that the encoder reads; text_key is then what the decoder says
+    format: Literal["text", "chat", "preference"] = "text"  # chat: records are conversations (`messages`, ShareGPT's `conversations`, or `instruction`, `input`
+    # and `output`); preference: a prompt with a chosen and a rejected answer (docs/finetuning.md); text_key is then not used
+    chat_template: str = ""  # of chats: chatml, llama3, gemma or the path of a .jinja file; empty: the tokenizer's own
     id_key: str = ""  # the field or column that holds each document's id, different for all; empty: "path:line"
     licence_key: str = ""  # the field or column that holds each document's licence
     licences: tuple[tuple[str, str], ...] = ()  # of whole sources: (("web", "CC-BY-4.0"), ...), by their names in data.source
@@ -252,6 +256,7 @@ class TransformerConfig:
     decoder_start: int = 0  # with an encoder: id with which the decoder begins (T5: padding)
     relative_buckets: int = 32  # relative positions: distances told apart, half of them exactly, the rest in logarithmic steps
     relative_distance: int = 128  # relative positions: distances from here on are one
+    embedding_noise: float = 0.0  # in training, noise on the token embeddings: uniform within this / sqrt(tokens of a row x width); NEFTune: 5; 0: off
     logit_scale: float = 1.0  # factor on the hidden states before the output projection; T5 with a tied embedding: width^-0.5
 
     def __post_init__(self):
@@ -305,6 +310,8 @@ class TransformerConfig:
               "qk_norm=none, and without biases, parallel_residual and experts")
         _need(self.relative_buckets >= 4 and self.relative_buckets % 4 == 0 and self.relative_distance > self.relative_buckets // 2,
               f"model.relative_buckets={self.relative_buckets} must be a multiple of 4, and model.relative_distance={self.relative_distance} above half of it")
+        _need(self.embedding_noise >= 0, f"model.embedding_noise={self.embedding_noise} must not be negative; 0 is off")
+        _need(not self.embedding_noise or self.kind == "decoder" and not self.encoder_layers, "model.embedding_noise is for decoders: leave it out")
         _need(self.logit_scale > 0, f"model.logit_scale={self.logit_scale} must be positive")
 
     @property
@@ -314,8 +321,8 @@ class TransformerConfig:
 
     @property
     def drops(self) -> bool:
-        """Whether training draws dropout."""
-        return self.dropout > 0 or self.attention_dropout > 0
+        """Whether training draws random numbers."""
+        return self.dropout > 0 or self.attention_dropout > 0 or self.embedding_noise > 0
 
     def filled(self) -> "TransformerConfig":
         """The same model with every 0-means-default size written out."""
@@ -326,24 +333,42 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    name: Literal["next_token", "masked_token", "span_corruption", "seq2seq"] = "next_token"  # of decoders; of encoders (BERT), with another mask in
-    # each step (RoBERTa); of encoder-decoders: hidden spans of documents (T5), and pairs of data.input_key and data.text_key
+    name: Literal["next_token", "masked_token", "span_corruption", "seq2seq", "sft", "preference"] = "next_token"  # of decoders; of encoders (BERT), with
+    # another mask in each step (RoBERTa); of encoder-decoders: hidden spans of documents (T5), and pairs of data.input_key and data.text_key;
+    # of decoders: what the assistant says in chats (data.format=chat), and which of two answers is better (data.format=preference)
     mask_rate: float = 0.15  # masked_token: share of the tokens to be told
     mask_random: float = 0.1  # of these, share that is replaced by any token; in BERT 80 % are masked, 10 % random, 10 % kept
     mask_keep: float = 0.1  # of these, share that is left as it is
     mask_whole_words: bool = False  # a word's pieces are told together (Cui et al. 2019)
     span_rate: float = 0.15  # span_corruption: share of a text's tokens that is hidden
     span_length: float = 3.0  # span_corruption: mean length of a hidden span in tokens
+    preference_loss: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO (Rafailov et al. 2023), or IPO (Azar et al. 2023): the squared distance to 1 / (2 beta)
+    preference_beta: float = 0.1  # how strongly the model is held to the reference, which is what training began with
+    preference_smoothing: float = 0.0  # sigmoid: share of the pairs believed to be the wrong way round (conservative DPO)
+    preference_per_token: bool = False  # log-probabilities are divided by the length of the answer
+    teacher: str = ""  # distillation: a workdir, hf:DIR or gguf:FILE with the same vocabulary, of any size; next_token, sft and masked_token
+    teacher_kl: float = 0.5  # weight of the Kullback-Leibler divergence from the teacher's distribution, times temperature^2 (Hinton et al. 2015)
+    teacher_hard: float = 0.5  # weight of the objective's own loss, on the true tokens
+    teacher_cosine: float = 0.0  # weight of 1 - cosine between the last hidden states, which must be of one width (Sanh et al. 2019)
+    teacher_temperature: float = 2.0  # both distributions are softened by it
     z_loss: float = 0.0  # weight of log(Z)^2, which keeps the logits from drifting (PaLM uses 1e-4)
     chunk_rows: int = 0  # about so many tokens' logits exist at one time, the rest is recomputed in the backward pass; 0: all
     moe_balance: float = 0.01  # mixture of experts: weight of the loss that spreads tokens over the experts (Switch, Mixtral)
     moe_z: float = 0.001  # mixture of experts: weight of log(Z)^2 of the router (ST-MoE)
 
     def __post_init__(self):
-        for key in ("z_loss", "moe_balance", "moe_z"):
+        for key in ("z_loss", "moe_balance", "moe_z", "teacher_kl", "teacher_hard", "teacher_cosine"):
             _need(getattr(self, key) >= 0, f"objective.{key}={getattr(self, key)} must not be negative")
         for key in ("mask_rate", "span_rate"):
             _need(0 < getattr(self, key) < 1, f"objective.{key}={getattr(self, key)} must be in (0, 1)")
+        _need(0 <= self.preference_smoothing < 0.5, f"objective.preference_smoothing={self.preference_smoothing} must be in [0, 0.5)")
+        _need(not self.preference_smoothing or self.preference_loss == "sigmoid", "objective.preference_smoothing goes with objective.preference_loss=sigmoid")
+        _need(self.preference_beta > 0, f"objective.preference_beta={self.preference_beta} must be positive")
+        _need(self.teacher_temperature > 0, f"objective.teacher_temperature={self.teacher_temperature} must be positive")
+        _need(not self.teacher or self.name in ("next_token", "sft", "masked_token"), f"objective.teacher does not go with objective.name={self.name}: distil "
+              "with next_token, sft or masked_token")
+        _need(not self.teacher or self.teacher_kl + self.teacher_hard + self.teacher_cosine > 0, "objective.teacher_kl, teacher_hard and teacher_cosine are "
+              "all 0: nothing is learned")
         _need(self.span_length >= 1, f"objective.span_length={self.span_length} must be at least 1 token")
         _need(self.mask_random >= 0 and self.mask_keep >= 0 and self.mask_random + self.mask_keep <= 1, f"objective.mask_random={self.mask_random} and "
               f"objective.mask_keep={self.mask_keep} must be shares of one whole; the rest is masked")
@@ -379,7 +404,9 @@ class OptimConfig:
     step_ratio: float = 0.1  # step: each drop multiplies lr by this
     weight_decay: float = 0.1
     decay_rules: Rules = ()  # (path regex, decays or not), strict; empty: every weight with two or more dimensions of its own decays
-    trainable: Rules = ()  # (path regex, trained or frozen), strict; empty: everything is trained
+    trainable: Rules = ()  # (path regex, trained or frozen), strict; empty: everything is trained, with lora.rank the adapters alone
+    frozen_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"  # how frozen matrices are kept: int8 and nf4 those of the layers, blockwise, and
+    # the others in bfloat16; with lora.rank nf4 is QLoRA
     clip: float = 1.0  # global norm of the gradient; 0: off
     b1: float = 0.9  # first-moment decay (adamw, lion), momentum (sgd); of muon's AdamW part
     b2: float = 0.95  # second-moment decay (adamw, lion); likewise
@@ -395,6 +422,25 @@ class OptimConfig:
         for key in ("weight_decay", "clip", "end_lr_ratio"):
             _need(getattr(self, key) >= 0, f"optim.{key}={getattr(self, key)} must not be negative")
         _need(self.restarts >= 0, f"optim.restarts={self.restarts} must not be negative")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Small matrices beside the frozen ones of the model that `train.init_from` names (Hu et al. 2021); checkpoints hold only them."""
+    rank: int = 0  # inner size of each adapter; 0: no adapters
+    alpha: float = 16.0  # the product is multiplied by alpha / rank
+    targets: tuple[str, ...] = ()  # path regexes of the matrices that get one, such as "layers/attn/[qv]"; empty: all of attention and MLPs
+    dropout: float = 0.0  # share of an adapter's inputs that is dropped in a step
+    rslora: bool = False  # alpha / sqrt(rank) instead, which keeps its size at higher ranks (Kalajdzievski 2023)
+    dora: bool = False  # the length of each output's weights is learned beside their direction (Liu et al. 2024)
+    init_from: str = ""  # an adapter to begin with: the workdir of a run with adapters, or a directory of PEFT; empty: adapters that change nothing
+
+    def __post_init__(self):
+        _need(self.rank >= 0, f"lora.rank={self.rank} must not be negative; 0 is off")
+        _need(self.alpha > 0, f"lora.alpha={self.alpha} must be positive")
+        _need(0 <= self.dropout < 1, f"lora.dropout={self.dropout} must be in [0, 1)")
+        off = [f"lora.{key}" for key in ("targets", "dropout", "rslora", "dora", "init_from") if getattr(self, key)]
+        _need(self.rank > 0 or not off, f"{' and '.join(off)} go with adapters: set lora.rank too")
 
 
 @dataclass(frozen=True)
@@ -414,6 +460,7 @@ class TrainConfig:
     steps: Duration = Duration("1000 steps")
     seed: int = 0  # of the initial parameters and of dropout
     init_from: str = ""  # "hf:DIR", a Hugging Face directory, or a workdir: its model, parameters and tokenizer are the beginning; empty: from nothing
+    init_layers: tuple[int, ...] = ()  # of init_from take these layers only, numbered from 0, as model.layers layers; (0, 2, 4, ...) begins a smaller model
     microbatches: int = 1  # the batch is computed in so many parts, one after the other; the result is the same
     log_every: Duration = Duration("10 steps")
     eval_every: Duration = Duration("10%")
@@ -451,6 +498,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -465,6 +513,13 @@ class Config:
         # With init_from the model's context is known only when that is read (train/initial.py).
         _need(self.train.init_from or self.data.sequence_length <= self.model.context, f"data.sequence_length={self.data.sequence_length} is longer than "
               f"model.context={self.model.context}: make the first smaller or the second larger")
+        form = {"sft": "chat", "preference": "preference"}.get(self.objective.name, "text")
+        _need(self.data.format == form or self.data.format == "text" and not self.data.source, f"objective.name={self.objective.name} "
+              f"learns from data.format={form}, not {self.data.format}")
+        edits = [name for name, part in (("clean", self.clean), ("filter", self.filter)) if part != type(part)()] + ["dedup.line_length"] * bool(
+            self.dedup.line_length)
+        _need(self.data.format == "text" or not edits, f"data.format={self.data.format}: {' and '.join(edits)} would tear messages apart: leave them out")
+        _need(not self.train.init_layers or self.train.init_from, "train.init_layers are layers of another model: set train.init_from")
         pairs, source = self.objective.name == "seq2seq", bool(self.data.source)
         _need(pairs or not self.data.input_key, f"data.input_key={self.data.input_key!r} goes with objective.name=seq2seq, not {self.objective.name}: "
               "set that, or leave the key out")

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.models import cache as caches
 from jaxlm.models.decoder import Model
 from jaxlm.ops import sampling
 from jaxlm.sharding import RULES, constrain
@@ -73,7 +74,7 @@ def generate(model: Model, params: Any, prompts: Sequence[Sequence[int]], *, max
         _check_room(row, len(prompt), max_tokens, context, model.start is not None)
     if not prompts:
         return []
-    with _mesh_of(params):
+    with mesh_of(params):
         mesh = jax.sharding.get_abstract_mesh()
         ways = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
         rows = -(-len(prompts) // ways) * ways
@@ -84,6 +85,8 @@ def generate(model: Model, params: Any, prompts: Sequence[Sequence[int]], *, max
         draw = {"temperature": np.float32(settings.temperature), "top_k": np.int32(settings.top_k), "top_p": np.float32(settings.top_p),
                 "min_p": np.float32(settings.min_p), "penalty": np.float32(settings.repetition_penalty), "seed": np.uint32(settings.seed),
                 "vocab": np.int32(vocab_size or np.iinfo(np.int32).max)}
+        if jax.default_backend() == "cpu":  # where a step would copy the weights out of their stacks; a second copy of them is no matter there
+            params = _unstack(model, params)
         token_B, decoding = _prefill(model, params, tokens, lengths, draw, slots=bucket((width if model.start is None else 1) + max_tokens - 1))
         results: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
@@ -183,10 +186,15 @@ def _check_room(row: int, length: int, max_tokens: int, context: int, encoder: b
           f"model's context holds {context}: ask for at most {context - length} tokens or shorten the prompt")
 
 
-def _mesh_of(params: Any) -> contextlib.AbstractContextManager:
+def mesh_of(params: Any) -> contextlib.AbstractContextManager:
     """The mesh on which the parameters lie, as a context; they may also be plain arrays."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
     return jax.set_mesh(sharding.mesh) if isinstance(sharding, jax.sharding.NamedSharding) else contextlib.nullcontext()
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def _unstack(model: Model, params):
+    return model.unstack(params)
 
 
 class _Decoding(NamedTuple):
@@ -232,8 +240,5 @@ def _draw(logits_BV, decoding: _Decoding, draw: dict):
     keys = jax.vmap(lambda row: fold(fold(jax.random.key(draw["seed"]), row), decoding.count))(jnp.arange(rows))
     token = sampling.sample(logits, keys, temperature=draw["temperature"], top_k=draw["top_k"], top_p=draw["top_p"], min_p=draw["min_p"])
     seen = decoding.seen_BV.at[jnp.arange(rows), token].set(True)
-    axes = {"k": ("layers", "batch", "sequence", "kv_heads", "head_size"), "positions": ("batch", "sequence"), "length": ()}
-    axes |= dict.fromkeys(("v", "cross_k", "cross_v"), axes["k"]) | dict.fromkeys(("segments", "encoder_segments"), axes["positions"])
-    # Fixed places, so that each step's cache lies where the next one's does and every process can read the tokens.
-    cache = {name: constrain(leaf, *axes[name]) for name, leaf in decoding.cache.items()}
-    return constrain(token, None), _Decoding(cache, constrain(seen, "batch", None), constrain(decoding.positions_B, "batch"), decoding.count + 1)
+    # Fixed places, so that every process can read the tokens.
+    return constrain(token, None), _Decoding(caches.placed(decoding.cache), constrain(seen, "batch", None), constrain(decoding.positions_B, "batch"), decoding.count + 1)

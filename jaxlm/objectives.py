@@ -9,10 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config import ObjectiveConfig
+from jaxlm import lora
+from jaxlm.config import PAIRS, ObjectiveConfig
 from jaxlm.models.decoder import Model
-from jaxlm.ops import losses, moe
+from jaxlm.ops import distil, losses, moe
 from jaxlm.sharding import constrain, ways
+
+COMPANION = "companion"  # the branch of the parameters that holds a teacher or a reference: frozen, and in no checkpoint
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -27,7 +30,10 @@ def token_nll(model: Model, params: Any, batch: Mapping[str, jax.Array], key: ja
 def next_token(cfg: ObjectiveConfig, model: Model, params: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> Sums:
     """Cross-entropy of the next token, plus `z_loss * log(Z)^2` (PaLM, Chowdhery et al. 2022), plus what keeps a mixture of experts in balance."""
     nll, log_z, right, routing = token_nll(model, params, batch, key, cfg.chunk_rows)
-    weights = batch["weights"]
+    return _token_sums(cfg, nll, log_z, right, routing, batch["weights"])
+
+
+def _token_sums(cfg: ObjectiveConfig, nll: jax.Array, log_z: jax.Array, right: jax.Array, routing: Mapping[str, jax.Array], weights: jax.Array) -> Sums:
     weight, loss = weights.sum(), (nll * weights).sum()
     sums = {"cross_entropy": (loss, weight), "accuracy": ((right * weights).sum(), weight)}
     if cfg.z_loss:
@@ -45,6 +51,68 @@ def masked_token(cfg: ObjectiveConfig, model: Model, params: Any, batch: Mapping
     return next_token(cfg, model, params, batch, key)
 
 
+def distilled(objective: Callable[..., Sums], cfg: ObjectiveConfig, model: Model, params: Any, batch: Mapping[str, jax.Array], key: jax.Array | None, *,
+              companion: Model) -> Sums:
+    """The token objective, the divergence from a teacher's distribution and the angle between the last hidden states, each with its weight, over the tokens
+    that the objective counts (Hinton et al. 2015; DistilBERT: Sanh et al. 2019, whose angle counts all tokens). `params["companion"]` is the teacher."""
+    assert objective in (next_token, masked_token)
+    taught = companion.apply(params[COMPANION], batch)[0]
+    hidden, _, routing = model.apply(params, batch, key=key)
+    hidden, taught = (constrain(h, "batch", "sequence", "residual") for h in (hidden, jax.lax.stop_gradient(taught)))
+    nll, log_z, right, apart = distil.token_losses(lambda h: model.head(params, h), lambda h: companion.head(params[COMPANION], h), hidden, taught,
+                                                   batch["targets"], cfg.teacher_temperature, cfg.chunk_rows, ways("sequence"))
+    weights = batch["weights"]
+    sums = _token_sums(cfg, nll, log_z, right, routing, weights)
+    hard, weight = sums["loss"]
+    kl = (apart * weights).sum()
+    loss, sums["teacher_kl"] = cfg.teacher_hard * hard + cfg.teacher_kl * kl, (kl, weight)
+    if cfg.teacher_cosine:
+        angle = (distil.angle(hidden, taught) * weights).sum()
+        loss, sums["teacher_cosine"] = loss + cfg.teacher_cosine * angle, (angle, weight)
+    return sums | {"loss": (loss, weight)}
+
+
+def preference(cfg: ObjectiveConfig, model: Model, params: Any, batch: Mapping[str, jax.Array], key: jax.Array | None, *,
+               companion: Model | None = None) -> Sums:
+    """Direct preference optimisation: the chosen answer of each pair should gain on the reference more than the rejected one.
+
+    With r = log p(chosen)/p_ref(chosen) - log p(rejected)/p_ref(rejected) the loss of a pair is, sigmoid, -(1 - e) log s(beta r) - e log s(-beta r)
+    (Rafailov et al. 2023, equation 7; e: `preference_smoothing`, Mitchell 2023), or, ipo, (r - 1 / (2 beta))^2 (Azar et al. 2023, equation 17).
+
+    Args:
+      batch: rows of up to `PAIRS` pairs, of which number k has the chosen answer in segment 2 k - 1 and the rejected one in segment 2 k, each after the
+        prompt; weights are 1 on the answers.
+      companion: the reference, whose parameters are `params["companion"]`; None: the model with its adapters off.
+    """
+    nll, _, _, routing = token_nll(model, params, batch, key, cfg.chunk_rows)
+    reference = (companion, params[COMPANION]) if companion else (model, lora.without(params))
+    held = jax.lax.stop_gradient(token_nll(*reference, batch, None, cfg.chunk_rows)[0])
+    side = jax.nn.one_hot(batch["segments"] - 1, 2 * PAIRS, dtype=jnp.float32) * batch["weights"][..., None]
+    lengths = side.sum(1)
+    divide = jnp.maximum(lengths, 1) if cfg.preference_per_token else 1.0
+    total = lambda values: jnp.einsum("bt,bts->bs", -values, side, precision=jax.lax.Precision.HIGHEST) / divide
+    log_p, gain = total(nll), total(nll - held)
+    pairs = lambda values: (values[:, ::2], values[:, 1::2])
+    counts = jnp.minimum(*pairs(lengths)) > 0
+    chosen, rejected = pairs(gain)
+    margin = chosen - rejected
+    if cfg.preference_loss == "ipo":
+        losses = jnp.square(margin - 1 / (2 * cfg.preference_beta))
+    else:
+        sign = lambda x: jax.nn.log_sigmoid(cfg.preference_beta * x)
+        losses = -(1 - cfg.preference_smoothing) * sign(margin) - cfg.preference_smoothing * sign(-margin)
+    weight = counts.sum().astype(jnp.float32)
+    over = lambda values: (jnp.where(counts, values, 0).sum(), weight)
+    loss = over(losses)[0]
+    sums = {"preference": (loss, weight), "reward_accuracy": over(margin > 0), "reward_margin": over(cfg.preference_beta * margin),
+            "chosen_log_p": over(pairs(log_p)[0]), "rejected_log_p": over(pairs(log_p)[1])}
+    if routing:
+        found = expert_balance(routing, weight)
+        loss = loss + cfg.moe_balance * found["moe_balance"][0] + cfg.moe_z * found["moe_z"][0]
+        sums |= found
+    return sums | {"loss": (loss, weight)}
+
+
 def expert_balance(routing: Mapping[str, jax.Array], weight: jax.Array) -> Sums:
     """How evenly the experts of a model are used, means over its sparse layers: the balance loss, the router's log(Z)^2, and the share of the most
     and the least used expert over an even share.
@@ -59,6 +127,9 @@ def expert_balance(routing: Mapping[str, jax.Array], weight: jax.Array) -> Sums:
 
 
 # Of an encoder-decoder the decoder's next token counts: of hidden spans, or of the second text of a pair.
-OBJECTIVES: dict[str, Callable[..., Sums]] = {"next_token": next_token, "masked_token": masked_token, "span_corruption": next_token, "seq2seq": next_token}
+# Of chats (sft) the tokens count that the assistant says: the weights differ, the sums are the same.
+OBJECTIVES: dict[str, Callable[..., Sums]] = {"next_token": next_token, "masked_token": masked_token, "span_corruption": next_token, "seq2seq": next_token,
+                                              "sft": next_token, "preference": preference}
 # The kind of model that each is for: model.kind, or one with model.encoder_layers.
-KINDS = {"next_token": "decoder", "masked_token": "encoder", "span_corruption": "encoder-decoder", "seq2seq": "encoder-decoder"}
+KINDS = {"next_token": "decoder", "masked_token": "encoder", "span_corruption": "encoder-decoder", "seq2seq": "encoder-decoder", "sft": "decoder",
+         "preference": "decoder"}

@@ -37,6 +37,8 @@ RULES: Mapping[str, tuple[str, ...] | None] = {
     "positions": None,
     "types": None,  # kinds of tokens, as of BERT
     "labels": None,
+    "rank": None,  # the inner axis of an adapter
+    "block": None,  # weights that share a scale
     "sequence": ("sequence",),  # tokens of an activation
     "tokens": ("sequence", "tensor"),  # likewise, of the residual stream between blocks: what each device adds and norms is then its own
     "residual": None,  # the residual axis of an activation

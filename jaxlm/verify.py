@@ -83,7 +83,8 @@ def shrink(config: Config, steps: int) -> Config:
 
     Width 32, 4 layers for each group of a stage, up to 4 key heads of 8 with up to 2 query heads each, up to 8 experts, 128 ids, rows of 32 tokens, 8 rows for
     each of up to 2 microbatches; windows become a few tokens. In float32, without dropout (its random numbers depend on how the batch is cut), with wider
-    initial weights, so that attention is not flat, a constant learning rate, and the kernel that runs anywhere. With microbatches the losses that balance
+    initial weights, so that attention is not flat, a constant learning rate, the kernel that runs anywhere,
+    and no teacher. With microbatches the losses that balance
     experts are off: their values are not sums over tokens.
     """
     old = config.model.filled()
@@ -98,16 +99,17 @@ def shrink(config: Config, steps: int) -> Config:
         head_size=head_size, feedforward=64, windows=tuple(small[size] for size in sizes), experts=min(old.experts, 8),
         experts_per_token=min(old.experts_per_token, max(old.experts, 1), 2), expert_feedforward=32,
         shared_feedforward=32 if old.shared_feedforward else 0, dense_layers=dense if len(dense) < layers else dense[:1],
-        dropout=0.0, attention_dropout=0.0, dtype="float32", init="normal", init_std=0.1, attention="auto", pipeline_microbatches=0,
+        dropout=0.0, attention_dropout=0.0, embedding_noise=0.0, dtype="float32", init="normal", init_std=0.1, attention="auto", pipeline_microbatches=0,
         encoder_layers=layers if old.encoder_layers else 0)
     parts = min(config.train.microbatches, 2)
     balance = {"moe_balance": 0.0, "moe_z": 0.0} if parts > 1 else {}
-    objective = dataclasses.replace(config.objective, chunk_rows=64 if config.objective.chunk_rows else 0, **balance)
+    objective = dataclasses.replace(config.objective, chunk_rows=64 if config.objective.chunk_rows else 0, teacher="", **balance)
     optim = dataclasses.replace(config.optim, schedule="constant", warmup="0")
     return dataclasses.replace(
         config, model=model, objective=objective, optim=optim,
         data=dataclasses.replace(config.data, sequence_length=32, target_length=32 if model.encoder_layers else 0, batch_size=8 * parts),
-        train=dataclasses.replace(config.train, steps=str(steps), microbatches=parts, init_from=""))
+        train=dataclasses.replace(config.train, steps=str(steps), microbatches=parts, init_from="", init_layers=()),
+        lora=dataclasses.replace(config.lora, rank=min(config.lora.rank, 4), dropout=0.0, init_from=""))
 
 
 def batch(step: int, rows: int, paired: bool, length: int = 32, ids: int = VOCABULARY) -> dict[str, np.ndarray]:
@@ -195,7 +197,8 @@ def verify(config: Config, names: Sequence[str], steps: int, progress: Callable[
     sensitivity: dict[str, dict[str, float]] = {}
     for seed in (0, 1):
         random = np.random.default_rng(seed)
-        moved = jax.tree.map(lambda leaf: (leaf * (1 + EPS * random.uniform(-1, 1, leaf.shape))).astype(np.float32), params)
+        move = lambda leaf: (leaf * (1 + EPS * random.uniform(-1, 1, leaf.shape))).astype(np.float32) if leaf.dtype == np.float32 else leaf
+        moved = jax.tree.map(move, params)
         for kind, errors in _errors(train(alone, run, steps, moved), expected, start).items():
             for path, error in errors.items():
                 sensitivity.setdefault(kind, {})[path] = max(error, sensitivity.get(kind, {}).get(path, 0.0))

@@ -46,12 +46,22 @@ def test_help_of_a_verb_teaches(verb, capsys):
     (["generate", "--workdir={tmp}/none", "--prompt=x"], "none does not exist"),
     (["prepare", "--config=quickstart"], "--out"),
 ])
-def test_a_mistake_is_one_line_and_code_2(arguments, words, tmp_path):
-    code, output = runs.finish(*(a.format(tmp=tmp_path / "run") for a in arguments))
+def test_a_mistake_is_one_line_and_code_2(arguments, words, tmp_path, capfd):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([a.format(tmp=tmp_path / "run") for a in arguments])
+    check_mistake(ended.value.code, "".join(capfd.readouterr()), words)
+    assert not list((tmp_path / "run").glob("checkpoints/*")) if (tmp_path / "run").exists() else True
+
+
+def check_mistake(code, output, words):
     assert code == 2, output
     lines = output.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("jaxlm: ") and words in lines[0], output
-    assert not list((tmp_path / "run").glob("checkpoints/*")) if (tmp_path / "run").exists() else True
+
+
+def test_a_mistake_in_a_process_of_its_own(tmp_path):
+    """With whatever its imports print."""
+    check_mistake(*runs.finish("train", "--config=quickstart", f"--workdir={tmp_path}", f"--config.data.source={tmp_path}/nothing.txt"), "nothing.txt")
 
 
 def test_our_own_faults_keep_their_traceback(monkeypatch, tmp_path):
@@ -100,4 +110,4 @@ def test_the_compiler_flag_that_keeps_sums_right():
     code = ("import jaxlm.cli; jaxlm.cli.set_environment(False)\nimport jax, jax.numpy as jnp, numpy as np\n"
             "rows = np.zeros((32769, 3), np.float32); rows[:, 0] = np.arange(32769)\n"
             "out = jax.jit(jax.vmap(lambda r: jnp.sum((jnp.eye(3) @ r) ** 2)))(rows)\nassert out[-1] == 1073741824, out[-1]")
-    subprocess.run([sys.executable, "-c", code], check=True, env=runs.environment())
+    subprocess.run([sys.executable, "-c", code], check=True, env=runs.environment(optimised=True))

@@ -122,7 +122,7 @@ def test_one_compilation_serves_a_bucket_of_lengths_and_all_settings():
 
 def test_the_cache_is_updated_in_place(monkeypatch):
     step, given = generation._step, []
-    monkeypatch.setattr(generation, "_step", lambda *args: given.append(args[3].cache["k"]) or step(*args))
+    monkeypatch.setattr(generation, "_step", lambda *args: given.append(args[3].cache["layers"][1]["k"]) or step(*args))
     model, params = build(BASE)
     generate(model, params, PROMPTS, max_tokens=5, context=64)
     assert len(given) == 4 and all(k.is_deleted() for k in given)
@@ -130,7 +130,7 @@ def test_the_cache_is_updated_in_place(monkeypatch):
 
 def test_sharded_parameters_and_batches_that_do_not_divide(monkeypatch):
     step, shares = generation._step, set()
-    monkeypatch.setattr(generation, "_step", lambda *args: shares.add(args[3].cache["k"].sharding.shard_shape(args[3].cache["k"].shape)) or step(*args))
+    monkeypatch.setattr(generation, "_step", lambda *args: shares.add(args[3].cache["layers"][1]["k"].sharding.shard_shape(args[3].cache["layers"][1]["k"].shape)) or step(*args))
     cfg = dataclasses.replace(BASE, vocab_size=96, kv_heads=2)
     model, params = build(cfg)
     sampled = Settings(top_k=10, top_p=0.9, seed=1)
@@ -142,7 +142,7 @@ def test_sharded_parameters_and_batches_that_do_not_divide(monkeypatch):
         assert generate(model, spread, PROMPTS[:3], max_tokens=8, context=64, settings=sampled) == want
         with jax.set_mesh(mesh):  # as inside the training loop
             assert generate(model, spread, PROMPTS[:3], max_tokens=8, context=64, settings=sampled) == want
-        assert shares == {(2, 1, 128, 2 // mesh.shape["tensor"], 8)}, "each device keeps its rows and heads of the cache only"
+        assert shares == {(1, 2 // mesh.shape["tensor"], 128, 8)}, "each device keeps its rows and heads of the cache only"
 
 
 @pytest.mark.parametrize("prompt, max_tokens, message", [
@@ -183,7 +183,7 @@ def puppet():
     """A model that says the ids in `params` whatever it is asked: its logits point at the one for the position. The prompt must be empty (bos alone)."""
     model, _ = build(TransformerConfig(vocab_size=320, context=256, layers=1, width=8, heads=1))
     apply = lambda params, inputs, *, cache=None: (inputs["positions"][..., None], {**cache, "length": cache["length"] + inputs["tokens"].shape[1]}, {})
-    return model._replace(apply=apply, head=lambda params, hidden: jax.nn.one_hot(params["says"][hidden[..., 0]], 320) * 100.0)
+    return model._replace(apply=apply, unstack=lambda params: params, head=lambda params, hidden: jax.nn.one_hot(params["says"][hidden[..., 0]], 320) * 100.0)
 
 
 def say(text, stop=(), max_tokens=24):

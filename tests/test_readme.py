@@ -54,7 +54,7 @@ def test_every_command_shown_parses(arguments):
 @pytest.mark.slow
 def test_quickstart_keeps_its_promise(tmp_path):
     """The real thing, from Python's own text to the sample: better than 2.2 bits per byte and than gzip."""
-    code, output = runs.finish("train", f"--config={ROOT / 'configs' / 'quickstart.py'}", f"--workdir={tmp_path / 'quickstart'}", timeout=900)
+    code, output = runs.finish("train", f"--config={ROOT / 'configs' / 'quickstart.py'}", f"--workdir={tmp_path / 'quickstart'}", timeout=900, optimised=True)
     assert code == 0, output
     bits = read_metrics(tmp_path / "quickstart")[-1]["test/bits_per_byte"]
     gzip = float(re.search(r"gzip -9\s+([\d.]+)", output)[1])

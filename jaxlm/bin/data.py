@@ -34,10 +34,10 @@ def main(values: flags.FlagValues, arguments: list[str]) -> int:
     if len(arguments) != 2 or arguments[0] != "audit":
         raise ValueError(f"write jaxlm data audit WORKDIR, not jaxlm data {' '.join(arguments)}".rstrip())
     from jaxlm.data import audit, rows, shards
-    from jaxlm.train import saved
+    from jaxlm.train import origin, saved
 
     workdir, step = _checkpoint(pathlib.Path(arguments[1]), values.step)
-    config, tokenizer, ledger = saved.read_files(workdir, step)
+    config, tokenizer, ledger = origin.read_files(workdir, step)
     if not ledger["manifest"]:
         raise ValueError(f"{workdir}, step {step}, was imported and has not been trained here: nothing is known of what it has seen")
     corpus = shards.open_corpus(saved.data_folder(workdir, ledger, values.data))

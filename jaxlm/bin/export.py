@@ -11,6 +11,11 @@ of the parameters is written where the run keeps one. float32 is exact; bfloat16
 The architecture is the plainest one that computes what the model does: Llama for most decoders with rotary positions. --architecture chooses
 another. It prints which parameter became which tensor.
 
+A run with adapters (lora.rank) is written with these merged into its base. --adapter writes them alone, in the layout of the package PEFT, for
+peft.PeftModel.from_pretrained(model, "exports/adapter") on the same base:
+
+  jaxlm export --workdir=runs/sft --to=exports/adapter --adapter
+
 Next: transformers.AutoModelForCausalLM.from_pretrained("exports/quickstart")
 """
 
@@ -23,10 +28,12 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("to", None, "Directory or .gguf file to make.", required=True, flag_values=values)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16", "q8_0"],
                       "Of the tensors: float32 or bfloat16 in a directory; float32, float16 or q8_0 in GGUF.", flag_values=values)
+    flags.DEFINE_bool("adapter", False, "Write the adapters alone, as PEFT does, rather than the whole model.", flag_values=values)
     flags.DEFINE_string("architecture", "", "Class in transformers, such as MistralForCausalLM; without it, the plainest that fits.", flag_values=values)
 
 
 def main(values: flags.FlagValues) -> int:
+    import dataclasses
     import os
     import pathlib
     import tempfile
@@ -38,20 +45,26 @@ def main(values: flags.FlagValues) -> int:
     if values.dtype not in allowed:
         raise ValueError(f"--dtype={values.dtype} is not for {to.name}: allowed here are {', '.join(allowed)}")
 
+    if values.adapter:
+        return _write_adapter(values, to)
+
+    from jaxlm.data import chat
     from jaxlm.interop import gguf, hf
     from jaxlm.train import saved
 
     run = saved.open_run(values.workdir, values.step)
+    tokenizer = run.tokenizer
+    if run.chat_template:
+        tokenizer = dataclasses.replace(tokenizer, files={**tokenizer.files, chat.FILE: run.chat_template.encode()})
     to.parent.mkdir(parents=True, exist_ok=True)
     if to.suffix == ".gguf":
-        file = gguf.write(to, run.config.model, run.params, run.tokenizer, {"float32": "f32", "float16": "f16", "q8_0": "q8_0"}[values.dtype])
+        file = gguf.write(to, run.config.model, run.params, tokenizer, {"float32": "f32", "float16": "f16", "q8_0": "q8_0"}[values.dtype])
         print(f"{to}, step {run.step} of {run.workdir}, read back and compared:\n{gguf.mapping(file)}")
         return 0
     # Whole or not at all.
     with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as temporary:
         folder = pathlib.Path(temporary) / "export"
         folder.mkdir()
-        tokenizer = run.tokenizer
         source = hf.save(folder, run.config.model, run.params, dtype=values.dtype, architecture=values.architecture,
                          extra={"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad})
         tokenizer.write_huggingface(folder)
@@ -59,4 +72,29 @@ def main(values: flags.FlagValues) -> int:
             to.rmdir()
         os.replace(folder, to)
     print(f"{source.family.architecture} in {to}, step {run.step} of {run.workdir}, read back and compared:\n{hf.mapping(source)}")
+    return 0
+
+
+def _write_adapter(values: flags.FlagValues, to) -> int:
+    """Whole or not at all, as the model."""
+    import os
+    import pathlib
+    import tempfile
+
+    from jaxlm.interop import peft
+    from jaxlm.train import saved
+
+    if values.dtype != "float32":
+        raise ValueError(f"--dtype={values.dtype} is not for --adapter: adapters are small and written in float32")
+    config, step, adapters, told = saved.adapters(values.workdir, values.step)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as temporary:
+        folder = pathlib.Path(temporary) / "export"
+        folder.mkdir()
+        modules = peft.save(folder, config.model, config.lora, adapters, base=told["origin"], fingerprint=told["fingerprint"], architecture=values.architecture)
+        if to.exists():
+            to.rmdir()
+        os.replace(folder, to)
+    print(f"adapters of rank {config.lora.rank} for {', '.join(modules)} in {to}, step {step} of {values.workdir}, for the base {told['origin']}, read back "
+          "and compared")
     return 0

@@ -5,6 +5,7 @@
   jaxlm generate --workdir=runs/quickstart --prompt="def" --temperature=0 --stop='\\n\\n'
   jaxlm generate --workdir=runs/quickstart --prompts_file=prompts.txt --json > samples.jsonl
   echo "Once upon" | jaxlm generate --workdir=runs/quickstart
+  jaxlm generate --workdir=runs/mine --chat
 
 Reads the newest whole checkpoint of the run (or --step=N), with its tokenizer; no config is needed. It prints each prompt, dim on a
 terminal, and the continuation as it is drawn; several get a header each. With no prompt it asks for one on a terminal, and else takes the
@@ -16,6 +17,8 @@ An encoder-decoder reads the prompt as its input, and its output is printed on t
 A continuation ends with the end-of-text token, at a --stop text (neither is printed), or after --max_tokens. The same seed gives the same
 text. To make it more daring raise --temperature, more careful lower it or --top_p; 0 always takes the likeliest token. Against repetition
 try --repetition_penalty=1.2.
+
+--chat talks with a model that was trained on chats: it keeps what was said, prints answers as they come, and /help lists its commands.
 """
 
 from absl import flags
@@ -38,6 +41,9 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("seed", 0, "Of the random numbers.", flag_values=values)
     flags.DEFINE_multi_string("stop", [], "End before this text; may be given several times. \\n and \\t stand for newline and tab.", flag_values=values)
     flags.DEFINE_bool("stream", True, "Print text as it is drawn.", flag_values=values)
+    flags.DEFINE_bool("chat", False, "Talk with the model; needs pip install 'jaxlm[chat]'.", flag_values=values)
+    flags.DEFINE_string("system", "", "With --chat: what the assistant is told first.", flag_values=values)
+    flags.DEFINE_string("chat_template", "", "With --chat: chatml, llama3, gemma or a .jinja file; empty: the checkpoint's own.", flag_values=values)
     flags.DEFINE_bool("json", False, "Print one JSON line per continuation.", flag_values=values)
 
 
@@ -52,7 +58,9 @@ def main(values: flags.FlagValues) -> int:
         if values[name].value is not None and values[name].value < 1:
             raise ValueError(f"--{name}={values[name].value} must be at least 1")
     prompts = _prompts(values.prompt, values.prompts_file)
-    ask = not prompts and sys.stdin.isatty()
+    ask = not prompts and (sys.stdin.isatty() or values.chat)
+    if values.chat and (prompts or values.json):
+        raise ValueError("--chat asks for what is said: leave out --prompt, --prompts_file and --json")
     if not prompts and not ask:
         piped = sys.stdin.read().removesuffix("\n")
         if not piped:
@@ -64,6 +72,8 @@ def main(values: flags.FlagValues) -> int:
     run = open_run(values.workdir, values.step, log=functools.partial(print, file=sys.stderr))
     if run.config.model.kind != "decoder":
         raise ValueError(f"{values.workdir} holds an encoder, which fills in masked tokens and does not continue text: jaxlm eval scores it")
+    if values.chat:
+        return _chat(run, settings, values)
     if not ask:
         _answer(run, prompts, settings, values)
     while ask:
@@ -76,6 +86,23 @@ def main(values: flags.FlagValues) -> int:
             _answer(run, [prompt], settings, values)
         except ValueError as error:  # too long: the next may be shorter
             print(f"jaxlm: {error}", file=sys.stderr)
+    return 0
+
+
+def _chat(run, settings, values: flags.FlagValues) -> int:
+    import sys
+
+    from jaxlm.serve import engine, talk
+
+    cfg = run.config.model
+    if cfg.encoder_layers:
+        raise ValueError(f"{run.workdir} holds an encoder-decoder, which does not chat: give --prompt")
+    encode = talk.chatting(run.tokenizer, values.chat_template or run.chat_template)
+    # Four chats' worth of pages: what was said stays, whatever is asked next.
+    limits = engine.Limits(rows=4, cache_bytes=2**62)
+    served = engine.Engine(run.model, run.params, cfg, run.tokenizer, limits)
+    talk.talk(served, encode, settings, values.max_tokens or min(512, cfg.context // 2), values.system, sys.stdout)
+    served.close()
     return 0
 
 

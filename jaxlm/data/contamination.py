@@ -2,7 +2,7 @@
 
 import collections
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -48,6 +48,30 @@ def finder(clean: CleanConfig) -> Callable[[str], tuple[str, float, dict[str, in
         return names[worst].partition(":")[0], shares[worst], {f"decontaminate.{names[item]}": 1 for item in sorted(shares)}
 
     return find
+
+
+def shares(items: Sequence[str], documents: Iterable[str], words: int = 13) -> list[float | None]:
+    """Of each item the share of its different word n-grams that stand in any of the documents; None for an item of fewer than 5 words.
+
+    Args:
+      words: length of the n-grams (GPT-3: 13); items that are shorter are compared whole.
+    """
+    vocabulary: dict[str, int] = {}
+    texts = [np.array([vocabulary.setdefault(word, len(vocabulary) + 1) for word in _WORD.findall(item.lower())], np.uint64) for item in items]
+    if all(len(ids) < _SHORTEST for ids in texts):
+        return [None] * len(items)
+    index, owners, sizes, names = _index({"items": texts}, words)
+    seen = {length: np.zeros(len(known), bool) for length, (known, _) in index.items()}
+    for text in documents:
+        ids = np.array([vocabulary.get(word, 0) for word in _WORD.findall(text.lower())], np.uint64)
+        for length, (known, _) in index.items():
+            if len(hashes := np.unique(_hashes(ids, length))):
+                seen[length] |= np.isin(known, hashes, assume_unique=True)
+    found = np.zeros(len(sizes))
+    for length, (_, starts) in index.items():
+        np.add.at(found, owners[length], np.repeat(seen[length], np.diff(starts)))
+    by_item = {int(name.rpartition(":")[2]): count / size for name, count, size in zip(names, found.tolist(), sizes)}
+    return [by_item.get(i) for i in range(len(items))]
 
 
 def items_found(counts: Mapping[str, int]) -> dict[str, int]:

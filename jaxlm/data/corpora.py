@@ -144,8 +144,10 @@ def check_ids(hashes: np.ndarray, data: DataConfig) -> None:
 
 
 def _records(file: SourceFile, data: DataConfig) -> Iterator[Record | Fault]:
-    keys = Keys(data.text_key, data.id_key, data.licence_key, data.input_key)
+    keys = Keys(data.text_key, data.id_key, data.licence_key, data.input_key, "" if data.format == "text" else data.format)
     reader = _READERS.get(max((suffix for suffix in SUFFIXES if file.path.lower().endswith(suffix)), key=len, default=""))
+    if keys.form and reader is not readers.json_lines:
+        raise ValueError(f"{file.path}: data.format={data.format} reads JSON only: .jsonl with one record a line, or .json with a list of them")
     if keys.input and (file.path == PYTHON_DOCS or reader in (readers.text, web.page, web.warc)):
         raise ValueError(f"{file.path} has no fields: data.input_key={keys.input!r} needs JSON lines, CSV, Parquet, Arrow, datasets or TFDS")
     if file.path == PYTHON_DOCS:

@@ -20,12 +20,12 @@ import numpy as np
 
 import jaxlm
 from jaxlm.config import CleanConfig, Config, DataConfig, DedupConfig, FilterConfig, ObjectiveConfig, TokenizerConfig, keys
-from jaxlm.data import corpora, page, readers, run, shards, stages, summary, tokenizer
+from jaxlm.data import chat, conversations, corpora, page, readers, run, shards, stages, summary, tokenizer
 from jaxlm.data.survivors import SPLITS, Survey
 
 TIMINGS = "timings.json"
 # Of data: those that the bytes depend on.
-_KEYS = ("source", "text_key", "input_key", "id_key", "licence_key", "licences", "on_error", "validation", "test", "shard_bytes")
+_KEYS = ("source", "text_key", "input_key", "format", "chat_template", "id_key", "licence_key", "licences", "on_error", "validation", "test", "shard_bytes")
 
 
 def prepare(data: DataConfig, tokenizer_cfg: TokenizerConfig, folder: str | Path, *, clean: CleanConfig = CleanConfig(), filter: FilterConfig = FilterConfig(),
@@ -140,6 +140,8 @@ class _Stages:
                 texts = (text for living in survey.living(chosen) for text in stages.texts_of(self.work, living, self.config.dedup.line_length))
                 if self.config.data.input_key:
                     texts = (side for text in texts for side in text.split(readers.PAIR))
+                if self.config.data.format != "text":
+                    texts = (message["content"] for text in texts for side in conversations.sides(text) for message in side)
                 tok = tokenizer.train(texts, cfg)
             self.log(f"tokenizer: {cfg.kind}, {tok.vocab_size} pieces, trained on {survey.sizes[chosen].sum() / 1e6:.1f} MB in "
                      f"{self.seconds['tokenizer']:.1f} s")
@@ -151,6 +153,8 @@ class _Stages:
         return tok
 
     def tokenise(self, survey: Survey, tok: tokenizer.Tokenizer) -> None:
+        if self.config.data.format != "text":
+            chat.template(self.config.data.chat_template, tok)  # refused here rather than by every worker
         self._over("tokenised", "tokens", survey.living(), functools.partial(stages.tokenise_batch, self.config, self.work, tok.fingerprint))
         self.bytes["tokens"] = int(survey.sizes[survey.live].sum())
 
@@ -208,12 +212,13 @@ def _write(stage: _Stages, survey: Survey, tok: tokenizer.Tokenizer, out: Path, 
                 ids = stages.strings(file, "id")
             with stages.load(stage.work, "tokens", batch.unit, batch.number) as file:
                 sequences, sizes, inputs = np.split(file["tokens"], np.cumsum(file["lengths"])[:-1]), file["sizes"], file["inputs"]
+                turns = np.split(file["turns"], np.cumsum(file["turn_counts"])[:-1])
                 tokens.add(file["occurrences"])
-            for row, sequence, size, read in zip(rows, sequences, sizes, inputs):
+            for row, sequence, size, read, said in zip(rows, sequences, sizes, inputs, turns):
                 document = row + batch.documents.start
                 source, licence = survey.origins[survey.origin[document]]
                 split = SPLITS[splits[document]]
-                writers[split].add(ids[row].decode("utf-8", "surrogateescape"), sequence, int(size), source, licence, int(read))
+                writers[split].add(ids[row].decode("utf-8", "surrogateescape"), sequence, int(size), source, licence, int(read), said)
                 tokens.document(source, licence, split, len(sequence), int(size))
         entries = {split: writer.close() for split, writer in writers.items()}
         report = summary.report(made_from, survey, tokens, entries)
@@ -226,7 +231,7 @@ def _write(stage: _Stages, survey: Survey, tok: tokenizer.Tokenizer, out: Path, 
             "empty_documents_dropped": report["removed"].get("clean.empty", {}).get("documents", 0),
             "tokenizer": shards.file_entry(tok.save(out)) | {k: getattr(tok, k) for k in ("kind", "vocab_size", "bos", "eos", "pad")},
             "splits": entries,
-        }
+        } | ({"chat_template": chat.template(data.chat_template, tok).jinja} if data.format != "text" else {})
         shards.write_manifest(out, manifest)
     return manifest, report
 
@@ -234,7 +239,8 @@ def _write(stage: _Stages, survey: Survey, tok: tokenizer.Tokenizer, out: Path, 
 def _config(data: DataConfig, tokenizer_cfg: TokenizerConfig, clean: CleanConfig, filter: FilterConfig, dedup: DedupConfig) -> Config:
     """The parts that the bytes depend on; what concerns the model alone stays at its defaults."""
     free = {key: DataConfig.__dataclass_fields__[key].default for key in ("sequence_length", "batch_size")}
-    objective = ObjectiveConfig(name="seq2seq" if data.input_key else "next_token")
+    name = {"chat": "sft", "preference": "preference"}.get(data.format, "seq2seq" if data.input_key else "next_token")
+    objective = ObjectiveConfig(name=name)
     return Config(data=dataclasses.replace(data, **free), objective=objective, tokenizer=tokenizer_cfg, clean=clean, filter=filter, dedup=dedup)
 
 

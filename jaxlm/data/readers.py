@@ -16,6 +16,8 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
+from jaxlm.data import conversations
+
 LONGEST = 64 << 20  # the largest record, in bytes: a line, a page, a cell
 PAIR = "\x1e"  # between the input and the target of a pair, which go through preparation as one text (the record separator of ASCII)
 
@@ -32,6 +34,7 @@ class Keys(NamedTuple):
     id: str = ""
     licence: str = ""
     input: str = ""  # what an encoder reads; `text` is then what the decoder says
+    form: str = ""  # chat or preference: the record is one, see conversations.py
 
 
 class Record(NamedTuple):
@@ -136,7 +139,14 @@ def _cut(text: str, low: int, high: int) -> int:
 
 
 def json_lines(path: str, keys: Keys) -> Iterator[Record | Fault]:
-    """A JSON object a line; blank lines are passed over."""
+    """A JSON object a line; blank lines are passed over. A file of chats or preferences may also be one JSON list of objects."""
+    if keys.form and (records := _json_list(path)) is not None:
+        for number, record in enumerate(records, 1):
+            try:
+                yield _json_record(f"{path}, item {number}", number, json.dumps(record).encode(), keys)
+            except Fault as fault:
+                yield fault
+        return
     for number, line in _lines(path):
         if isinstance(line, Fault):
             yield line
@@ -145,6 +155,19 @@ def json_lines(path: str, keys: Keys) -> Iterator[Record | Fault]:
                 yield _json_record(f"{path}, line {number}", number, line, keys)
             except Fault as fault:
                 yield fault
+
+
+def _json_list(path: str) -> list[Any] | None:
+    """The items of a file that is one JSON list; None where it is not."""
+    with opened(path) as (file, _):
+        data = file.read(_BLOCK)
+        if not data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            return None
+        data += file.read(16 * LONGEST)
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise Fault(f"{path}: not a JSON list ({error}); at most {16 * LONGEST:,} bytes of one are read: above that write one JSON object a line") from None
 
 
 def _json_record(where: str, number: int, line: bytes, keys: Keys) -> Record:
@@ -156,13 +179,19 @@ def _json_record(where: str, number: int, line: bytes, keys: Keys) -> Record:
         raise Fault(f"{where}: not JSON ({error}); JSON lines hold one JSON object a line", number) from None
     if not isinstance(record, dict):
         raise Fault(f"{where}: a JSON {type(record).__name__}, but an object with the key {keys.text!r} is needed", number)
+    if keys.form:
+        try:
+            text = conversations.canonical(record, keys.form)
+        except ValueError as error:
+            raise Fault(f"{where}: {error}", number) from None
+        keys = keys._replace(text="")
     for key, option in _text_keys(keys):
         if key not in record:
             found = ", ".join(map(repr, list(record)[:10])) or "none"
             raise Fault(f"{where}: no key {key!r}; its keys: {found}; set data.{option}", number)
         if not isinstance(record[key], str):
             raise Fault(f"{where}: {key!r} is {json.dumps(record[key])[:40]}, not text", number)
-    text = joined(where, number, record, keys)
+    text = text if keys.form else joined(where, number, record, keys)
     record_id, licence = _id(where, number, record, keys), record.get(keys.licence) if keys.licence else None
     if b"\\u" in line and not all(map(_encodable, (text, record_id, str(licence)))):
         raise Fault(f"{where}: {keys.text!r} has half of a surrogate pair (\\ud800 to \\udfff), not a character", number)

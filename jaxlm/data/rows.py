@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxlm.config import Config, ObjectiveConfig
+from jaxlm.config import PAIRS, Config, ObjectiveConfig
 from jaxlm.data import pack, tasks
 from jaxlm.data.mixture import Mixture
 from jaxlm.data.pack import EpochSize, Piece, Plan
@@ -13,6 +13,7 @@ from jaxlm.data.shards import Corpus, Split
 from jaxlm.data.tasks import Batch
 from jaxlm.data.tokenizer import Tokenizer
 
+CHATS = ("sft", "preference")  # objectives of what an assistant says
 PAIRED = ("span_corruption", "seq2seq")  # objectives of encoder-decoders
 
 
@@ -32,11 +33,13 @@ class Task(NamedTuple):
     @property
     def fitted(self) -> bool:
         """Whether rows hold whole pieces rather than parts of a stream."""
-        return self.packing == "best_fit" or self.objective.name in PAIRED
+        return self.packing == "best_fit" or self.objective.name in PAIRED + CHATS
 
     @property
     def room(self) -> tuple[int, ...]:
-        """Places of a row, on each side."""
+        """Places of a row, on each side; of preferences also how many there may be."""
+        if self.objective.name == "preference":
+            return self.sequence_length, PAIRS
         return (self.sequence_length, self.target_length) if self.objective.name in PAIRED else (self.sequence_length,)
 
 
@@ -47,13 +50,24 @@ def build(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> Task:
       ValueError: one line: a tokenizer without mask or sentinels, a corpus with or without pairs that should be the other, a decoder's row too short.
     """
     name, data = config.objective.name, config.data
-    if (name == "seq2seq") != (corpus.splits["train"].inputs is not None):
+    train = corpus.splits["train"]
+    if (train.turns is not None) != (name in CHATS) or name in CHATS and (train.inputs is not None) != (name == "preference"):
+        asked, found = ("chat" if name == "sft" else name) if name in CHATS else "text", "text"
+        if train.turns is not None:
+            found = "chat" if train.inputs is None else "preference"
+        raise ValueError(f"{corpus.folder} was prepared with data.format={found}, and objective.name={name} needs data.format={asked}: prepare it "
+                         "again with that")
+    if name not in CHATS and (name == "seq2seq") != (train.inputs is not None):
         raise ValueError(f"{corpus.folder} was prepared without data.input_key and holds no pairs: prepare it with that key for objective.name=seq2seq"
                          if name == "seq2seq" else f"{corpus.folder} holds pairs (data.input_key): they are for objective.name=seq2seq, not {name}")
     task = Task(data.sequence_length, config.objective, data.packing, tasks.masking(config.objective, tokenizer),
                 Mixture(data.weights, data.temperature, data.epochs), data.target_length, config.model.decoder_start, tokenizer.eos)
     if name == "seq2seq":
         task = task._replace(target_length=data.target_length or data.sequence_length)
+    if name in CHATS and not len(_items(task, train, None)[0]):
+        raise ValueError(f"nothing that an assistant says is left in rows of data.sequence_length={task.sequence_length} tokens" + ", half of which each "
+                         "answer gets with its prompt" * (name == "preference") + ": make it longer (half of the chats have "
+                         f"{int(np.median(train.tokens))} or more)")
     if name == "span_corruption":
         task = _with_sentinels(task, tokenizer, corpus, config.model.context)
     if task.target_length > config.model.context:
@@ -104,6 +118,12 @@ def _items(task: Task, split: Split, documents: np.ndarray | None) -> tuple[np.n
     """
     documents = np.arange(len(split.tokens)) if documents is None else documents
     lengths = split.tokens[documents].astype(np.int64)
+    if task.objective.name in CHATS:
+        sides = _sides(task, split, documents)
+        sizes = sum(stop - start for start, stop in sides)
+        learns = np.minimum.reduce([_said(split, documents, start + 1, stop + 1) for start, stop in sides]) > 0
+        pieces = np.stack([documents, np.zeros_like(sizes), sizes, np.zeros_like(sizes)], axis=1)[learns]
+        return pieces, np.stack([sizes, np.ones_like(sizes)], axis=1)[learns][:, :len(task.room)]
     if task.objective.name == "seq2seq":
         read = split.inputs[documents].astype(np.int64)
         sizes = np.minimum(np.stack([read, lengths - read], axis=1), task.room)
@@ -112,6 +132,25 @@ def _items(task: Task, split: Split, documents: np.ndarray | None) -> tuple[np.n
     of, start, stop = pack.windows(np.maximum(lengths - (2 if spans else 1), 0), longest_window(task) if spans else task.sequence_length)
     sizes = _span_room(task, stop - start) if spans else (stop - start)[:, None]
     return np.stack([documents[of], start, stop, np.zeros_like(of)], axis=1), sizes
+
+
+def _sides(task: Task, split: Split, documents: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of chats, first and last input of what a row takes of each, int64; of preferences likewise of both sides. What is beyond is cut off."""
+    lengths = split.tokens[documents].astype(np.int64)
+    if task.objective.name == "sft":
+        return [(np.zeros_like(lengths), np.minimum(lengths - 1, task.sequence_length))]
+    middle, most = split.inputs[documents].astype(np.int64), task.sequence_length // 2
+    return [(np.zeros_like(lengths), np.minimum(middle - 1, most)), (middle, middle + np.minimum(lengths - middle - 1, most))]
+
+
+def _said(split: Split, documents: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """How many of the tokens [start, stop) of each chat the assistant says: int64 [documents]."""
+    number = np.full(len(split.tokens), -1)
+    number[documents] = np.arange(len(documents))
+    of = number[np.repeat(np.arange(len(split.tokens)), np.diff(split.turn_ends, prepend=0) // 2)]
+    begins, ends, of = split.turns[::2][of >= 0], split.turns[1::2][of >= 0], of[of >= 0]
+    inside = np.maximum(np.minimum(ends, stop[of]) - np.maximum(begins, start[of]), 0)
+    return np.bincount(of, inside, len(documents)).astype(np.int64)
 
 
 def piece_tokens(task: Task, split: Split, pieces: np.ndarray) -> np.ndarray:
@@ -125,6 +164,9 @@ def piece_tokens(task: Task, split: Split, pieces: np.ndarray) -> np.ndarray:
 
 def document_tokens(task: Task, split: Split, documents: np.ndarray) -> np.ndarray:
     """The same of whole documents, int64 [documents]."""
+    if task.objective.name in CHATS:
+        pieces, sizes = _items(task, split, documents)
+        return np.bincount(pieces[:, 0], sizes[:, 0], len(split.tokens))[documents].astype(np.int64)
     lengths = split.tokens[documents].astype(np.int64)
     bare = 2 if task.objective.name == "span_corruption" else 1  # bos and eos, or the first token, which is no target
     whole = np.stack([documents, np.zeros_like(lengths), np.maximum(lengths - bare, 0), np.zeros_like(lengths)], axis=1)
@@ -146,6 +188,9 @@ def epoch_size(task: Task, split: Split, documents: np.ndarray | None = None) ->
     if not task.fitted:
         return pack.epoch_size(split.tokens if documents is None else split.tokens[documents], task.sequence_length)
     _, sizes = _items(task, split, documents)
+    if task.objective.name in CHATS:
+        rows, taken, places = int(pack.best_fit(sizes, task.room).max(initial=-1)) + 1, int(sizes[:, 0].sum()), task.sequence_length
+        return EpochSize(rows, taken, rows * places - taken, rows * places)
     rows = int(pack.best_fit(sizes, task.room).max(initial=-1)) + 1
     return EpochSize(rows, int(sizes[:, -1].sum()), rows * sum(task.room) - int(sizes.sum()), rows * sum(task.room))
 
@@ -157,6 +202,13 @@ def notes(task: Task, split: Split) -> list[str]:
         cut = [int((part > most).sum()) for part, most in zip((split.inputs, split.tokens - split.inputs), room)]
         return [f"cut: {cut[0]:,} inputs are longer than data.sequence_length={room[0]} and {cut[1]:,} targets than data.target_length={room[1]} tokens; "
                 "what is beyond is left out"] if any(cut) else []
+    if task.objective.name in CHATS:
+        documents = np.arange(len(split.tokens))
+        whole = split.tokens - len(_sides(task, split, documents[:1]))
+        cut = sum(stop - start for start, stop in _sides(task, split, documents)) < whole
+        gone = len(documents) - len(_items(task, split, None)[0])
+        return [f"{int(cut.sum()):,} of {len(documents):,} chats are longer than their row and lose their end; of {gone:,} nothing is left to learn, and they "
+                "are left out"] if cut.any() or gone else []
     if not task.fitted:
         return []
     spans = task.objective.name == "span_corruption"
@@ -173,13 +225,15 @@ def evaluation_documents(split: Split, limit: int) -> np.ndarray:
 
 def evaluation_plan(task: Task, split: Split, documents: np.ndarray, overlap: float) -> Plan:
     """The rows in which every target of `documents` counts once; `overlap` as in `pack.evaluation_plan`, for encoder-decoders none."""
-    if task.objective.name in PAIRED:
+    if task.objective.name in PAIRED + CHATS:
         return pack.fitted_plan(*_items(task, split, documents), task.room)
     return pack.evaluation_plan(split.tokens, task.sequence_length, overlap, documents)
 
 
 def evaluation_targets(task: Task, split: Split, documents: np.ndarray) -> np.ndarray:
     """Targets of each document in an evaluation, int64 [documents]; with masked tokens all of which some are chosen."""
+    if task.objective.name in CHATS:
+        return sum(_said(split, documents, start + 1, stop + 1) for start, stop in _sides(task, split, documents))
     if task.objective.name not in PAIRED:
         return split.tokens[documents].astype(np.int64) - 1
     pieces, sizes = _items(task, split, documents)
@@ -194,6 +248,8 @@ def fill(task: Task, rows: Sequence[Sequence[Piece]], corpus: Corpus, split: str
     """
     key = ("evaluation",) if first is None else ("train", seed)
     name = task.objective.name
+    if name in CHATS:
+        return _chats(task, rows, corpus, split)
     if name not in PAIRED:
         batch = tasks.next_token_batch(rows, lambda document, start, stop: corpus.read(split, document, start, stop), task.sequence_length)
         if task.masking is None:
@@ -208,6 +264,25 @@ def fill(task: Task, rows: Sequence[Sequence[Piece]], corpus: Corpus, split: str
     pairs = _pairs(task, pieces, corpus, split) if name == "seq2seq" else _spans(task, rows, pieces, corpus, split, first, key)
     return tasks.pair_batch(counts, *pairs, np.array([piece.document for piece in pieces], np.int64), encoder_length=task.sequence_length,
                             decoder_length=task.target_length, start=task.start)
+
+
+def _chats(task: Task, rows: Sequence[Sequence[Piece]], corpus: Corpus, split: str) -> Batch:
+    """Rows of chats, with weights on what the assistant says. Of a preference the chosen and the rejected chat are segments one after the other, and
+    "documents" has twice its number, and one more for the rejected one."""
+    index, parts = corpus.splits[split], []
+    for row in rows:
+        sides = [_sides(task, index, np.array([piece.document])) for piece in row]
+        parts.append([Piece(piece.document, int(start[0]), int(stop[0])) for piece, both in zip(row, sides) for start, stop in both])
+    batch = tasks.next_token_batch(parts, lambda document, start, stop: corpus.read(split, document, start, stop), task.sequence_length)
+    for number, row in enumerate(parts):
+        column = 0
+        for k, (document, start, stop, _) in enumerate(row):
+            place = number, slice(column, column + stop - start)
+            batch["weights"][place] = index.said(document, start + 1, stop + 1)
+            if task.objective.name == "preference":
+                batch["documents"][place] = 2 * document + k % 2
+            column = place[1].stop
+    return batch
 
 
 def _pairs(task: Task, pieces: Sequence[Piece], corpus: Corpus, split: str) -> tuple[np.ndarray, ...]:

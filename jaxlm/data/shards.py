@@ -49,11 +49,13 @@ class ShardWriter:
         self._numbers = {name: number for number, name in enumerate(sources)}
         self._sources, self._licences, self._licence_numbers = array("i"), array("i"), {}
         self._begins, self._sizes, self._checksums = array("q"), array("i"), []
-        self._inputs = array("i")
+        self._inputs, self._turns, self._turn_ends = array("i"), array("i"), array("q")
 
-    def add(self, document_id: str, tokens: np.ndarray, text_bytes: int, source: str = "", licence: str = "", inputs: int = 0) -> None:
+    def add(self, document_id: str, tokens: np.ndarray, text_bytes: int, source: str = "", licence: str = "", inputs: int = 0,
+            turns: Sequence[int] = ()) -> None:
         """Appends a document of `tokens` (whole numbers in [0, vocab_size)) whose text has `text_bytes` bytes as UTF-8. Of a pair the first `inputs` tokens,
-        eos included, are what an encoder reads."""
+        eos included, are what an encoder reads, of a preference those of the chat with the chosen answer. `turns`: places where what an assistant says
+        begins and ends, in turn."""
         assert len(tokens) and 0 <= tokens.min() and tokens.max() < self._vocab_size, "token id out of range"
         if self._writer is None:
             self._shard = dict.fromkeys(("documents", "records", "tokens", "text_bytes"), 0)
@@ -71,6 +73,8 @@ class ShardWriter:
         self._tokens.append(len(tokens))
         self._text_bytes.append(text_bytes)
         self._inputs.append(inputs)
+        self._turns.extend(map(int, turns))
+        self._turn_ends.append(len(self._turns))
         self._sources.append(self._numbers[source])
         self._licences.append(self._licence_numbers.setdefault(licence, len(self._licence_numbers)))
         self._ids += document_id.encode("utf-8", "surrogateescape")
@@ -84,6 +88,8 @@ class ShardWriter:
             self._close_shard()
         lengths, ids = f"lengths-{self._split}.npz", f"ids-{self._split}.npz"
         pairs = {"inputs": np.array(self._inputs, np.int32)} if any(self._inputs) else {}
+        if self._turns:
+            pairs |= {"turns": np.array(self._turns, np.int32), "turn_ends": np.array(self._turn_ends, np.int64)}
         np.savez(self._folder / lengths, **pairs, tokens=np.array(self._tokens, np.int32), text_bytes=np.array(self._text_bytes, np.int64),
                  sources=np.array(self._sources, np.int32), licences=np.array(self._licences, np.int32),
                  record_begins=np.array(self._begins, np.int64), record_sizes=np.array(self._sizes, np.int32))
@@ -230,7 +236,14 @@ class Split:
     record_begins: np.ndarray  # int64 [records], place in the shard, see `records.places`
     record_sizes: np.ndarray  # int32 [records], bytes
     shard_ends: tuple[int, ...]  # one past the last record of each shard, counted likewise
-    inputs: np.ndarray | None = None  # int32 [documents] of a corpus of pairs: tokens of the input, eos included; None: no pairs
+    inputs: np.ndarray | None = None  # int32 [documents] of pairs: tokens of the input, eos included; of preferences: of the chosen chat; None: neither
+    turns: np.ndarray | None = None  # int32, of chats: places in their documents where what the assistant says begins and ends, in turn; None: no chats
+    turn_ends: np.ndarray | None = None  # int64 [documents]: turns up to the end of each
+
+    def said(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Whether the assistant says each of the tokens [start, stop) of a chat: bool."""
+        places = self.turns[self.turn_ends[document - 1] if document else 0:self.turn_ends[document]]
+        return np.searchsorted(places, np.arange(start, stop), side="right") % 2 == 1
 
 
 class Corpus:
@@ -241,13 +254,14 @@ class Corpus:
       manifest: the whole of manifest.json.
       splits: "train", "validation" and "test".
       sources: names of the sources.
-      fingerprint: sha256 over the tokens and the tokenizer. With a seed and a step it determines every batch.
+      fingerprint: sha256 over the tokens and the tokenizer (of chats also over who says them). With a seed and a step it determines every batch.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], splits: Mapping[str, Split]):
         self.folder, self.manifest, self.splits = folder, manifest, splits
         self.fingerprint = _canonical_sha256([manifest["tokenizer"]["sha256"], {
-            name: [shard["sha256"] for shard in split["shards"]] for name, split in manifest["splits"].items()}])
+            name: [shard["sha256"] for shard in split["shards"]] + [split["lengths"]["sha256"]] * ("chat_template" in manifest)
+            for name, split in manifest["splits"].items()}])
         self._dtype = token_dtype(manifest["tokenizer"]["vocab_size"])
         self.sources = list(next(iter(manifest["splits"].values()))["sources"])
         self._shard = functools.lru_cache(_OPEN_SHARDS)(lambda split, number: open(self._path(split, number), "rb", buffering=0))
@@ -339,7 +353,7 @@ def open_corpus(folder: str | Path) -> Corpus:
         parts = -(-tokens.astype(np.int64) // RECORD_TOKENS)
         splits[name] = Split(tokens, lengths["text_bytes"], lengths["sources"], lengths["licences"], np.concatenate([[0], np.cumsum(parts)]).astype(np.int64),
                              lengths["record_begins"], lengths["record_sizes"], tuple(itertools.accumulate(shard["records"] for shard in split["shards"])),
-                             lengths.get("inputs"))
+                             lengths.get("inputs"), lengths.get("turns"), lengths.get("turn_ends"))
         assert splits[name].first_record[-1] == sum(shard["records"] for shard in split["shards"]), name
     return Corpus(folder, manifest, splits)
 

@@ -5,7 +5,7 @@ a batch, whole or not at all, so a killed run finds what is done; any runner tha
 
     clean/UNIT-BATCH.npz    texts, ids, origins, digests, hashes of long lines, and what was read, changed and removed (counts.py)
     signed/UNIT-BATCH.npz   digests, sizes and MinHash bands of the documents that live, without the lines that do not
-    tokens/UNIT-BATCH.npz   their tokens, their number in each document and in the input of each pair, how often each id occurs
+    tokens/UNIT-BATCH.npz   their tokens, their number in each document and in the input of each pair, the turns of chats, how often each id occurs
 """
 
 import functools
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxlm.config import Config
-from jaxlm.data import clean, corpora, counts, dedup, shards, tokenizer
+from jaxlm.data import chat, clean, conversations, corpora, counts, dedup, shards, tokenizer
 from jaxlm.data.readers import PAIR
 
 UNIT_BYTES = 32 << 20  # of files that are read together
@@ -163,10 +163,17 @@ def sign_batch(config: Config, folder: Path, living: Living) -> tuple[int, int]:
 
 
 def tokenise_batch(config: Config, folder: Path, fingerprint: str, living: Living) -> tuple[int, int]:
-    """Writes `tokens/` with the tokenizer that lies in `folder/tokenizer` and has this fingerprint: bos, text, eos; of a pair input, eos, target, eos."""
+    """Writes `tokens/` with the tokenizer that lies in `folder/tokenizer` and has this fingerprint: bos, text, eos; of a pair input, eos, target, eos; of a
+    chat what its template writes, of a preference that of both chats. `turns`: places where what the assistant says begins and ends, in turn."""
     tok = _tokenizer(folder, fingerprint)
     texts = list(texts_of(folder, living, config.dedup.line_length))
-    if config.data.input_key:
+    turns = [np.zeros(0, np.int64)] * len(texts)
+    if config.data.format != "text":
+        chats = [[_template(config, tok).encode_spans(tok, side) for side in conversations.sides(text)] for text in texts]
+        sequences = [np.concatenate([ids for ids, _ in sides]) for sides in chats]
+        inputs = [len(sides[0][0]) if len(sides) > 1 else 0 for sides in chats]
+        turns = [np.flatnonzero(np.diff(np.concatenate([[False], *(said for _, said in sides), [False]]))) for sides in chats]
+    elif config.data.input_key:
         sides = tok.encode_batch([side for text in texts for side in text.split(PAIR)])
         sequences = [np.concatenate([read, [tok.eos], said, [tok.eos]]) for read, said in zip(sides[::2], sides[1::2])]
         inputs = [len(read) + 1 for read in sides[::2]]
@@ -178,6 +185,7 @@ def tokenise_batch(config: Config, folder: Path, fingerprint: str, living: Livin
     assert not len(tokens) or 0 <= tokens.min() and tokens.max() < tok.vocab_size, "token id out of range"
     _save(name(folder, "tokens", living.unit, living.batch), tokens=tokens.astype(shards.token_dtype(tok.vocab_size)),
           lengths=np.array([len(ids) for ids in sequences], np.int64), inputs=np.array(inputs, np.int64), sizes=np.array(sizes, np.int64),
+          turns=np.concatenate([np.zeros(0, np.int64), *turns]), turn_counts=np.array([len(places) for places in turns], np.int64),
           occurrences=np.bincount(tokens.astype(np.int64), minlength=tok.vocab_size))
     return len(texts), sum(sizes)
 
@@ -237,6 +245,11 @@ def _replace(path: Path, write) -> None:
 @functools.lru_cache(maxsize=1)
 def _cleaner(config: Config):
     return clean.cleaner(config)
+
+
+@functools.lru_cache(maxsize=1)
+def _template(config: Config, tok: tokenizer.Tokenizer) -> chat.Template:
+    return chat.template(config.data.chat_template, tok)
 
 
 @functools.lru_cache(maxsize=1)

@@ -13,6 +13,9 @@ A document is bos, its text's tokens, eos. Every token after bos is a target, ex
 With masked tokens (`mask_batch`) the target is the token itself, hidden in the inputs or not, and the weight is 1 where it was chosen to be told. The eos
 that ends a document is then never an input.
 
+Of chats (objectives sft and preference) the weights are 1 where the assistant speaks. Of a preference the chat with the chosen answer has an odd segment and
+that with the rejected one the next.
+
 For an encoder-decoder (`pair_batch`) the keys above are the decoder's, [B, T], and these the encoder's, [B, S]; a decoder token attends to the encoder's
 tokens with its own segment number.
 

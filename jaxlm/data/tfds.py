@@ -5,6 +5,7 @@ A source is "tfds:NAME[/CONFIG][:SPLIT]", with the split "train" if none is give
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -63,6 +64,33 @@ def records(source: str, keys: Keys, folder: str) -> Iterator[Record | Fault]:
             yield Record(row, text, own, licence)
         else:
             yield from (Record(number, piece, f"{own}:{number}" if own else "", licence) for number, piece in enumerate(readers.pieces(iter([text])), 1))
+
+
+def examples(source: str, folder: str) -> list[dict[str, Any]]:
+    """All examples of "tfds:NAME[/CONFIG][:SPLIT]" as plain values: texts, numbers, lists and dicts.
+
+    Raises:
+      ValueError: as `expand`; or an example cannot be read.
+    """
+    found = []
+    for part in expand(source, folder):
+        name, split = _SOURCE.fullmatch(part).group("name", "split")
+        data = _examples(_builder(name, folder), name, split, folder)
+        for row in range(len(data)):
+            try:
+                found.append(_plain(data[row]))
+            except Exception as error:  # whatever array_record and the decoders raise
+                raise ValueError(f"{part}, row {row + 1} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)) or isinstance(value, np.ndarray) and value.ndim:
+        return [_plain(part) for part in value]
+    value = value.item() if isinstance(value, (np.generic, np.ndarray)) else value
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _text(where: str, row: int, example, key: str) -> str:

@@ -24,13 +24,14 @@ Scorer = Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, ...]]
 
 # The figures that mean something for each objective, and their units in the table. Hidden tokens are no likelihood of a text, so they have no perplexity and
 # no bits per byte; of a pair only the target is scored, which has no bytes of its own in the corpus's index.
-_UNITS = {
+UNITS = {
     "next_token": {"loss": "nats per token", "perplexity": "depends on the tokenizer", "bits_per_byte": "whatever the tokenizer",
                    "accuracy": "of the next token"},
     "masked_token": {"loss": "nats per masked token: no likelihood of a text, so no perplexity", "accuracy": "of the masked tokens"},
     "span_corruption": {"loss": "nats per token of the hidden spans: no likelihood of a text, so no perplexity", "accuracy": "of the tokens of hidden spans"},
     "seq2seq": {"loss": "nats per target token, given the input", "perplexity": "depends on the tokenizer", "accuracy": "of the next target token",
                 "exact_match": "of whole greedy outputs"},
+    "sft": {"loss": "nats per token of the assistant", "perplexity": "depends on the tokenizer", "accuracy": "of the assistant's next token"},
 }
 
 
@@ -84,7 +85,7 @@ def score_documents(score: Scorer, params: Any, mesh: Mesh, corpus: Corpus, spli
     asked = evaluation_documents(index, limit_documents)
     expected = evaluation_targets(task, index, asked)
     total = int(expected.sum() * (1 if task.masking is None else task.masking.cfg.mask_rate))
-    for parts in _one_behind(lambda batch: score(params, sharding.to_device(mesh, batch, batch_size)), local, mesh):
+    for parts in one_behind(lambda batch: score(params, sharding.to_device(mesh, batch, batch_size)), local, mesh):
         nll, right, weights, document = map(np.asarray, parts)
         counts = weights > 0
         for row, values in enumerate((nll, right, weights)):
@@ -95,12 +96,13 @@ def score_documents(score: Scorer, params: Any, mesh: Mesh, corpus: Corpus, spli
     tokens = totals[2, chosen].astype(np.int64)
     assert task.masking or np.array_equal(totals[2, asked], expected) and tokens.sum() == expected.sum(), "a document was left out or counted twice"
     if not len(chosen):
-        raise ValueError(f"no token of the {split} split was hidden: raise objective.mask_rate, or give more text")
+        raise ValueError(f"no token of the {split} split counts: " + ("make data.sequence_length longer" if task.masking is None else
+                         "raise objective.mask_rate, or give more text"))
     return Scores(chosen, totals[0, chosen], totals[1, chosen], tokens, index.text_bytes[chosen].astype(np.int64))
 
 
-def _one_behind(work: Callable, batches: Iterator, mesh: Mesh) -> Iterator:
-    """The results of `work`, each handed out when the next is already on the devices."""
+def one_behind(work: Callable, batches: Iterator, mesh: Mesh) -> Iterator:
+    """The results of `work` on each batch, each handed out when the next is already on the devices."""
     pending = None
     for batch in batches:
         with jax.set_mesh(mesh):
@@ -126,7 +128,7 @@ def summary(scores: Scores, bootstrap: int, objective: str = "next_token", exact
     if len(columns) > 1:
         for name, values in _figures(uncertainty.resample(columns, bootstrap)).items():
             result[f"{name}_low"], result[f"{name}_high"] = uncertainty.interval(values)
-    result = {name: value for name, value in result.items() if name.removesuffix("_low").removesuffix("_high") in _UNITS[objective]}
+    result = {name: value for name, value in result.items() if name.removesuffix("_low").removesuffix("_high") in UNITS[objective]}
     if exact is not None and len(exact):
         result |= {"exact_match": float(exact.mean()), "outputs": len(exact)}
         if len(exact) > 1:
@@ -146,13 +148,13 @@ def _figures(sums: np.ndarray) -> dict[str, Any]:
 def table(summary: dict[str, float], objective: str = "next_token") -> str:
     """A summary as lines to print."""
     lines = [f"  {'':<14} {'estimate':>10}   95 % interval" if "loss_low" in summary else f"  {'':<14} {'estimate':>10}"]
-    for name, unit in _UNITS[objective].items():
+    for name, unit in UNITS[objective].items():
         if name not in summary:
             continue
         unit += f" ({summary['outputs']:,} pairs)" if name == "exact_match" else ""
         digits = 2 if name == "perplexity" else 4
         between = f"{summary[f'{name}_low']:.{digits}f} to {summary[f'{name}_high']:.{digits}f}" if f"{name}_low" in summary else ""
         lines.append(f"  {name.replace('_', ' '):<14} {summary[name]:>10.{digits}f}   {between:<22} {unit}".rstrip())
-    kinds = {"masked_token": "masked tokens", "span_corruption": "tokens of hidden spans", "seq2seq": "target tokens"}
+    kinds = {"masked_token": "masked tokens", "span_corruption": "tokens of hidden spans", "seq2seq": "target tokens", "sft": "tokens of the assistant"}
     of = f"  {summary['documents']:,} documents, {summary['tokens']:,} {kinds.get(objective, 'tokens')}, {summary['bytes']:,} bytes"
     return "\n".join([*lines, of + ("" if "loss_low" in summary else "; no interval from a single document")])

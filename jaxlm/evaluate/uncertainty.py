@@ -119,7 +119,8 @@ def paired(a: np.ndarray, b: np.ndarray, statistic: Statistic | None = None, *, 
         raise ValueError(f"items have several values, shape {a.shape}: say which statistic of them is compared")
     difference, p, draws = _of_means(a - b, seed, resamples) if statistic is None else _of_statistics(a, b, statistic, seed, resamples)
     low, high = interval(draws, level)
-    return Comparison(_verdict(difference, p, higher_is_better, level), difference, low, high, p, len(a), _needed(difference, float(np.nanstd(draws)), len(a), level))
+    needed = _needed(difference, float(np.nanstd(draws)), len(a), level)
+    return Comparison(_verdict(difference, p, higher_is_better, level), difference, low, high, p, len(a), needed)
 
 
 def _of_means(differences_N: np.ndarray, seed: int, resamples: int) -> tuple[float, float, np.ndarray]:

@@ -41,8 +41,8 @@ def open_directory(folder: pathlib.Path | str) -> Source:
     config = hf_files.read_json(folder / "config.json")
     family, cfg = hf_config.read(config)
     files = hf_files.open_files(folder)
-    shapes = _shapes(cfg)
-    places = hf_names.places(family.table, shapes, _rows(cfg))
+    ours = shapes(cfg)
+    places = hf_names.places(family.table, ours, rows(cfg))
     # Files saved from the model without its head lack the prefix that all other names have.
     prefix = family.prefix or places[0].theirs.partition(".")[0] + "."
     names, missing = {}, []
@@ -61,10 +61,10 @@ def open_directory(folder: pathlib.Path | str) -> Source:
         problem = "; ".join(filter(None, (say("lacks the tensor", missing), say("has a tensor that this model has no place for:", left))))
         raise ValueError(f"{folder} {problem}: its config.json describes another {family.architecture} than its weights")
     for place in places:
-        tensor, expected = files.tensors[names[place.theirs]], _their_shape(place, shapes)
+        tensor, expected = files.tensors[names[place.theirs]], _their_shape(place, ours)
         if tensor.shape != expected:
             raise ValueError(f"{tensor.path}: {names[place.theirs]} has shape {list(tensor.shape)}, and by config.json it must have {list(expected)}")
-    return Source(folder, family, cfg, files, names, tuple(places), shapes, tuple(sorted(ignored)))
+    return Source(folder, family, cfg, files, names, tuple(places), ours, tuple(sorted(ignored)))
 
 
 def load(source: Source, shardings: Any = None) -> dict[str, Any]:
@@ -101,8 +101,8 @@ def _put(stack: jax.Array, part: Any, index: jax.Array, where) -> jax.Array:
 
 def tensors(table: str, cfg: TransformerConfig, params: Any, dtype: np.dtype = np.dtype(np.float32)) -> Iterator[tuple[str, np.ndarray]]:
     """Their tensors by name, one at a time, of a tree with the shapes of a model's parameters (parameters, or gradients)."""
-    flat, shapes = trees.flatten(params), _shapes(cfg)
-    for place in hf_names.places(table, shapes, _rows(cfg)):
+    flat = trees.flatten(params)
+    for place in hf_names.places(table, shapes(cfg), rows(cfg)):
         ours = [np.asarray(jax.device_get(flat[path][place.index])) for path in place.entry.ours]
         yield place.theirs, hf_names.FORMS[place.entry.form].write(ours).astype(dtype)
 
@@ -122,8 +122,8 @@ def save(folder: pathlib.Path | str, cfg: TransformerConfig, params: Any, *, dty
     """
     folder = pathlib.Path(folder)
     family, config = hf_config.write(cfg, architecture)
-    shapes, kind = _shapes(cfg), np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
-    names = {place.theirs: (_their_shape(place, shapes), kind) for place in hf_names.places(family.table, shapes, _rows(cfg))}
+    ours, kind = shapes(cfg), np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+    names = {place.theirs: (_their_shape(place, ours), kind) for place in hf_names.places(family.table, ours, rows(cfg))}
     checked = ((name, hf_files.finite(array, f"{name} as {dtype}")) for name, array in tensors(family.table, cfg, params, kind))
     hf_files.write_files(folder, names, checked, shard_bytes)
     (folder / "config.json").write_text(json.dumps({**extra, **config, "torch_dtype": dtype}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -167,9 +167,11 @@ def _their_shape(place: hf_names.Place, shapes: Mapping[str, tuple[int, ...]]) -
     return tuple(hf_names.FORMS[place.entry.form].shape(hf_names.own_shapes(place, shapes)))
 
 
-def _shapes(cfg: TransformerConfig) -> dict[str, tuple[int, ...]]:
+def shapes(cfg: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Of our parameters, by path."""
     return {path: leaf.shape for path, leaf in trees.flatten(jax.eval_shape(kinds.build(cfg).init, jax.random.key(0))).items()}
 
 
-def _rows(cfg: TransformerConfig) -> dict[str, list[int]]:
+def rows(cfg: TransformerConfig) -> dict[str, list[int]]:
+    """Which layers the rows of each stack belong to."""
     return {"": list(range(cfg.layers)), "encoder": list(range(cfg.encoder_layers)), "decoder": list(range(cfg.layers)), "moe": list(cfg.sparse_layers), "mlp": [i for i in range(cfg.layers) if i not in cfg.sparse_layers]}

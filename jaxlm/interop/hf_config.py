@@ -16,7 +16,8 @@ Json = Mapping[str, Any]
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
                "relu": "relu"}
 # How a model is computed and trained, which no config.json says: not compared.
-COMPUTED = ("dtype", "remat", "attention", "dropout", "attention_dropout", "init", "init_std", "init_depth_scaled")
+COMPUTED = ("dtype", "remat", "attention", "dropout", "attention_dropout", "init", "init_std", "init_depth_scaled", "embedding_noise", "sequence_attention",
+            "pipeline_microbatches", "pipeline_repeats")
 
 
 _MOST, _MOST_LAYERS = 1 << 24, 1 << 12  # of any size, and of layers or experts; the largest published are some 10^7 (a context) and 126

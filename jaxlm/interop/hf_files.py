@@ -98,7 +98,7 @@ def open_files(folder: pathlib.Path) -> Files:
         raise ValueError(f"{folder} lacks {missing[0]}{f' and {len(missing) - 1} more files' * (len(missing) > 1)}, which {INDEX} names: download it again")
     tensors: dict[str, Tensor] = {}
     for file, path in paths.items():
-        for name, tensor in _header(path).items():
+        for name, tensor in header(path).items():
             if name in tensors:
                 raise ValueError(f"{path}: {name} is also in {tensors[name].path.name}: only one file may hold it")
             if weight_map is not None and weight_map.get(name) != file:
@@ -124,7 +124,7 @@ def _nothing(folder: pathlib.Path) -> str:
     return f"{folder} holds neither model.safetensors nor {INDEX}: give a directory as save_pretrained of transformers writes it"
 
 
-def _header(path: pathlib.Path) -> dict[str, Tensor]:
+def header(path: pathlib.Path) -> dict[str, Tensor]:
     """The tensors of one file. The safetensors package refuses absurd header sizes, overlaps, holes and offsets beyond the end of the file."""
     try:
         with safetensors.safe_open(path, framework="numpy"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import TransformerConfig
+from jaxlm.models import cache as caches
 from jaxlm.models import pipeline, stack
 from jaxlm.models.axes import decoder_axes, gathered, lent
 from jaxlm.models.layers import Norm, Slots, dropout, initialiser, project
@@ -26,6 +28,7 @@ class Model(NamedTuple):
     apply: Callable  # params, {tokens, positions, segments} each int32 [B, T], *, cache=None, key=None, view=... -> hidden [B, T, D], cache, routing
     projection: Callable  # params -> hidden [..., D] -> logits [..., V] float32
     init_cache: Callable  # batch, length -> cache
+    unstack: Callable  # params -> params whose layers are a tuple, which `apply` with a cache reads without copying them; a copy of the layers
     axes: tuple[tuple[str, tuple[str, ...]], ...]  # path regex -> logical axes, strict
     start: int | None = None  # models with an encoder (encdec.py): id with which the decoder begins; None: the decoder continues what it is given
 
@@ -52,7 +55,7 @@ def build(cfg: TransformerConfig) -> Model:
     assert cfg.vocab_size > 0
     cfg = cfg.filled()
     return Model(functools.partial(_init, cfg), functools.partial(_apply, cfg), functools.partial(_projection, cfg),
-                 functools.partial(_init_cache, cfg), decoder_axes(cfg))
+                 functools.partial(caches.empty, cfg), functools.partial(stack.unstack, cfg), decoder_axes(cfg))
 
 
 def _init(cfg: TransformerConfig, key: jax.Array) -> dict:
@@ -87,14 +90,11 @@ def embed(cfg: TransformerConfig, params: dict, inputs: dict, dtype: jnp.dtype) 
     return x
 
 
-def make_slots(cfg: TransformerConfig, inputs: dict, cache: dict | None = None) -> Slots:
+def make_slots(cfg: TransformerConfig, inputs: dict, keys: attention.Tokens | None = None, store: caches.Store | None = None) -> Slots:
+    """What the layers need of the inputs and, with a cache, of what `caches.attach` says."""
     queries = attention.Tokens(inputs["positions"], inputs["segments"])
-    keys = queries
-    if cache is not None:
-        keys = attention.Tokens(*(jax.lax.dynamic_update_slice_in_dim(cache[name], inputs[name], cache["length"], axis=1)
-                                  for name in ("positions", "segments")))
     angles, local = (None if freqs is None else positions.rotary_angles(inputs["positions"], freqs) for freqs in _frequencies(cfg))
-    return Slots(queries, keys, angles, local, None if cache is None else cache["length"])
+    return Slots(queries, queries if keys is None else keys, angles, local, store)
 
 
 def _frequencies(cfg: TransformerConfig) -> tuple[jax.Array | None, jax.Array | None]:
@@ -117,7 +117,7 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: dict | 
 
     Args:
       inputs: `tokens`, `positions`, `segments`, int32 `[B, T]`; segment 0 is padding.
-      cache: from `init_cache` or an earlier call; the new tokens go to its next T slots. The caller keeps count of the room.
+      cache: from `init_cache` or an earlier call, or made of pages; see `models/cache.py`. The caller keeps count of the room.
       key: dropout key; None for evaluation.
       view: what one layer computes with, given its weights; the default casts to the compute dtype.
 
@@ -126,16 +126,18 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: dict | 
     """
     dtype = jnp.dtype(cfg.dtype)
     view = view or (lambda layer: jax.tree.map(lambda w: w.astype(dtype), layer))
-    slots = make_slots(cfg, inputs, cache)
+    keys, store, after = (None,) * 3 if cache is None else caches.attach(cache, inputs)
+    slots = make_slots(cfg, inputs, keys, store)
     k_embed, k_layers = (None, None) if key is None or not cfg.drops else jax.random.split(key)
     x = embed(cfg, params, inputs, dtype)
+    if cfg.embedding_noise and key is not None:  # NEFTune (Jain et al. 2023)
+        most = jnp.asarray(cfg.embedding_noise / math.sqrt(x.shape[1] * cfg.width), dtype)
+        x = x + most * jax.random.uniform(jax.random.fold_in(k_embed, 1), x.shape, dtype, -1, 1)
     x = constrain(dropout(x, cfg.dropout, k_embed), "batch", "tokens", "residual")
-    x, kv, routing = pipeline.run(cfg, params["layers"], x, slots, None if cache is None else {"k": cache["k"], "v": cache["v"]}, k_layers, view)
+    x, kv, routing = pipeline.run(cfg, params["layers"], x, slots, None if cache is None else cache["layers"], k_layers, view)
     if cfg.norm_position != "post":
         x = Norm(cfg).apply({"params": params["final_norm"]}, x)
-    if cache is not None:
-        cache = {**kv, "positions": slots.keys.positions, "segments": slots.keys.segments, "length": cache["length"] + inputs["tokens"].shape[1]}
-    return x, cache, routing
+    return x, None if cache is None else after(kv), routing
 
 
 def _projection(cfg: TransformerConfig, params: dict) -> Callable[[jax.Array], jax.Array]:
@@ -148,10 +150,3 @@ def _projection(cfg: TransformerConfig, params: dict) -> Callable[[jax.Array], j
         return cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap) if cfg.final_softcap else logits
 
     return head
-
-
-def _init_cache(cfg: TransformerConfig, batch: int, length: int) -> dict:
-    """An empty cache: keys and values `[L, B, S, K, H]` in the compute dtype, positions and segments int32 `[B, S]`, and the next free slot."""
-    shape = (cfg.layers, batch, length, cfg.kv_heads, cfg.head_size)
-    return {"k": jnp.zeros(shape, cfg.dtype), "v": jnp.zeros(shape, cfg.dtype), "positions": jnp.zeros((batch, length), jnp.int32),
-            "segments": jnp.zeros((batch, length), jnp.int32), "length": jnp.zeros((), jnp.int32)}

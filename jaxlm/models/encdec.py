@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import TransformerConfig
+from jaxlm.models import cache as caches
 from jaxlm.models import decoder, pipeline, stack
 from jaxlm.models.axes import encdec_axes, gathered
 from jaxlm.models.layers import Memory, Norm, Slots, dropout, initialiser
@@ -19,7 +20,6 @@ from jaxlm.ops import attention, positions
 from jaxlm.sharding import constrain
 
 ENCODER_INPUTS = ("encoder_tokens", "encoder_positions", "encoder_segments")
-_KEPT = ("cross_k", "cross_v", "encoder_segments")  # in the cache, made by the first call
 
 
 def build(cfg: TransformerConfig) -> decoder.Model:
@@ -28,7 +28,8 @@ def build(cfg: TransformerConfig) -> decoder.Model:
     cfg = cfg.filled()
     # What begins, what ends and the cache of the decoder are those of a model without an encoder.
     plain = decoder.build(cfg)
-    return decoder.Model(functools.partial(_init, cfg), functools.partial(_apply, cfg), plain.projection, plain.init_cache, encdec_axes(cfg), cfg.decoder_start)
+    return decoder.Model(functools.partial(_init, cfg), functools.partial(_apply, cfg), plain.projection, plain.init_cache, plain.unstack, encdec_axes(cfg),
+                         cfg.decoder_start)
 
 
 def _encoder(cfg: TransformerConfig) -> TransformerConfig:
@@ -70,28 +71,22 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: dict | 
     else:
         memory = Memory(None, cache["encoder_segments"])
     x, new = run(cfg, params["decoder"], inputs, memory, cache, k_decoder)
-    if cache is not None:
-        new = {name: cache[name] for name in _KEPT if name in cache} | {"encoder_segments": memory.segments} | new
-    return x, new, {}
+    return x, None if cache is None else new | {"encoder_segments": memory.segments}, {}
 
 
 def _stack(cfg: TransformerConfig, params: dict, inputs: dict, memory: Memory | None, cache: dict | None, key: jax.Array | None, *,
            embedding: jax.Array, view: stack.View):
     """One side: embedding, layers, norm. The hidden states, and the cache after them."""
     queries = attention.Tokens(inputs["positions"], inputs["segments"])
-    keys = queries if cache is None else attention.Tokens(*(
-        jax.lax.dynamic_update_slice_in_dim(cache[name], inputs[name], cache["length"], axis=1) for name in ("positions", "segments")))
+    keys, store, after = (queries, None, None) if cache is None else caches.attach(cache, inputs)
     buckets = positions.relative_buckets(queries.positions, keys.positions, buckets=cfg.relative_buckets, distance=cfg.relative_distance, causal=cfg.causal)
     bias_BNTS = jnp.moveaxis(params["relative_bias"].astype(jnp.float32)[buckets], -1, 1)
-    slots = Slots(queries, keys, None, None, None if cache is None else cache["length"], bias_BNTS, memory)
+    slots = Slots(queries, keys, None, None, store, bias_BNTS, memory)
     k_embed, k_layers, k_final = (None, None, None) if key is None else jax.random.split(key, 3)
     x = embedding[inputs["tokens"]]
     if cfg.embedding_scale != 1:
         x = x * jnp.asarray(cfg.embedding_scale, x.dtype)
     x = constrain(dropout(x, cfg.dropout, k_embed), "batch", "tokens", "residual")
-    of_layers = None if cache is None else {name: leaf for name, leaf in cache.items() if name in ("k", "v", "cross_k", "cross_v")}
-    x, kv, _ = pipeline.run(cfg, params["layers"], x, slots, of_layers, k_layers, view)
+    x, kv, _ = pipeline.run(cfg, params["layers"], x, slots, None if cache is None else cache["layers"], k_layers, view)
     x = dropout(Norm(cfg).apply({"params": params["final_norm"]}, x), cfg.dropout, k_final)
-    if cache is not None:
-        cache = {**kv, "positions": keys.positions, "segments": keys.segments, "length": cache["length"] + inputs["tokens"].shape[1]}
-    return x, cache
+    return x, None if cache is None else after(kv)

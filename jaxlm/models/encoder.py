@@ -22,7 +22,8 @@ def build(cfg: TransformerConfig) -> decoder.Model:
     """
     assert cfg.vocab_size > 0 and cfg.kind == "encoder"
     cfg = cfg.filled()
-    return decoder.Model(functools.partial(_init, cfg), functools.partial(_apply, cfg), functools.partial(_projection, cfg), _no_cache, encoder_axes(cfg))
+    return decoder.Model(functools.partial(_init, cfg), functools.partial(_apply, cfg), functools.partial(_projection, cfg), _no_cache, _no_cache,
+                         encoder_axes(cfg))
 
 
 def _init(cfg: TransformerConfig, key: jax.Array) -> dict:
@@ -76,5 +77,5 @@ def _outputs(cfg: TransformerConfig, params: dict, hidden: jax.Array) -> jax.Arr
     return pooled if cfg.output == "pooled" else heads.linear(params["classifier"], pooled)
 
 
-def _no_cache(batch: int, length: int) -> dict:
+def _no_cache(*_) -> dict:
     raise ValueError("an encoder fills in masked tokens and does not continue text: generate needs a model of model.kind=decoder")

@@ -34,17 +34,46 @@ class Slots(NamedTuple):
     keys: attention.Tokens  # [B, S]; S = T without a cache
     angles: tuple[jax.Array, jax.Array] | None  # rotary, of the queries
     local_angles: tuple[jax.Array, jax.Array] | None  # the same for layers with a window, where these differ
-    start: jax.Array | None  # first cache slot to write, int32 scalar; None without a cache
+    store: Callable | None  # with a cache: writes a layer's new keys and values there and returns all (`cache.Store`)
     bias: jax.Array | None = None  # of the scores of self-attention, [B, N, T, S]
     memory: Memory | None = None  # of the encoder, where there is one
 
 
-def project(x: jax.Array, w: jax.Array, inputs: int = 1) -> jax.Array:
-    """Contracts the last `inputs` axes of `x` with the first of `w`, as one 2-D matrix product.
+class Adapted(NamedTuple):
+    """A matrix with a low-rank adapter, in place of the matrix. Linen compares the shape of the first leaf only, the matrix itself."""
+    w: jax.Array  # [in..., out...]
+    a: jax.Array  # [in..., r]
+    b: jax.Array  # [r, out...]
+    factor: jax.Array | None  # [out...], of the result (DoRA)
+
+
+def adapt(layer: dict) -> dict:
+    """One layer's weights with the branches `lora` joined to the matrices that they belong to; see `jaxlm/lora.py`."""
+    if not isinstance(layer, dict):
+        return layer
+    adapters = layer.get("lora", {})
+    return {name: _adapted(child, **adapters[name]) if name in adapters else adapt(child) for name, child in layer.items() if name != "lora"}
+
+
+def _adapted(w: jax.Array, a: jax.Array, b: jax.Array, m: jax.Array | None = None) -> Adapted:
+    if m is None:
+        return Adapted(w, a, b, None)
+    inputs = a.ndim - 1
+    size, f32 = math.prod(a.shape[:-1]), jnp.float32
+    whole = w.astype(f32) + (a.astype(f32).reshape(size, -1) @ b.astype(f32).reshape(b.shape[0], -1)).reshape(w.shape)
+    length = jnp.sqrt(jnp.square(jax.lax.stop_gradient(whole)).sum(range(inputs)))
+    return Adapted(w, a, b, (m.astype(f32) / length).astype(w.dtype))
+
+
+def project(x: jax.Array, w: jax.Array | Adapted, inputs: int = 1) -> jax.Array:
+    """Contracts the last `inputs` axes of `x` with the first of `w`, as one 2-D matrix product, and adds what an adapter does.
 
     On XLA:CPU a 2-D product is 1.4x a 3-D `dot_general` over a whole train step; elsewhere they are the same. Where devices share a row, rows and tokens
     cannot be one axis: the compiler would gather them.
     """
+    if isinstance(w, Adapted):
+        y = project(x, w.w, inputs) + project(project(x, w.a, inputs), w.b)
+        return y if w.factor is None else y * w.factor
     lead, outputs = x.shape[:x.ndim - inputs], w.shape[inputs:]
     size = math.prod(w.shape[:inputs])
     if ways("sequence") > 1:
@@ -135,9 +164,7 @@ class Attention(nn.Module):
         q = constrain(q, "batch", "sequence", "heads", "head_size")
         key, value = (constrain(a, "batch", "sequence", "kv_heads", "head_size") for a in (key, value))
         if cache is not None:
-            cache = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), slots.start, axis=1)
-                     for name, new in (("k", key), ("v", value))}
-            key, value = cache["k"].astype(q.dtype), cache["v"].astype(q.dtype)
+            cache, key, value = slots.store(cache, key, value)
         if self.is_initializing():  # only shapes count, of rows that a kernel for training may refuse
             out_BTNH = q
         else:

@@ -63,14 +63,14 @@ def plan(cfg: TransformerConfig, stages: int, rows: int) -> Plan:
     return Plan(stages, repeats, size, max(n for n in range(1, min(rows, wanted) + 1) if rows % n == 0))
 
 
-def run(cfg: TransformerConfig, layers: dict, x_BTD: jax.Array, slots: Slots, cache: dict | None, key: jax.Array | None, view: stack.View):
+def run(cfg: TransformerConfig, layers: dict, x_BTD: jax.Array, slots: Slots, cache: tuple | None, key: jax.Array | None, view: stack.View):
     """`stack.run` over the stages of the surrounding mesh. Generation (with a cache) runs the plain stack there: right, but each layer's weights are
     fetched from their stage for each token; for much of it use a mesh without stages, which reads the same checkpoints."""
     stages = ways("layers")
     if stages == 1 or cache is not None:
         return stack.run(cfg, layers, x_BTD, slots, cache, key, view)
     how = plan(cfg, stages, x_BTD.shape[0] // ways("batch"))
-    own, per_layer = stack.rows(cfg, layers, None, key)
+    own, per_layer = stack.rows(cfg, layers, key)
     params = {**own, "params": per_layer.pop("params")}
     if key is not None:
         per_layer["key"] = jax.random.key_data(per_layer["key"])
@@ -110,7 +110,7 @@ def _stage(cfg: TransformerConfig, how: Plan, view: stack.View, *mine):
             per_layer["key"] = jax.vmap(lambda k: jax.random.fold_in(jax.random.wrap_key_data(k), number))(per_layer["key"])
         x = jnp.where(me == 0, at(waiting, t % period), arrived)
         own = {name: group[name] for name in stack.KINDS if name in group}
-        x, _, routed = stack.scan(cfg, kinds, own, per_layer | {"params": group["params"]}, x, at(slots, jnp.minimum(number, m - 1)), view)
+        x, routed = stack.scan(cfg, kinds, own, per_layer | {"params": group["params"]}, x, at(slots, jnp.minimum(number, m - 1)), view)
         counts = (t >= me) & ((t - me) // period < how.repeats) & (number < m)
         arrived = jax.lax.ppermute(x, "stage", forward)
         # What the last stage has finished waits on stage 0 for its next round, or for the end, in the place where it waited before.

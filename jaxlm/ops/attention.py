@@ -108,7 +108,7 @@ def splash(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=None
     def of(size: int):
         shape = (length, length)
         one = masks.LocalMask(shape, (size - 1, 0), 0) if size else masks.CausalMask(shape)
-        wider = -(-q_BTNH.shape[3] // 128)  # heads of 256 need twice the on-chip memory
+        wider = 1 << ((q_BTNH.shape[3] - 1) // 128).bit_length()  # heads of 256 need twice the on-chip memory
         whole, wide, block = (math.gcd(length, size) for size in (2048 // wider, max(512, 1024 // wider), 512))
         # One kernel for the whole backward pass: 5 matrix products in place of 7, and the scores are computed anew once. It writes the queries' gradient
         # once for each block of keys, to be added up: these blocks are large.

@@ -20,19 +20,25 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, *, temperature, top_k=0, top
       min_p: in [0, 1], 0 for off.
       Each setting is a scalar or `[B]`.
     """
-    rows, vocabulary = logits_BV.shape
+    rows = logits_BV.shape[0]
     temperature, top_p, min_p = (jnp.broadcast_to(jnp.asarray(x, jnp.float32), (rows,))[:, None] for x in (temperature, top_p, min_p))
     top_k = jnp.broadcast_to(jnp.asarray(top_k, jnp.int32), (rows,))[:, None]
-    logits = logits_BV.astype(jnp.float32)
-    greedy = temperature == 0
+    logits, greedy = logits_BV.astype(jnp.float32), temperature == 0
+    likeliest = jnp.argmax(logits, axis=-1)
+    drawn = lambda: jnp.where(greedy[:, 0], likeliest, _drawn(logits, keys_B, jnp.where(greedy, 1, temperature), top_k, top_p, min_p))
+    return jax.lax.cond(jnp.all(greedy), lambda: likeliest, drawn).astype(jnp.int32)
+
+
+def _drawn(logits: jax.Array, keys_B: jax.Array, temperature, top_k, top_p, min_p) -> jax.Array:
+    vocabulary = logits.shape[1]
     # The maximum becomes 0 before the division, so a tiny temperature cannot overflow.
-    scaled = (logits - logits.max(axis=-1, keepdims=True)) / jnp.where(greedy, 1, temperature)
+    scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature
     scaled = jnp.where(scaled >= jnp.log(min_p), scaled, -jnp.inf)
     off = lambda scaled: scaled
     scaled = jax.lax.cond(jnp.any(top_k > 0), lambda scaled: _likeliest(scaled, jnp.where(top_k > 0, top_k, vocabulary)), off, scaled)
     scaled = jax.lax.cond(jnp.any(top_p < 1), lambda scaled: _nucleus(scaled, jnp.where(top_p < 1, top_p, jnp.inf)), off, scaled)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (vocabulary,)))(keys_B)  # argmax(log p + noise) is a draw from p
-    return jnp.where(greedy[:, 0], jnp.argmax(logits, axis=-1), jnp.argmax(scaled + noise, axis=-1)).astype(jnp.int32)
+    return jnp.argmax(scaled + noise, axis=-1)
 
 
 # The filters keep tokens up to some distance from the likeliest. They find it by halving the range of float32 bit patterns, 31 passes over the

@@ -34,6 +34,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxlm import __version__, trees
+from jaxlm.evaluate import verdict
 from jaxlm.sharding import first, together
 from jaxlm.train import durable
 from jaxlm.train.lock import Lock
@@ -195,7 +196,8 @@ class Checkpoints:
                 self._log(f"deleted: {error}")
                 _discard(_step(self.workdir, later))
                 del saved[later]
-        for old in sorted(saved.keys() - kept(saved, **self._keep) - {step}):
+        judged = verdict.read(self.workdir)  # by a watcher beside the run
+        for old in sorted(saved.keys() - kept(saved, **self._keep) - {step, *(judged.keep if judged else ())}):
             _discard(_step(self.workdir, old))
 
     def _failure(self, step: int, error: Exception) -> OSError:
@@ -219,6 +221,23 @@ def steps(workdir: os.PathLike | str) -> list[int]:
     folder = durable.path_of(workdir) / "checkpoints"
     names = [p.name for p in folder.iterdir()] if folder.exists() else []
     return sorted(int(name) for name in names if name.isdigit() and (folder / name / MANIFEST).exists())
+
+
+def fingerprint(workdir: os.PathLike | str, step: int) -> str:
+    """sha256 of a checkpoint's manifest, which holds the sums of all its files.
+
+    Raises:
+      ValueError: one line; there is no such checkpoint, or its manifest is damaged.
+    """
+    return _manifest(workdir, step)["sha256"]
+
+
+def mark(workdir: os.PathLike | str, step: int) -> str | None:
+    """What tells a saved step from another one that was saved under the same number, damaged or not; None: there is none."""
+    try:
+        return hashlib.sha256((_step(workdir, step) / MANIFEST).read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def verify(workdir: os.PathLike | str, step: int) -> None:

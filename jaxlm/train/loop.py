@@ -10,16 +10,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm import config as configs
 from jaxlm import sharding, trees
 from jaxlm import metrics as figures
 from jaxlm.config import Config
-from jaxlm.data import ledger, loader, mixture, pack, prepare, rows, shards
+from jaxlm.data import chat, ledger, loader, mixture, pack, prepare, rows, shards
 from jaxlm.data import stream as streams
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.evaluate import compression, likelihood
-from jaxlm.train import checkpoint, evaluation, initial, report, setup
+from jaxlm.train import checkpoint, evaluation, initial, origin, report, setup
 from jaxlm.train import lock as locks
 from jaxlm.train.state import State
 from jaxlm.train.stop import StopRequest, Watchdog
@@ -54,6 +55,8 @@ def run(config: Config, workdir: pathlib.Path) -> int:
         task = rows.build(config, tokenizer, corpus)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, target_length=task.target_length))
         epoch = loader.epoch_size(corpus, "train", task, config.data.batch_size)
+        if config.objective.teacher:
+            initial.same_tokens(config.objective.teacher, tokenizer)
         parts = setup.build(config, mesh, corpus.vocab_size, epoch.positions)
         subject = evaluation.Subject(parts.config, parts.model, mesh, corpus, tokenizer, task,
                                      likelihood.scorer(parts.model, mesh, config.objective.chunk_rows))
@@ -88,7 +91,7 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
     config, total, primary = parts.config, parts.total, jax.process_index() == 0
     corpus, tokenizer, task = subject.corpus, subject.tokenizer, subject.task
     note = progress.note if primary else lambda line: None
-    start, state, history = _start(parts, corpus, task, workdir, note)
+    start, state, history, borrowed = _start(parts, corpus, task, workdir, note)
     note(_introduction(parts, epoch, state, start, peak[1], [*_sources(parts, corpus, task), *rows.notes(task, corpus.splits["train"])]))
     finished = workdir / "FINISHED"
     if start >= total and finished.exists():
@@ -101,10 +104,13 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
         ("log", "train.log_every", config.train.log_every), ("eval", "train.eval_every", config.train.eval_every),
         ("save", "checkpoint.every", config.checkpoint.every))}
     due = lambda name, step: step == total or (every[name] and step % every[name] == 0)
-    files = {"config.json": configs.to_json(config).encode(), tokenizer.filename: tokenizer.model}
+    files = {"config.json": configs.to_json(config).encode(), tokenizer.filename: tokenizer.model} | borrowed
+    if template := corpus.manifest.get("chat_template"):
+        files[chat.FILE] = template.encode()
 
     def save(step: int, state: State, loss: float | None) -> None:
         entry = ledger.entry(corpus, step, config.data.seed, config.data.batch_size, history)
+        state = state._replace(params=trees.split(state.params, parts.kept)[0])
         checkpoints.save(step, state, files | {ledger.FILE: json.dumps(entry).encode()}, loss)
 
     # Compiled before any data is read: a request to stop that came meanwhile is seen before the first step.
@@ -113,7 +119,7 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
                              rows=sharding.local_rows(parts.mesh, config.data.batch_size), threads=config.data.threads, prefetch=config.data.prefetch)
     reporter = report.Reporter(workdir, start, {"config": configs.to_json(config), "parameters": report.overview(state.params)}) if primary else None
     clock, health = _Clock(), _Health(config, workdir)
-    log = _Log(parts, epoch, trees.count(state.params), peak[0], clock, health, reporter, progress, lambda step: due("log", step))
+    log = _Log(parts, epoch, trees.count(parts.plain), peak[0], clock, health, reporter, progress, lambda step: due("log", step))
     pending: tuple[int, dict] | None = None
     saved_step, step = start, start
     stop.arm()
@@ -152,21 +158,34 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
 
 
 def _start(parts: setup.Setup, corpus: shards.Corpus, task: rows.Task, workdir: pathlib.Path,
-           note: Callable[[str], None]) -> tuple[int, State, list[dict[str, Any]]]:
-    """The step to go on from and its state: the newest whole checkpoint, or step 0 with new or given parameters; and what those had been trained on."""
+           note: Callable[[str], None]) -> tuple[int, State, list[dict[str, Any]], dict[str, bytes]]:
+    """The step to go on from and its state: the newest whole checkpoint, or step 0 with new or given parameters; what those had been trained on; and the file
+    that says where the parameters come from that checkpoints do not hold."""
     start = checkpoint.newest(workdir, log=note) or 0
     if not start:
-        origin = parts.config.train.init_from
-        if not origin:
-            return 0, parts.init(), []
-        params, history = initial.params(origin, parts.target.params, log=note)
-        return 0, parts.begin(params), history
+        if not parts.config.train.init_from and parts.companion is None:
+            return 0, parts.init(), [], {}
+        params, mate, notes, history = initial.start(parts.config, parts.plain, parts.companion, log=note)
+        params = parts.dress(params) if mate is None else parts.dress(params, mate)
+        if parts.config.lora.init_from:
+            own, rest = trees.split(params, parts.kept)
+            params = trees.merge(initial.adapter(parts.config, notes["base"], trees.split(parts.target.params, parts.kept)[0]), rest)
+        return 0, parts.begin(params), history, {origin.BASE: json.dumps(notes).encode()} if notes else {}
     saved = json.loads(checkpoint.read_file(workdir, start, ledger.FILE))
     regrouped = task.mixture != mixture.Mixture() and saved["sources"] != ledger.sources_sha256(corpus)
     if saved["manifest"] != corpus.fingerprint or regrouped:
         raise ValueError(f"{corpus.folder} holds another corpus than the run in {workdir} was trained on until step {start}" + " (other sources)" * regrouped +
                          ": bring that one back, or choose another --workdir")
-    return start, checkpoint.restore(workdir, start, parts.target), saved.get("history", [])
+    own, others = trees.split(parts.target.params, parts.kept)
+    state = checkpoint.restore(workdir, start, parts.target._replace(params=own))
+    if not others:
+        return start, state, saved.get("history", []), {}
+    base, mate = initial.borrowed(workdir, start, parts.config, parts.plain, parts.companion, log=note)
+    if base is None:  # only the companion is missing: the other half of what `dress` makes is thrown away
+        base = jax.tree.map(lambda leaf: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding), parts.plain)
+    dressed = parts.dress(base) if mate is None else parts.dress(base, mate)
+    state = state._replace(params=trees.merge(state.params, trees.split(dressed, parts.kept)[1]))
+    return start, state, saved.get("history", []), {origin.BASE: checkpoint.read_file(workdir, start, origin.BASE)}
 
 
 def _sources(parts: setup.Setup, corpus: shards.Corpus, task: rows.Task) -> list[str]:
@@ -231,7 +250,7 @@ class _Stopped(Exception):
 
 
 def _averaged(state: State) -> Any:
-    return state.params if state.ema is None else state.ema
+    return state.params if state.ema is None else trees.unflatten(trees.flatten(state.params) | trees.flatten(state.ema))
 
 
 def _finish(total: int, subject: evaluation.Subject, state: State, workdir: pathlib.Path, reporter: report.Reporter | None, progress: report.Progress,
@@ -247,7 +266,7 @@ def _finish(total: int, subject: evaluation.Subject, state: State, workdir: path
         return
     if summary:
         reporter.scalars(total, {f"{split}/{name}": value for name, value in summary.items()})
-        progress.note(f"\n{split} split, {summary['documents']} documents the model never saw:\n" + likelihood.table(summary, config.objective.name))
+        progress.note(f"\n{split} split, {summary['documents']} documents the model never saw:\n" + evaluation.table(config, summary))
         if "bits_per_byte" in summary:
             progress.note(compression.table(corpus, subject.tokenizer, split, summary["bits_per_byte"]))
     if sample:
@@ -261,6 +280,18 @@ def _finish(total: int, subject: evaluation.Subject, state: State, workdir: path
         f"  tensorboard --logdir={workdir}        (pip install tensorboard)"]))
 
 
+def _work(parts: setup.Setup) -> float:
+    """Operations of a step as a share of those of training all weights: a third each for the forward pass, the gradients of activations and those of weights,
+    of which frozen ones have none; the frozen model beside it has a forward pass more."""
+    whole = trees.count(parts.plain)
+    if parts.config.lora.rank or parts.companion is not None:
+        trained = trees.count(trees.split(parts.target.params, parts.kept)[0]) / whole
+        beside = 1.0 if parts.config.objective.name == "preference" else 0.0
+        beside = trees.count(parts.companion) / whole if parts.companion is not None else beside
+        return (2 + min(trained, 1.0) + beside) / 3
+    return 1.0
+
+
 class _Log:
     """Reads a finished step's metrics, looks at their health, shows and writes them."""
 
@@ -270,7 +301,7 @@ class _Log:
         config = parts.config
         self._tokens, self._padding = config.data.batch_size * setup.row_tokens(config), epoch.padding / epoch.positions
         flops = report.flops_per_token(config.model, params, config.data.sequence_length, config.data.target_length)
-        self._load = self._tokens * flops / peak  # seconds at the peak
+        self._load = self._tokens * flops * _work(parts) / peak  # seconds at the peak
 
     def __call__(self, step: int, metrics: dict[str, Any]) -> None:
         values = jax.device_get(metrics)

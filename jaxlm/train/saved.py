@@ -1,6 +1,5 @@
 """Opens what a run has saved: everything that evaluation and generation need comes from the checkpoint, so they cannot misdescribe the model."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -12,13 +11,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxlm import config as configs
-from jaxlm import sharding
+from jaxlm import lora, sharding, trees
 from jaxlm.config import Config, MeshConfig
-from jaxlm.data import ledger, shards
+from jaxlm.data import shards
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.models import decoder, kinds
-from jaxlm.train import checkpoint
+from jaxlm.train import checkpoint, origin
 
 
 class Run(NamedTuple):
@@ -28,15 +26,18 @@ class Run(NamedTuple):
     tokenizer: tokenizers.Tokenizer
     data: dict[str, Any]  # the ledger; "dir": the prepared corpus, "manifest": its fingerprint
     model: decoder.Model
-    params: Any  # on `mesh`; the moving average where the run keeps one
+    params: Any  # on `mesh`; the moving average where the run keeps one; adapters are merged
     mesh: Mesh
+    chat_template: str  # Jinja, of a run that was trained on chats; "": its tokenizer may have one
+    fingerprint: str  # of the checkpoint's manifest
 
 
-def open_run(workdir: os.PathLike | str, step: int | None = None, *, log: Callable[[str], None] = print) -> Run:
+def open_run(workdir: os.PathLike | str, step: int | None = None, *, mesh: MeshConfig | None = None, log: Callable[[str], None] = print) -> Run:
     """Reads the model of a run, its parameters verified; the optimiser's state is not read. In several processes all call this together.
 
     Args:
       step: the checkpoint; None for the newest whole one.
+      mesh: where the parameters go; None for the mesh of the run's config.
       log: receives a line for each newer checkpoint that is damaged.
 
     Raises:
@@ -44,7 +45,7 @@ def open_run(workdir: os.PathLike | str, step: int | None = None, *, log: Callab
     """
     workdir = pathlib.Path(workdir)
     if step is not None and step in checkpoint.steps(workdir):
-        return _open(workdir, step)
+        return _open(workdir, step, mesh)
     if not checkpoint.steps(workdir):
         what = "has no checkpoint yet: wait for the first one" if workdir.is_dir() else "does not exist: give the folder of a run"
         raise ValueError(f"{workdir} {what}, or make one with jaxlm train --config=quickstart --workdir={workdir}")
@@ -53,7 +54,7 @@ def open_run(workdir: os.PathLike | str, step: int | None = None, *, log: Callab
     bound, last = np.iinfo(np.int32).max, None
     while (bound := _newest_below(workdir, bound)) >= 0:
         try:
-            return _open(workdir, bound)
+            return _open(workdir, bound, mesh)
         except Exception as error:
             if bound not in checkpoint.steps(workdir):  # deleted meanwhile by the run, which then has newer ones
                 bound = np.iinfo(np.int32).max
@@ -65,29 +66,44 @@ def open_run(workdir: os.PathLike | str, step: int | None = None, *, log: Callab
     raise ValueError(f"no checkpoint in {workdir} can be used: {last}")
 
 
+def adapters(workdir: os.PathLike | str, step: int | None = None, *, log: Callable[[str], None] = print) -> tuple[Config, int, Any, dict[str, Any]]:
+    """The adapters of a run alone (their average where it keeps one): its config, the step, the leaves, and what the checkpoint says of their base. The base
+    is not read, so that several adapters can be put on one base: `origin.same_base` says whether it is theirs.
+
+    Raises:
+      ValueError: one line: no such checkpoint, or a run without adapters.
+    """
+    workdir = pathlib.Path(workdir)
+    step = origin.step_of(str(workdir), log) if step is None else step
+    config, _, _ = origin.read_files(workdir, step)
+    if not config.lora.rank:
+        raise ValueError(f"{workdir} was trained without adapters (lora.rank=0): leave --adapter out")
+    kept, shapes = origin.form(config, config.model, sharding.make_mesh(MeshConfig(data=-1, fsdp=1)))
+    mesh = jax.tree.leaves(shapes)[0].sharding.mesh
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    dressed = jax.eval_shape(kept.dress, shapes, jax.random.key(0))
+    target = trees.map_paths(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), trees.split(dressed, kept.trainable)[0])
+    if more := [path for path in trees.flatten(target) if not lora.is_adapter(path)]:
+        raise ValueError(f"{workdir} also trained {more[0]} (optim.trainable), which an adapter cannot hold: leave --adapter out")
+    found = checkpoint.restore_params(workdir, step, target, ema=config.optim.ema > 0)
+    return config, step, found, json.loads(checkpoint.read_file(workdir, step, origin.BASE))["base"]
+
+
 def _newest_below(workdir: pathlib.Path, bound: int) -> int:
     """-1 for none; the same answer in every process, though the run may be saving and deleting."""
     found = max((step for step in checkpoint.steps(workdir) if step < bound), default=-1)
     return int(multihost_utils.broadcast_one_to_all(np.int32(found))) if jax.process_count() > 1 else found
 
 
-def read_files(workdir: pathlib.Path, step: int) -> tuple[Config, tokenizers.Tokenizer, dict[str, Any]]:
-    """Config with the vocabulary filled in, tokenizer, and position in the data of a checkpoint, each verified."""
-    config = configs.from_json(checkpoint.read_file(workdir, step, "config.json").decode())
-    names = sorted(path.name for path in (workdir / "checkpoints" / str(step) / "files").glob("tokenizer.*"))
-    tokenizer = tokenizers.from_bytes(checkpoint.read_file(workdir, step, names[0] if names else "tokenizer.model"))
-    data = json.loads(checkpoint.read_file(workdir, step, ledger.FILE))
-    return dataclasses.replace(config, model=decoder.vocabulary(config.model, tokenizer.vocab_size)), tokenizer, data
-
-
-def _open(workdir: pathlib.Path, step: int) -> Run:
-    config, tokenizer, data = read_files(workdir, step)
+def _open(workdir: pathlib.Path, step: int, mesh: MeshConfig | None) -> Run:
+    config, tokenizer, data = origin.read_files(workdir, step)
+    fingerprint = checkpoint.fingerprint(workdir, step)
     model = kinds.build(config.model)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    mesh, places = place(config.mesh, model, shapes)
+    devices, places = place(mesh or config.mesh, model, shapes)
     target = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places)
-    params = checkpoint.restore_params(workdir, step, target, ema=config.optim.ema > 0)
-    return Run(workdir, step, config, tokenizer, data, model, params, mesh)
+    params = origin.saved(workdir, step, target)
+    return Run(workdir, step, config, tokenizer, data, model, params, devices, origin.read_template(workdir, step), fingerprint)
 
 
 def place(cfg: MeshConfig, model: decoder.Model, shapes: Any) -> tuple[Mesh, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm import optim, sharding, trees
+from jaxlm import lora, optim, sharding, trees
 from jaxlm.config import Config, steps_of
-from jaxlm.models import attend, decoder, encdec, kinds, pipeline
-from jaxlm.objectives import KINDS, OBJECTIVES
+from jaxlm.models import attend, decoder, encdec, pipeline
+from jaxlm.objectives import COMPANION, KINDS, OBJECTIVES, distilled
+from jaxlm.train import initial, origin
 from jaxlm.train.state import State
 from jaxlm.train.step import init_state, mean_gradient, train_step
 
@@ -60,10 +62,14 @@ class Setup(NamedTuple):
     mesh: Mesh
     model: decoder.Model
     total: int  # steps of the run
-    target: State  # of jax.ShapeDtypeStruct with shardings: what `init` makes and a checkpoint restores
+    target: State  # of jax.ShapeDtypeStruct with shardings: what `init` makes
+    plain: dict[str, Any]  # likewise, the parameters of the model that `train.init_from` gives: `target.params` without adapters and companion, in float32
+    companion: dict[str, Any] | None  # likewise, of the frozen model beside it: a teacher, or the reference of preferences
+    kept: dict[str, bool]  # path -> whether a checkpoint holds the parameter; the others come from where they came from
     batch: dict[str, jax.ShapeDtypeStruct]  # what `step` is given
     init: Callable[[], State]
-    begin: Callable[[Any], State]  # the state before step 0 with these parameters, which are donated
+    begin: Callable[[Any], State]  # the state before step 0 with these parameters (as `target.params`), which are donated
+    dress: Callable[..., Any]  # parameters as `plain`, and as `companion` -> as `target.params`; the first are donated
     step: Callable[[State, dict[str, jax.Array]], tuple[State, dict[str, Any]]]  # jitted, donates the state
     gradient: Callable[[Any, dict[str, jax.Array]], tuple[Any, Any]]  # jitted: parameters, batch -> the first step's gradient of those trained, and its sums
     steps: Callable[[str, str], int]  # (config key, duration) -> steps
@@ -103,33 +109,56 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
         raise ValueError(f"train.steps={config.train.steps!r} is no step at all; give at least one")
     steps = lambda key, duration: steps_of(key, duration, tokens_per_step=tokens_per_step, tokens_per_epoch=tokens_per_epoch, total=total)
 
-    model = kinds.build(config.model)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    places = sharding.params_shardings(mesh, model.axes, shapes)
-    trainable = optim.trainable(config.optim, shapes)
-    axes = trees.match(model.axes, trees.flatten(shapes), "axes of the model")
+    form, plain = origin.form(config, config.model, mesh)
+    mate, model = _companion(config, mesh), form.model
+    axes, trainable = form.axes, form.trainable
+    if mate is not None:
+        axes = axes | {f"{COMPANION}/{path}": names for path, names in mate[0].axes.items()}
+        trainable = trainable | {f"{COMPANION}/{path}": False for path in mate[0].axes}
+    if not any(trainable.values()):
+        raise ValueError("optim.trainable leaves nothing to train: one rule at least must say True")
     rate = optim.schedule(config.optim, total, tokens_per_step, tokens_per_epoch)
     tx = optim.build(config.optim, rate, {path: names for path, names in axes.items() if trainable[path]})
 
+    def dress(key: jax.Array, params: Any, companion: Any = None) -> Any:
+        params = form.dress(params, key)
+        return params if mate is None else params | {COMPANION: mate[0].dress(companion, None)}
+
     def init(key: jax.Array, params: Any = None) -> State:
         k_params, k_run = jax.random.split(key)
-        params = model.init(k_params) if params is None else params
+        if params is None:
+            params = dress(jax.random.fold_in(k_params, 1), model.init(k_params), None if mate is None else mate[0].model.init(jax.random.fold_in(k_params, 2)))
         return init_state(params, tx, trainable, jax.random.key_data(k_run), config.optim.ema > 0)
 
     state_shapes = jax.eval_shape(init, jax.random.key(0))
-    whole = NamedSharding(mesh, PartitionSpec())
-    state_places = State(whole, places, sharding.like_params(mesh, state_shapes.opt, places, shapes), places if config.optim.ema else None, whole)
+    shapes, whole = state_shapes.params, NamedSharding(mesh, PartitionSpec())
+    places = sharding.params_shardings(mesh, tuple((re.escape(path), names) for path, names in axes.items()), shapes)
+    trained_places = trees.split(places, trainable)[0]
+    state_places = State(whole, places, sharding.like_params(mesh, state_shapes.opt, places, shapes), trained_places if config.optim.ema else None, whole)
     target = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), state_shapes, state_places)
     batch = _batch(config, mesh)
-    objective = functools.partial(OBJECTIVES[config.objective.name], config.objective, model)
+    objective = OBJECTIVES[config.objective.name]
+    objective = functools.partial(distilled, objective) if config.objective.teacher else objective
+    objective = functools.partial(objective, config.objective, model, **({} if mate is None else {"companion": mate[0].model}))
     step = functools.partial(train_step, objective=objective, tx=tx, rate=rate, trainable=trainable, microbatches=parts, ema=config.optim.ema)
+    borrowed = lambda path: path.startswith(COMPANION + "/") or config.lora.rank > 0 and not trainable[path]
 
     def gradient(params: Any, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
         key = jax.random.fold_in(jax.random.split(jax.random.key(config.train.seed))[1], 0)
         return mean_gradient(*trees.split(params, trainable), batch, key, objective, parts)
 
-    return Setup(config, mesh, model, total, target, batch,
+    return Setup(config, mesh, model, total, target, plain, mate and mate[1], {path: not borrowed(path) for path in axes}, batch,
                  lambda: jax.jit(init, out_shardings=state_places)(jax.random.key(config.train.seed)),
                  lambda params: jax.jit(init, out_shardings=state_places, donate_argnums=1)(jax.random.key(config.train.seed), params),
+                 functools.partial(jax.jit(dress, out_shardings=places, donate_argnums=1), jax.random.key(config.train.seed)),
                  jax.jit(step, donate_argnums=0, out_shardings=(state_places, whole)),
-                 jax.jit(gradient, out_shardings=(trees.split(places, trainable)[0], whole)), steps)
+                 jax.jit(gradient, out_shardings=(trained_places, whole)), steps)
+
+
+def _companion(config: Config, mesh: Mesh) -> tuple[lora.Form, dict[str, Any]] | None:
+    """The frozen model that an objective compares with: a teacher; or, of preferences without adapters, the model that training began with."""
+    if config.objective.teacher:
+        return origin.form(config, initial.teacher(config), mesh, companion=True)
+    if config.objective.name == "preference" and not config.lora.rank:
+        return origin.form(config, config.model, mesh, companion=True)
+    return None

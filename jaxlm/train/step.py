@@ -14,7 +14,7 @@ from jaxlm.train.state import State
 
 
 def init_state(params: Any, tx: optax.GradientTransformation, trainable: Mapping[str, bool], key: jax.Array, ema: bool) -> State:
-    """The state before step 0; only trained parameters have optimiser state.
+    """The state before step 0; only trained parameters have optimiser state and an average.
 
     Args:
       params: nested dict of arrays.
@@ -22,7 +22,8 @@ def init_state(params: Any, tx: optax.GradientTransformation, trainable: Mapping
       key: raw key data, uint32, of the run's random numbers.
       ema: keep an average of the parameters.
     """
-    return State(jnp.zeros((), jnp.int32), params, tx.init(trees.split(params, trainable)[0]), jax.tree.map(jnp.copy, params) if ema else None, key)
+    trained = trees.split(params, trainable)[0]
+    return State(jnp.zeros((), jnp.int32), params, tx.init(trained), jax.tree.map(jnp.copy, trained) if ema else None, key)
 
 
 def train_step(state: State, batch: Mapping[str, jax.Array], *, objective: Callable[..., Sums], tx: optax.GradientTransformation,
@@ -40,7 +41,7 @@ def train_step(state: State, batch: Mapping[str, jax.Array], *, objective: Calla
       ema: decay of the average, 0 for none.
 
     Returns:
-      The next state, and `{"sums": Sums, "lr", "grad_norm", "param_norm", "skipped"}` as float32 scalars.
+      The next state, and `{"sums": Sums, "lr", "grad_norm", "param_norm", "skipped"}` as float32 scalars; the norms are of what is trained.
     """
     train, frozen = trees.split(state.params, trainable)
     grads, sums = mean_gradient(train, frozen, batch, jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), objective, microbatches)
@@ -48,9 +49,10 @@ def train_step(state: State, batch: Mapping[str, jax.Array], *, objective: Calla
     finite = jnp.isfinite(sums["loss"][0]) & jnp.isfinite(norm)
     updates, opt = tx.update(grads, state.opt, train)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o) if n.ndim or jnp.issubdtype(n.dtype, jnp.floating) else n, new, old)
-    params = trees.merge(keep(optax.apply_updates(train, updates), train), frozen)
-    average = None if state.ema is None else jax.tree.map(lambda a, p: a * ema + p * (1 - ema), state.ema, params)
-    metrics = {"sums": sums, "lr": jnp.asarray(rate(state.step), jnp.float32), "grad_norm": norm, "param_norm": optax.tree.norm(params), "skipped": 1.0 - finite.astype(jnp.float32)}
+    trained = keep(optax.apply_updates(train, updates), train)
+    params = trees.merge(trained, frozen)
+    average = None if state.ema is None else jax.tree.map(lambda a, p: a * ema + p * (1 - ema), state.ema, trained)
+    metrics = {"sums": sums, "lr": jnp.asarray(rate(state.step), jnp.float32), "grad_norm": norm, "param_norm": optax.tree.norm(trained), "skipped": 1.0 - finite.astype(jnp.float32)}
     return State(state.step + 1, params, keep(opt, state.opt), average, state.key), metrics
 
 

@@ -101,3 +101,12 @@ def test_bad_sets_are_one_line(sets, tmp_path, place, words):
     with pytest.raises(ValueError, match=words) as caught:
         contamination.finder(CleanConfig(decontaminate=(("quiz", place.format(tmp_path if "tiny" in place else folder)),)))
     assert "\n" not in str(caught.value)
+
+
+def test_shares_of_items_in_all_documents_together():
+    items = ["the quick brown fox jumps over the lazy dog", "too short", "one two three four five six seven", "nothing of this is anywhere at all"]
+    documents = ["He said: THE QUICK, brown fox jumps", "over the lazy dog", "and one two three four five six", "fox jumps over the lazy dog."]
+    found = contamination.shares(items, documents, words=5)
+    assert found == [3 / 5, None, 2 / 3, 0]  # of the first, what lies across two documents is in neither
+    assert contamination.shares(["a b c"], documents) == [None] and contamination.shares(items, [], words=5) == [0, None, 0, 0]
+    assert contamination.shares(["one two three four five"], ["zero one two three four five"], words=13) == [1], "shorter items are compared whole"

@@ -123,3 +123,13 @@ def test_mock_data_without_metadata(name):
     with tensorflow_datasets.testing.mock_data(num_examples=3):
         assert len(read(f"tfds:{name}")) == 3
     assert tfds.PREFIX == "tfds:"
+
+
+def test_examples_are_plain_values(folder):
+    found = tfds.examples("tfds:reviews:train", folder)
+    assert len(found) == 40 and sorted(one["number"] for one in found) == list(range(40))
+    assert all(type(one["label"]) is int and one["text"] == f"review é {one['number']}\n\n" for one in found)
+    with pytest.raises(ValueError, match="has no split 'dev'"):
+        tfds.examples("tfds:reviews:dev", folder)
+    nested = {"a": {"b": np.array([b"x", b"y"], object)}, "c": np.bool_(True), "d": np.zeros((2, 1), np.int64)}
+    assert tfds._plain(nested) == {"a": {"b": ["x", "y"]}, "c": True, "d": [[0], [0]]}

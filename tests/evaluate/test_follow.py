@@ -15,6 +15,7 @@ class Fake:
     """A run whose saved steps change with each look, as `script` says: the steps that are there, then whether it has ended."""
 
     def __init__(self, *script, broken=()):
+        self.marks = {}
         self.script, self.broken, self.steps, self.lines, self.seen, self.slept = list(script), dict(broken), [], [], [], 0
 
     def look(self, done):
@@ -27,12 +28,15 @@ class Fake:
             raise self.broken[step]
         return step
 
+    def mark(self, step):
+        return self.marks.get(step, "first") if step in self.steps else None
+
     def sleep(self, seconds):
         self.slept += 1
         assert self.slept < 100, "it waits for ever"
 
     def follow(self, done=()):
-        return follow.follow(self.look, self.open, self.seen.append, done=set(done), exists=lambda step: step in self.steps, interval=1, sleep=self.sleep,
+        return follow.follow(self.look, self.open, self.seen.append, done=set(done), mark=self.mark, interval=1, sleep=self.sleep,
                              log=self.lines.append)
 
 
@@ -66,12 +70,23 @@ def test_a_damaged_checkpoint_is_said_and_counted():
     assert run.follow() == 1 and run.seen == [2] and run.lines == ["step 1 is passed over: checkpoint of step 1 is damaged: params/x"]
 
 
+def test_a_damaged_checkpoint_that_the_run_saves_again_is_evaluated():
+    run = Fake(([1, 2], False), ([1, 2], False), ([1, 2], False), ([1, 2], True), broken={1: ValueError("damaged")})
+
+    def sleep(seconds):
+        run.marks[1] = "second"
+        run.broken.clear()
+
+    run.sleep = sleep
+    assert run.follow() == 0 and run.seen == [2, 1]
+
+
 def test_faults_of_our_own_and_of_the_evaluation_end_it():
     with pytest.raises(KeyError):
         Fake(([1], True), broken={1: KeyError("ours")}).follow()
     run = Fake(([1], True))
     with pytest.raises(ValueError, match="corpus"):
-        follow.follow(run.look, run.open, lambda step: (_ for _ in ()).throw(ValueError("another corpus")), done=set(), exists=lambda step: True, interval=1)
+        follow.follow(run.look, run.open, lambda step: (_ for _ in ()).throw(ValueError("another corpus")), done=set(), mark=str, interval=1)
 
 
 # --- the log ---

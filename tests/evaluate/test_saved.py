@@ -11,7 +11,7 @@ import pytest
 from jaxlm import sharding
 from jaxlm.config import MeshConfig, TokenizerConfig
 from jaxlm.data import prepare
-from jaxlm.train import checkpoint, saved
+from jaxlm.train import checkpoint, origin, saved
 from tests.evaluate.conftest import save
 
 
@@ -39,7 +39,7 @@ def test_the_newest_checkpoint_is_opened_with_all_that_belongs_to_it(run_folder,
 def test_the_mesh_is_the_runs_where_it_fits_and_copies_elsewhere(run_folder, cfg, monkeypatch, mesh, devices, sizes):
     make = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", lambda cfg: make(cfg, jax.devices()[:devices]))
-    monkeypatch.setattr(saved.configs, "from_json", lambda text: dataclasses.replace(cfg, mesh=mesh))
+    monkeypatch.setattr(origin.configs, "from_json", lambda text: dataclasses.replace(cfg, mesh=mesh))
     run = saved.open_run(run_folder)
     assert tuple(run.mesh.shape[axis] for axis in ("data", "fsdp", "tensor")) == sizes and len(first(run.params)) == 320
 

@@ -4,15 +4,16 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
 import pytest
 
+from jaxlm import cli
 from jaxlm.data import prepare
 from jaxlm.train import checkpoint, loop, report, saved
 from jaxlm.train.lock import Lock
@@ -31,9 +32,9 @@ def signals():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An uninterrupted run of 12 steps."""
+    """An uninterrupted run of 12 steps, with everything in its state: Adam's moments, an average of the parameters, dropout."""
     folder = tmp_path_factory.mktemp("whole")
-    cfg = runs.load(folder)
+    cfg = runs.load(folder, [("optim.ema", "0.99"), ("data.dir", str(folder / "data"))])
     assert loop.run(cfg, folder / "run") == 0
     return folder, cfg
 
@@ -75,43 +76,43 @@ def test_what_was_logged_past_the_checkpoint_is_taken_back(tmp_path):
     assert runs.read_metrics(tmp_path) == rows[:2]
 
 
-@pytest.mark.parametrize("last", [1, 3, 4, 6, 11])
-def test_resumed_losses_are_bitwise_equal(whole, tmp_path, monkeypatch, last):
+def test_resumed_losses_are_bitwise_equal(whole, tmp_path, monkeypatch):
+    """One run stopped four times: after its first step, at a save, at an evaluation, before its last step."""
     folder, cfg = whole
-    with monkeypatch.context() as patch:
-        stop_after(patch, last)
-        loop.run(cfg, tmp_path / "run")
-    assert checkpoint.steps(tmp_path / "run")[-1] == last and not (tmp_path / "run" / "FINISHED").exists()
+    for last in (1, 4, 6, 11):
+        with monkeypatch.context() as patch:
+            stop_after(patch, last)
+            loop.run(cfg, tmp_path / "run")
+        assert checkpoint.steps(tmp_path / "run")[-1] == last and not (tmp_path / "run" / "FINISHED").exists()
     assert loop.run(cfg, tmp_path / "run") == 0
     assert runs.losses(tmp_path / "run") == runs.losses(folder / "run")
 
 
-def test_a_lost_checkpoint_costs_steps_not_truth(whole, tmp_path, monkeypatch, capsys):
+def test_a_lost_checkpoint_costs_steps_not_truth(whole, tmp_path, capsys):
     folder, cfg = whole
-    with monkeypatch.context() as patch:
-        stop_after(patch, 10)
-        loop.run(cfg, tmp_path / "run")
-    victim = max((tmp_path / "run" / "checkpoints" / "10" / "params").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    shutil.copytree(folder / "run", tmp_path / "run")
+    victim = max((tmp_path / "run" / "checkpoints" / "12" / "params").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
     assert loop.run(cfg, tmp_path / "run") == 0
-    assert "damaged" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "damaged" in out and "resumed after step 8" in out
     assert runs.losses(tmp_path / "run") == runs.losses(folder / "run")
 
 
-def test_another_mesh_goes_on_within_rounding(whole, tmp_path, monkeypatch):
+def test_another_mesh_goes_on_within_rounding(whole, tmp_path, capsys):
     folder, cfg = whole
-    with monkeypatch.context() as patch:
-        stop_after(patch, 6)
-        loop.run(cfg, tmp_path / "run")
-    other = runs.load(folder, [("mesh.data", "2"), ("mesh.fsdp", "2"), ("mesh.tensor", "2"), ("train.microbatches", "2"), ("model.dropout", "0.1")])
-    assert loop.run(other, tmp_path / "run") == 0
+    shutil.copytree(folder / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
+    mesh = dataclasses.replace(cfg.mesh, data=2, fsdp=2, tensor=2)
+    assert loop.run(dataclasses.replace(cfg, mesh=mesh, train=dataclasses.replace(cfg.train, microbatches=2)), tmp_path / "run") == 0
+    assert "resumed after step 8" in capsys.readouterr().out
     expected = runs.losses(folder / "run")
     found = runs.losses(tmp_path / "run")
-    assert all(found[step] == expected[step] for step in range(1, 7))
+    assert found.keys() == expected.keys() and all(found[step] == expected[step] for step in range(1, 9))
     # Dropout draws per microbatch, so the later losses differ by noise, not by a jump.
-    assert all(abs(found[step] - expected[step]) < 0.3 for step in range(7, 13))
+    assert all(abs(found[step] - expected[step]) < 0.3 for step in range(9, 13))
 
 
 def test_a_finished_run_has_nothing_to_do(whole, capsys):
@@ -122,58 +123,52 @@ def test_a_finished_run_has_nothing_to_do(whole, capsys):
 
 
 def test_another_config_is_refused_with_its_difference(whole):
-    other = runs.load(whole[0], [("optim.lr", "0.5"), ("train.log_every", "3")])
+    other = runs.load(whole[0], [("optim.lr", "0.5"), ("optim.ema", "0.99"), ("train.log_every", "3")])
     with pytest.raises(ValueError, match=r"another config \(optim.lr: 0.001 -> 0.5\)"):
         loop.run(other, whole[0] / "run")
 
 
-def test_another_corpus_is_refused(whole, tmp_path, monkeypatch):
-    _, cfg = whole
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        loop.run(cfg, tmp_path / "run")
-    (tmp_path / "other").mkdir()
-    runs.write_corpus(tmp_path / "other" / "corpus.jsonl", documents=90)
-    data = dataclasses.replace(cfg.data, source=(str(tmp_path / "other" / "corpus.jsonl"),), dir=str(tmp_path / "shards"))
+def test_another_corpus_is_refused(whole, tmp_path):
+    folder, cfg = whole
+    runs.write_corpus(tmp_path / "corpus.jsonl", documents=90)
+    data = dataclasses.replace(cfg.data, source=(str(tmp_path / "corpus.jsonl"),), dir=str(tmp_path / "shards"))
     prepare.prepare(data, cfg.tokenizer, tmp_path / "shards")
     with pytest.raises(ValueError, match="holds another corpus than the run"):
-        loop.run(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, source=(), dir=str(tmp_path / "shards"))), tmp_path / "run")
+        loop.run(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, source=(), dir=str(tmp_path / "shards"))), folder / "run")
 
 
 def test_divergence_ends_the_run_and_names_the_place(tmp_path):
-    cfg = runs.load(tmp_path, [("optim.name", "sgd"), ("optim.lr", "1e25"), ("optim.clip", "0"), ("train.bad_steps", "3"), ("optim.warmup", "0")])
+    cfg = runs.load(tmp_path, [("optim.name", "sgd"), ("optim.lr", "1e25"), ("optim.clip", "0"), ("train.bad_steps", "3"), ("optim.warmup", "0"),
+                               ("model.layers", "1")])
     with pytest.raises(ValueError, match=r"not finite in 3 steps in a row .* the last at step \d+, rows \d+ to \d+ of the token stream"):
         loop.run(cfg, tmp_path / "run")
 
 
-def test_ema_is_what_is_evaluated(tmp_path):
-    cfg = runs.load(tmp_path, [("optim.ema", "0.99")], steps=4)
-    assert loop.run(cfg, tmp_path / "run") == 0
-    run = saved.open_run(tmp_path / "run")
+def test_ema_is_what_is_evaluated(whole):
+    folder = whole[0] / "run"
+    run = saved.open_run(folder)
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), run.params)
     for ema in (True, False):
-        saved_params = checkpoint.restore_params(tmp_path / "run", 4, target, ema=ema)
+        saved_params = checkpoint.restore_params(folder, 12, target, ema=ema)
         assert np.array_equal(run.params["embed"]["tokens"], saved_params["embed"]["tokens"]) == ema
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_exits(whole, tmp_path, number, code):
-    folder, _ = whole
-    process = runs.start("train", f"--config={folder / 'recipe.py'}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=4000")
-    wait_for(lambda: len(runs.losses(tmp_path / "run")) > 3, process)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == code, output
+def test_a_signal_saves_and_exits(whole, tmp_path, monkeypatch, capfd, number, code):
+    """In this process; test_processes.py sends it from outside."""
+    at = StopRequest.at
+
+    def signalled(request, step):
+        if step == 3:
+            os.kill(os.getpid(), number)
+        return at(request, step)
+
+    monkeypatch.setattr(StopRequest, "at", signalled)
+    assert loop.run(whole[1], tmp_path / "run") == code
     last = checkpoint.steps(tmp_path / "run")[-1]
-    assert last >= 3 and f"the checkpoint of step {last} is safe" in output and max(runs.losses(tmp_path / "run")) == last
-
-
-def wait_for(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.05)
+    assert 3 <= last < 12 and f"the checkpoint of step {last} is safe" in capfd.readouterr().out
+    losses = runs.losses(whole[0] / "run")
+    assert runs.losses(tmp_path / "run") == {step: losses[step] for step in range(1, last + 1)}
 
 
 def test_watchdog_ends_what_hangs():
@@ -190,7 +185,9 @@ def test_second_interrupt_leaves_at_once():
 
 
 @pytest.mark.skipif(os.name != "posix", reason="flock")
-def test_two_trainers_never_share_a_workdir(whole):
-    with Lock(whole[0] / "run"):
-        code, output = runs.finish("train", f"--config={whole[0] / 'recipe.py'}", f"--workdir={whole[0] / 'run'}")
-    assert code == 2 and f"process {os.getpid()}" in output and "Traceback" not in output
+def test_two_trainers_never_share_a_workdir(whole, capsys):
+    """tests/train/test_checkpoint.py has the lock between processes."""
+    with Lock(whole[0] / "run"), pytest.raises(SystemExit) as ended:
+        cli.main(["train", f"--config={whole[0] / 'recipe.py'}", f"--workdir={whole[0] / 'run'}"])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and f"process {os.getpid()}" in error and len(error.strip().splitlines()) == 1

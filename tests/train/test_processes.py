@@ -43,6 +43,18 @@ def test_killed_at_twenty_random_points_nothing_changes(tmp_path):
     assert runs.losses(tmp_path / "killed") == runs.losses(tmp_path / "whole")
 
 
+def test_an_interrupt_saves_and_exits(tmp_path):
+    process = runs.start("train", f"--config={runs.recipe(tmp_path, steps=4000)}", f"--workdir={tmp_path / 'run'}")
+    end = time.monotonic() + 120
+    while len(runs.losses(tmp_path / "run")) < 4:
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    last = checkpoint.steps(tmp_path / "run")[-1]
+    assert process.returncode == 130 and last == max(runs.losses(tmp_path / "run")) and f"the checkpoint of step {last} is safe" in output, output
+
+
 def start_several(recipe, workdir, count, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -51,22 +63,27 @@ def start_several(recipe, workdir, count, *arguments):
                        f"--process={index}", "--config.model.dropout=0.0", *arguments) for index in range(count)]
 
 
-@pytest.mark.parametrize("count, mesh", [(2, ()), (4, ("--config.mesh.data=2", "--config.mesh.fsdp=2")),
-                                         (2, ("--config.mesh.fsdp=1", "--config.mesh.tensor=2")), (2, ("--config.mesh.fsdp=1", "--config.mesh.sequence=2")),
-                                         (2, ("--config.mesh.fsdp=1", "--config.mesh.stage=2")), (2, ("--config.mesh.slice=2", "--config.mesh.fsdp=1")),
-                                         (4, ("--config.mesh.fsdp=1", "--config.mesh.stage=2", "--config.mesh.sequence=2"))])
-def test_several_processes_compute_what_one_does(tmp_path, count, mesh):
-    recipe = runs.recipe(tmp_path)
-    code, output = runs.finish("train", f"--config={recipe}", f"--workdir={tmp_path / 'one'}", "--config.model.dropout=0.0")
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    code, output = runs.finish("train", f"--config={runs.recipe(folder)}", f"--workdir={folder / 'one'}", "--config.model.dropout=0.0")
     assert code == 0, output
+    return folder
+
+
+@pytest.mark.parametrize("count, mesh", [(4, ("--config.mesh.data=2", "--config.mesh.fsdp=2")), (2, ("--config.mesh.fsdp=1", "--config.mesh.tensor=2")),
+                                         (2, ("--config.mesh.slice=2", "--config.mesh.fsdp=1")),
+                                         (4, ("--config.mesh.fsdp=1", "--config.mesh.stage=2", "--config.mesh.sequence=2"))])
+def test_several_processes_compute_what_one_does(alone, tmp_path, count, mesh):
+    recipe = alone / "recipe.py"
     several = start_several(recipe, tmp_path / "several", count, *mesh)
     outputs = [process.communicate(timeout=240)[0] for process in several]
     assert [process.returncode for process in several] == [0] * count, outputs
-    one, found = runs.losses(tmp_path / "one"), runs.losses(tmp_path / "several")
+    one, found = runs.losses(alone / "one"), runs.losses(tmp_path / "several")
     assert found.keys() == one.keys()
     assert all(abs(found[step] - one[step]) <= 1e-5 * one[step] for step in one), (one, found)
-    rows = [{k: v for k, v in row.items() if k in ("eval/loss", "test/loss")} for folder in ("one", "several")
-            for row in runs.read_metrics(tmp_path / folder) if "eval/loss" in row or "test/loss" in row]
+    rows = [{k: v for k, v in row.items() if k in ("eval/loss", "test/loss")} for folder in (alone / "one", tmp_path / "several")
+            for row in runs.read_metrics(folder) if "eval/loss" in row or "test/loss" in row]
     half = len(rows) // 2
     assert half >= 2 and all(abs(a[k] - b[k]) < 1e-5 * a[k] for a, b in zip(rows[:half], rows[half:]) for k in a)
 

@@ -77,7 +77,7 @@ def gathered(state):
     return {path: np.asarray(leaf) for path, leaf in trees.flatten(state.params).items()}
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)])
 def test_meshes_compute_the_same(mesh):
     losses, state, _ = train(build(**SGD), 3)
     other_losses, other_state, _ = train(build(mesh, **SGD), 3)
@@ -86,8 +86,10 @@ def test_meshes_compute_the_same(mesh):
         np.testing.assert_allclose(gathered(other_state)[path], leaf, atol=2e-5, err_msg=path)
 
 
-def test_parameters_and_moments_are_split():
-    _, state, _ = train(build((1, 4, 2)), 1)
+def test_microbatches_on_a_mesh_that_splits_parameters_and_moments():
+    losses, _, _ = train(build(), 3)
+    found, state, _ = train(build((1, 4, 2), train__microbatches=2), 3)
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
     q = state.params["layers"]["attn"]["q"]
     assert q.addressable_shards[0].data.size * 8 == q.size
     moments = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt) if trees.path_name(path) == "layers/attn/q"]
@@ -96,27 +98,22 @@ def test_parameters_and_moments_are_split():
 
 def test_microbatches_are_exact_on_ragged_weights():
     losses, state, _ = train(build(**SGD), 3)
-    for parts in (2, 4, 8):
+    for parts in (2, 8):
         other_losses, other_state, _ = train(build(train__microbatches=parts, **SGD), 3)
         np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
         for path, leaf in gathered(state).items():
             np.testing.assert_allclose(gathered(other_state)[path], leaf, atol=2e-5, err_msg=path)
 
 
-def test_microbatches_on_a_mesh():
-    losses, _, _ = train(build(), 3)
-    np.testing.assert_allclose(train(build((2, 2, 1), train__microbatches=2), 3)[0], losses, rtol=1e-5)
-
-
 def test_chunked_loss_is_the_same():
-    losses, state, _ = train(build(objective__z_loss=1e-3, **SGD), 2)
-    other, other_state, _ = train(build(objective__z_loss=1e-3, objective__chunk_rows=48, **SGD), 2)
+    losses, state, _ = train(build(objective__z_loss=0.1, **SGD), 2)
+    other, other_state, _ = train(build(objective__z_loss=0.1, objective__chunk_rows=48, **SGD), 2)
     np.testing.assert_allclose(other, losses, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.params, other_state.params)
 
 
 def test_z_loss_adds_its_square():
-    plain, weighted = (train(build(objective__z_loss=z), 1)[2]["sums"] for z in (0.0, 0.1))
+    plain, weighted = (train(build(objective__z_loss=z, **SGD), 1)[2]["sums"] for z in (0.0, 0.1))
     assert float(weighted["cross_entropy"][0]) == pytest.approx(float(plain["cross_entropy"][0]), rel=1e-6)
     assert float(weighted["loss"][0]) == pytest.approx(float(weighted["cross_entropy"][0] + weighted["z_loss"][0]), rel=1e-6)
     assert float(weighted["z_loss"][0]) > 0
@@ -138,7 +135,7 @@ def test_what_is_not_finite_is_skipped():
         clean = batch(step)
         return clean | {"weights": np.full_like(clean["weights"], np.nan)} if step == 1 else clean
 
-    parts = build(optim__ema=0.9)
+    parts = build(optim__ema=0.5)
     with jax.set_mesh(parts.mesh):
         state, _ = parts.step(parts.init(), sharding.to_device(parts.mesh, poisoned(0), 8))
         before = jax.tree.map(np.asarray, state)

@@ -1,0 +1,243 @@
+"""The server through the official client, through raw bytes, and through hostile requests."""
+
+import json
+import random
+import socket
+import threading
+import urllib.parse
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+from jaxlm.serve import openapi
+from tests.serve import live
+
+
+@pytest.fixture(scope="module")
+def server():
+    with live.serving(hosts=("127.0.0.1", "localhost")) as (server, address):
+        yield server, address
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server[1]}/v1", api_key="none", max_retries=0)
+
+
+def test_completions_by_the_official_client(client, server):
+    assert [m.id for m in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
+    whole = client.completions.create(model="tiny", prompt="Hello", max_tokens=20, temperature=0)
+    assert whole.choices[0].finish_reason == "length" and whole.usage.completion_tokens == 20 and whole.usage.prompt_tokens == 6
+    events = list(client.completions.create(model="tiny", prompt="Hello", max_tokens=20, temperature=0, stream=True, stream_options={"include_usage": True}))
+    assert "".join(e.choices[0].text for e in events[:-1]) == whole.choices[0].text and events[-2].choices[0].finish_reason == "length"
+    assert len(events) > 5 and not events[-1].choices and events[-1].usage.total_tokens == 26
+    tokens = client.completions.create(model="tiny", prompt=[257, *b"Hello"], max_tokens=20, temperature=0)
+    assert tokens.choices[0].text == whole.choices[0].text
+    several = client.completions.create(model="tiny", prompt=["Hello", "Bye"], n=2, max_tokens=5, temperature=1, seed=7, echo=True)
+    assert [c.index for c in several.choices] == [0, 1, 2, 3] and [c.text[:3] for c in several.choices] == ["Hel", "Hel", "Bye", "Bye"]
+    assert several.usage.prompt_tokens == 6 + 4 and several.usage.completion_tokens == 20
+    one = client.completions.create(model="tiny", prompt="Hello", max_tokens=5, temperature=1, seed=8)
+    assert "Hello" + one.choices[0].text == several.choices[1].text != several.choices[0].text
+    shares = client.completions.create(model="tiny", prompt="Hello", max_tokens=20, temperature=0, logprobs=3).choices[0].logprobs
+    assert len(shares.tokens) == 20 and shares.text_offset[0] == 0 and all(len(top) <= 3 and max(top.values()) == share
+                                                                          for top, share in zip(shares.top_logprobs, shares.token_logprobs))
+    text = whole.choices[0].text
+    cut = client.completions.create(model="tiny", prompt="Hello", max_tokens=20, temperature=0, stop=[text[4:6]])
+    assert cut.choices[0].finish_reason == "stop" and cut.choices[0].text == text[:text.index(text[4:6])]
+    loose = client.completions.create(model="tiny", prompt="Hello", extra_body={"top_k": 1, "repetition_penalty": 1.5, "ignore_eos": True}, user="me")
+    assert loose.usage.completion_tokens == 16
+
+
+def test_chats_by_the_official_client(client):
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "!"}]}]
+    whole = client.chat.completions.create(model="tiny", messages=messages, temperature=0, max_completion_tokens=12, logprobs=True, top_logprobs=2)
+    said = whole.choices[0]
+    assert said.message.role == "assistant" and said.finish_reason == "length" and whole.usage.completion_tokens == 12
+    assert len(said.logprobs.content) == 12 and all(len(t.top_logprobs) == 2 and t.logprob == t.top_logprobs[0].logprob for t in said.logprobs.content)
+    same = client.chat.completions.create(model="tiny", temperature=0, max_tokens=12, messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi!"}])
+    assert same.choices[0].message.content == said.message.content
+    events = list(client.chat.completions.create(model="tiny", messages=messages, temperature=0, max_tokens=12, stream=True))
+    assert events[0].choices[0].delta.role == "assistant" and "".join(e.choices[0].delta.content or "" for e in events) == said.message.content
+    assert client.chat.completions.create(model="tiny", messages=messages, n=3, seed=1, max_tokens=4).choices[2].index == 2
+    assert client.chat.completions.create(model="tiny", messages=messages).usage.completion_tokens > 16, "without a limit the server's counts"
+
+
+@pytest.mark.parametrize("body, error, message", [
+    ({"prompt": "x", "model": "other"}, openai.NotFoundError, "'other' is not here; 'tiny' is"),
+    ({"prompt": "x", "temperature": 3}, openai.UnprocessableEntityError, "temperature=3 must be 0 to 2"),
+    ({"prompt": "x", "temperature": "hot"}, openai.UnprocessableEntityError, "temperature must be number, not a string"),
+    ({"prompt": "x", "n": True}, openai.UnprocessableEntityError, "n must be integer, not a boolean"),
+    ({"prompt": "x", "tmperature": 1}, openai.UnprocessableEntityError, "tmperature is unknown"),
+    ({}, openai.UnprocessableEntityError, "prompt is missing"),
+    ({"prompt": [1, "a"]}, openai.UnprocessableEntityError, "not a mixture"),
+    ({"prompt": [[]]}, openai.UnprocessableEntityError, "no tokens"),
+    ({"prompt": [5000]}, openai.UnprocessableEntityError, "token 5000 is not in the vocabulary of 259"),
+    ({"prompt": "x" * 600}, openai.UnprocessableEntityError, "has 601 tokens.*the model's context holds 512"),
+    ({"prompt": "x", "max_tokens": 511}, openai.UnprocessableEntityError, "ask for at most 510"),
+    ({"prompt": "x", "stop": [""]}, openai.UnprocessableEntityError, r"stop\[0\] has 0 characters"),
+    ({"prompt": "x", "logit_bias": {"5": 1}}, openai.UnprocessableEntityError, "logit_bias is not served here"),
+    ({"prompt": ["x"] * 31}, openai.UnprocessableEntityError, "31 answers in one request are more than the 30"),
+])
+def test_refusals_have_openais_shape(client, body, error, message):
+    with pytest.raises(error, match=message) as found:
+        client.post("/completions", body=body, cast_to=object)
+    assert found.value.body["message"] and set(found.value.body) == {"message", "type", "param", "code"}
+
+
+def test_bodies_hosts_and_methods(server):
+    server, address = server
+    post = lambda content, path="/v1/completions", **headers: httpx.post(address + path, content=content, headers={"content-type": "application/json"} | headers)
+    answers = {name: post(content) for name, content in {"broken": b'{"prompt": ', "nan": b'{"prompt": "x", "temperature": NaN}', "latin": b'{"prompt": "\xe9"}',
+                                                         "deep": b"[" * 100_000, "digits": b'{"n": ' + b"9" * 5000 + b"}"}.items()}
+    assert {name: answer.status_code for name, answer in answers.items()} == dict.fromkeys(answers, 400)
+    assert post(b'{"prompt": "' + b"x" * 2**20 + b'"}').status_code == 413
+    assert post((b"x" * 2**16 for _ in range(20))).status_code == 413, "without a length too"
+    assert post(b"{}", **{"content-type": "text/plain"}).status_code == 415
+    assert post(b"{}", host="evil.example:80").status_code == 421
+    assert "half of a surrogate pair" in post(b'{"prompt": "\\ud800"}').json()["error"]["message"]
+    assert post(b"[]").status_code == 422 and "must be a JSON object" in post(b"[]").json()["error"]["message"]
+    assert httpx.get(f"{address}/v1/completions").status_code == 405 and httpx.get(f"{address}/nothing").json()["error"]["type"] == "invalid_request_error"
+    assert post(b"{}", path="/v1/embeddings").status_code == post(b'{"input": "x"}', path="/v1/classify").status_code == 422
+    assert post(b'{"prompt": "x", "answer": "y", "rating": 1}', path="/v1/feedback").status_code == 404
+    assert httpx.get(f"{address}/health").json() == {"status": "ok"} and "access-control-allow-origin" not in httpx.get(f"{address}/health", headers={"origin": "http://x"}).headers
+    live.settled(server)
+    text = httpx.get(f"{address}/metrics").text
+    assert "jaxlm_running 0" in text and 'jaxlm_http_responses_total{code="413"} 2' in text and "jaxlm_time_to_first_token_seconds_bucket" in text
+    document = httpx.get(f"{address}/openapi.json").json()
+    assert document == json.loads(json.dumps(openapi.document(server.options))) and "/v1/chat/completions" in document["paths"]
+
+
+def test_a_client_that_goes_frees_its_slot(server):
+    server, address = server
+    for stream in (True, False):
+        before = server.stats.finished["cancelled"]
+        connection = socket.create_connection(urllib.parse.urlparse(address).netloc.split(":"))
+        body = json.dumps({"prompt": "x", "max_tokens": 500, "ignore_eos": True, "stream": stream, "n": 8}).encode()
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        while not server.engine.load()["running"]:
+            pass
+        connection.close()
+        live.settled(server)
+        assert server.stats.finished["cancelled"] > before
+
+
+def test_keys_queues_timeouts_origins_and_feedback(tmp_path):
+    limits = live.Limits(rows=1, queue=2, page=16, chunk=64)
+    with live.serving(limits=limits, api_key="secret", origins=("https://page.example",), timeout=5.0, feedback=tmp_path / "feedback.jsonl") as (server, address):
+        key = {"authorization": "Bearer secret"}
+        for path, status in (("/health", 200), ("/v1/models", 401), ("/metrics", 401), ("/openapi.json", 401)):
+            assert httpx.get(address + path).status_code == status and httpx.get(address + path, headers=key).status_code == 200
+        assert httpx.post(f"{address}/v1/completions", json={"prompt": "x"}, headers={"authorization": "Bearer secre"}).json()["error"]["type"] == "authentication_error"
+        there = httpx.options(f"{address}/v1/completions", headers={"origin": "https://page.example", "access-control-request-method": "POST"})
+        assert there.headers["access-control-allow-origin"] == "https://page.example"
+        assert "access-control-allow-origin" not in httpx.get(f"{address}/health", headers={"origin": "https://other.example"}).headers
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="secret", max_retries=0)
+        found = []
+
+        def one():
+            try:
+                found.append(client.completions.create(model="tiny", prompt="x", max_tokens=400, extra_body={"ignore_eos": True}).choices[0].finish_reason)
+            except openai.APIStatusError as error:
+                found.append(error.status_code)
+
+        threads = [threading.Thread(target=one) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert found.count(429) >= 5 and found.count("length") >= 1 and set(found) <= {429, "length", 504}
+        send = lambda **body: httpx.post(f"{address}/v1/feedback", json=body, headers=key).status_code
+        messages = [{"role": "user", "content": "Hi"}]
+        assert send(messages=messages, answer="Hello", rating=1) == send(prompt="2 + 2 =", answer=" 5", correction=" 4", rating=-1) == 200
+        assert send(messages=messages, answer="x") == send(answer="x", rating=1) == send(prompt="x", answer="y", rating=2) == 422
+        lines = [json.loads(line) for line in (tmp_path / "feedback.jsonl").read_text().splitlines()]
+        assert lines[0]["messages"] == [*messages, {"role": "assistant", "content": "Hello"}] and lines[0]["rating"] == 1
+        assert lines[1]["text"] == "2 + 2 = 4" and (lines[1]["chosen"], lines[1]["rejected"]) == (" 4", " 5") and len(lines) == 2
+
+
+def test_encoders_embed_and_classify():
+    with live.serving(live.ENCODER) as (server, address):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        found = client.embeddings.create(model="tiny", input=["a cat", "a much longer text", [257, *b"a cat", 258]])
+        vectors = np.array([row.embedding for row in found.data])
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+        np.testing.assert_allclose(vectors[0], vectors[2], atol=1e-6)
+        assert found.usage.prompt_tokens == 7 + 20 + 7 and vectors.shape == (3, 32)
+        plain = client.embeddings.create(model="tiny", input="a cat", encoding_format="float")
+        np.testing.assert_allclose(plain.data[0].embedding, vectors[0], atol=1e-5)  # another batch
+        with pytest.raises(openai.UnprocessableEntityError, match="an encoder, which does not continue text: use /v1/embeddings"):
+            client.completions.create(model="tiny", prompt="x")
+        with pytest.raises(openai.UnprocessableEntityError, match="602 tokens and the model reads 1 to 512"):
+            client.embeddings.create(model="tiny", input="x" * 600)
+    with live.serving(live.CLASSIFIER) as (server, address):
+        found = httpx.post(f"{address}/v1/classify", json={"input": ["fine", "awful"]}).json()
+        assert found["labels"] == ["bad", "so-so", "good"] and [row["label"] for row in found["data"]] == [found["labels"][int(np.argmax(r["probs"]))] for r in found["data"]]
+        assert all(abs(sum(row["probs"]) - 1) < 1e-5 and row["num_classes"] == 3 for row in found["data"])
+        assert httpx.get(f"{address}/v1/models").json()["data"][0]["task"] == "classify"
+
+
+# --- hostile requests ---
+
+
+def hostile(address, seed):
+    """One request of a kind that nobody should send. Returns the status, or None where it went before the answer."""
+    random_ = random.Random(seed)
+    pick, path = random_.choice, random_.choice(["/v1/completions", "/v1/chat/completions", "/v1/classify", "/v1/embeddings", "/v1/feedback", "/" + "x" * 3000])
+    text = "".join(chr(random_.choice([random_.randrange(32, 127), random_.randrange(0x80, 0xd800), random_.randrange(0xe000, 0x110000), 0])) for _ in range(random_.randrange(60)))
+    values = [None, True, 0, -1, 1, 5, 2**31, 2**70, 1e308, -0.0, "", text, "\ud800", [], [[]], {}, {"a": [1]}, [text], [1, 2, 300], [[257, 65]], [None], "x" * 5000,
+              [{"role": "user", "content": text}], [{"role": "user", "content": [{"type": "text", "text": text}]}], [{"role": pick(["system", "x"]), "content": 1}]]
+    keys = ["prompt", "messages", "max_tokens", "n", "temperature", "top_p", "top_k", "stop", "seed", "logprobs", "stream", "echo", "input", "model", "stream_options", text[:8]]
+    body = {pick(keys): pick(values) for _ in range(random_.randrange(6))}
+    if random_.random() < 0.7:
+        body |= {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": text}]}
+    data = json.dumps(body).encode()
+    kind = random_.random()
+    if kind < 0.15:
+        data = data[:random_.randrange(len(data) + 1)] + random_.randbytes(random_.randrange(9))
+    elif kind < 0.2:
+        data = b'{"prompt": "' + b"y" * random_.choice([2**20, 2**21]) + b'"}'
+    elif kind < 0.25:
+        data = b""
+    host, port = urllib.parse.urlparse(address).netloc.split(":")
+    length = len(data) if random_.random() < 0.9 else random_.choice([0, len(data) + 10, 2**40, -1, "x"])
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {'application/json' if random_.random() < 0.95 else ascii(text[:5])}\r\ncontent-length: {length}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        try:
+            connection.sendall(head.encode("latin-1", "replace") + data)
+            leave = random_.random()
+            if leave < 0.2 or length != len(data):  # a body that never comes is not waited for here
+                return None
+            if leave < 0.3:
+                connection.recv(random_.randrange(1, 200))
+                return None
+            answer = connection.recv(4096)
+            return int(answer.split()[1]) if answer else None
+        except (ConnectionError, TimeoutError):
+            return None
+
+
+def attack(address, count, threads=8):
+    found = []
+    work = lambda first: found.extend(hostile(address, seed) for seed in range(first, count, threads))
+    running = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    return found
+
+
+def check(server, address, found):
+    statuses = set(found) - {None}
+    assert statuses <= {200, 400, 404, 413, 415, 421, 422, 429}, statuses
+    assert {200, 400, 422} <= statuses and len(found) > 20
+    live.settled(server, 60)
+    assert not server.stats.error
+    assert httpx.post(f"{address}/v1/completions", json={"prompt": "Hello", "max_tokens": 3}, timeout=60).status_code == 200
+
+
+def test_hostile_requests(server):
+    server, address = server
+    check(server, address, attack(address, 120))
