@@ -108,11 +108,9 @@ def splash(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=None
     def of(size: int):
         shape = (length, length)
         one = masks.LocalMask(shape, (size - 1, 0), 0) if size else masks.CausalMask(shape)
-        wider = 1 << ((q_BTNH.shape[3] - 1) // 128).bit_length()  # heads of 256 need twice the on-chip memory
-        whole, wide, block = (math.gcd(length, size) for size in (2048 // wider, max(512, 1024 // wider), 512))
-        # One kernel for the whole backward pass: 5 matrix products in place of 7, and the scores are computed anew once. It writes the queries' gradient
-        # once for each block of keys, to be added up: these blocks are large.
-        blocks = kernels.BlockSizes(block_q=wide, block_kv=wide, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=whole, block_kv_dkv_compute=block,
+        wide, block = math.gcd(length, 1024 if q_BTNH.shape[3] <= 128 else 512), math.gcd(length, 512)
+        # One kernel for the whole backward pass: 5 matrix products in place of 7, and the scores are computed anew once.
+        blocks = kernels.BlockSizes(block_q=wide, block_kv=wide, block_kv_compute=block, block_q_dkv=wide, block_kv_dkv=wide, block_kv_dkv_compute=block,
                                     use_fused_bwd_kernel=True)
         run = kernels.make_splash_mha(masks.MultiHeadMask([one] * heads), head_shards=1, q_seq_shards=1, block_sizes=blocks,
                                       attn_logits_soft_cap=softcap or None, residual_checkpoint_name=SAVED, interpret=interpret)
