@@ -241,4 +241,5 @@ def _draw(logits_BV, decoding: _Decoding, draw: dict):
     token = sampling.sample(logits, keys, temperature=draw["temperature"], top_k=draw["top_k"], top_p=draw["top_p"], min_p=draw["min_p"])
     seen = decoding.seen_BV.at[jnp.arange(rows), token].set(True)
     # Fixed places, so that every process can read the tokens.
-    return constrain(token, None), _Decoding(caches.placed(decoding.cache), constrain(seen, "batch", None), constrain(decoding.positions_B, "batch"), decoding.count + 1)
+    return constrain(token, None), _Decoding(caches.placed(decoding.cache), constrain(seen, "batch", None), constrain(decoding.positions_B, "batch"),
+                                             decoding.count + 1)

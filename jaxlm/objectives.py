@@ -59,8 +59,8 @@ def distilled(objective: Callable[..., Sums], cfg: ObjectiveConfig, model: Model
     taught = companion.apply(params[COMPANION], batch)[0]
     hidden, _, routing = model.apply(params, batch, key=key)
     hidden, taught = (constrain(h, "batch", "sequence", "residual") for h in (hidden, jax.lax.stop_gradient(taught)))
-    nll, log_z, right, apart = distil.token_losses(lambda h: model.head(params, h), lambda h: companion.head(params[COMPANION], h), hidden, taught,
-                                                   batch["targets"], cfg.teacher_temperature, cfg.chunk_rows, ways("sequence"))
+    nll, log_z, right, apart = distil.token_losses(model.projection(params), companion.projection(params[COMPANION]), hidden, taught, batch["targets"],
+                                                   cfg.teacher_temperature, cfg.chunk_rows, ways("sequence"))
     weights = batch["weights"]
     sums = _token_sums(cfg, nll, log_z, right, routing, weights)
     hard, weight = sums["loss"]

@@ -111,3 +111,19 @@ def test_the_compiler_flag_that_keeps_sums_right():
             "rows = np.zeros((32769, 3), np.float32); rows[:, 0] = np.arange(32769)\n"
             "out = jax.jit(jax.vmap(lambda r: jnp.sum((jnp.eye(3) @ r) ** 2)))(rows)\nassert out[-1] == 1073741824, out[-1]")
     subprocess.run([sys.executable, "-c", code], check=True, env=runs.environment(optimised=True))
+
+
+def test_huge_pages_are_asked_for_once_and_only_where_linux_gives_them_on_request(tmp_path, monkeypatch):
+    started, setting = [], tmp_path / "enabled"
+    monkeypatch.setattr(cli.os, "execv", lambda *command: started.append(command))
+    monkeypatch.setattr(cli, "_PAGES_ON_REQUEST", setting)
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # restored at the end, whatever is done to it
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    for text in ("always madvise [never]", "[always] madvise never", None):
+        setting.write_text(text) if text else setting.unlink()
+        cli.use_huge_pages()
+    assert not started and "GLIBC_TUNABLES" not in os.environ
+    setting.write_text("always [madvise] never")
+    for _ in range(2):  # the second time as the process that was started anew
+        cli.use_huge_pages()
+    assert started == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])] and os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"

@@ -183,7 +183,8 @@ def puppet():
     """A model that says the ids in `params` whatever it is asked: its logits point at the one for the position. The prompt must be empty (bos alone)."""
     model, _ = build(TransformerConfig(vocab_size=320, context=256, layers=1, width=8, heads=1))
     apply = lambda params, inputs, *, cache=None: (inputs["positions"][..., None], {**cache, "length": cache["length"] + inputs["tokens"].shape[1]}, {})
-    return model._replace(apply=apply, unstack=lambda params: params, head=lambda params, hidden: jax.nn.one_hot(params["says"][hidden[..., 0]], 320) * 100.0)
+    says = lambda params: lambda hidden: jax.nn.one_hot(params["says"][hidden[..., 0]], 320) * 100.0
+    return model._replace(apply=apply, unstack=lambda params: params, projection=says)
 
 
 def say(text, stop=(), max_tokens=24):

@@ -12,6 +12,7 @@ from jaxlm import lora, objectives, trees
 from jaxlm.config import LoraConfig, ObjectiveConfig, TransformerConfig
 from jaxlm.models import decoder
 from jaxlm.ops import quantise
+from jaxlm.verify import compiled
 
 CFG = TransformerConfig(layers=2, width=32, heads=2, kv_heads=1, head_size=16, feedforward=64, context=16, vocab_size=64, init_std=0.2, qkv_bias=True)
 MODEL = decoder.build(CFG)
@@ -29,7 +30,6 @@ def logits(model, params):
 def test_adapters(cfg, dtype):
     form = lora.form(MODEL, cfg, dtype, AXES, dict.fromkeys(AXES, False), "float32")
 
-    @jax.jit
     def compute(key):
         base = MODEL.init(key)
         first = form.dress(base, key)
@@ -40,7 +40,7 @@ def test_adapters(cfg, dtype):
         return {"base": logits(MODEL, plain), "first": logits(form.model, first), "off": logits(form.model, lora.without(moved)),
                 "moved": logits(form.model, moved), "merged": logits(MODEL, form.plain(moved))}, plain, base
 
-    found, plain, base = compute(jax.random.key(1))
+    found, plain, base = compiled(jax.jit(compute), jax.random.key(1))(jax.random.key(1))
     # DoRA divides a length by itself; what dequantises is fused with what follows. Else nothing may differ.
     exact = {"rtol": 0, "atol": 0} if dtype == "float32" else {"atol": 1e-5}
     np.testing.assert_allclose(found["first"], found["base"], **({"atol": 2e-5} if cfg.dora else exact))
@@ -96,7 +96,7 @@ def test_fingerprints_tell_bases_apart():
 
 # A model whose hidden states are a row of a table: what objectives do to log-probabilities stands alone.
 def table(name):
-    return types.SimpleNamespace(apply=lambda params, batch, key=None: (params[name][batch["tokens"]], None, {}), head=lambda params, hidden: hidden)
+    return types.SimpleNamespace(apply=lambda params, batch, key=None: (params[name][batch["tokens"]], None, {}), projection=lambda params: lambda hidden: hidden)
 
 
 def pairs_batch():

@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 LLAMA = """
 import sys, xllamacpp as x
 p = x.CommonParams()
-p.model.path, p.n_ctx, p.n_parallel, p.port, p.hostnames = sys.argv[1], int(sys.argv[3]) * int(sys.argv[2]), int(sys.argv[2]), 0, "127.0.0.1"
+p.model.path, p.n_ctx, p.n_parallel, p.port, p.hostnames = sys.argv[1], int(sys.argv[3]) * int(sys.argv[2]), int(sys.argv[2]), 0, ["127.0.0.1"]
 p.cpuparams.n_threads = p.cpuparams_batch.n_threads = int(sys.argv[4])
 p.cont_batching = True
 server = x.Server(p)
@@ -74,10 +74,12 @@ def prompts(count: int, size: int, seed: int) -> list[list[int]]:
 async def client(address: str, rows: list[list[int]], new: int, first: list[float], between: list[float], counts: list[int]) -> None:
     host, port = address.removeprefix("http://").split(":")
     for row in rows:
-        body = json.dumps({"prompt": row, "max_tokens": new, "temperature": 0, "stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}).encode()
+        body = json.dumps({"prompt": row, "max_tokens": new, "temperature": 0, "stream": True, "ignore_eos": True,
+                           "stream_options": {"include_usage": True}}).encode()
         reader, writer = await asyncio.open_connection(host, int(port))
         begun = last = time.perf_counter()
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
         seen = 0
         async for line in reader:
             if not line.startswith(b"data: {"):
@@ -104,7 +106,8 @@ def load(address: str, clients: int, args: argparse.Namespace, seed: int) -> dic
     seconds = time.perf_counter() - begun
     assert counts == [args.tokens] * len(rows), counts
     share = lambda values, p: 1e3 * statistics.quantiles(values, n=20, method="inclusive")[p // 5 - 1] if len(values) > 1 else 1e3 * values[0]
-    return {"tokens/s": sum(counts) / seconds, "first p50": share(first, 50), "first p95": share(first, 95), "next p50": share(between, 50), "next p95": share(between, 95)}
+    return {"tokens/s": sum(counts) / seconds, "first p50": share(first, 50), "first p95": share(first, 95),
+            "next p50": share(between, 50), "next p95": share(between, 95)}
 
 
 def batch(child: Child, clients: int, args: argparse.Namespace, seed: int) -> dict[str, float]:

@@ -29,13 +29,14 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("port", 8000, "Port to listen on; 0: any that is free, which is printed.", flag_values=values, lower_bound=0, upper_bound=65535)
     flags.DEFINE_string("api_key", "", "Key that requests must send; empty: $JAXLM_API_KEY, or none on this machine alone.", flag_values=values)
     flags.DEFINE_bool("open", False, "Listen on a network without a key.", flag_values=values)
-    flags.DEFINE_multi_string("origin", [], "Web page elsewhere that may use the server (CORS), https://example.org; may be given several times.", flag_values=values)
+    flags.DEFINE_multi_string("origin", [], "Web page elsewhere that may use it (CORS), https://example.org; may be given several times.", flag_values=values)
     flags.DEFINE_integer("rows", 32, "Requests that are answered at a time.", flag_values=values, lower_bound=1, upper_bound=512)
     flags.DEFINE_integer("queue", 256, "Requests that may wait.", flag_values=values, lower_bound=1)
     flags.DEFINE_float("cache_gib", 1.0, "Memory for keys and values, over all devices.", flag_values=values, lower_bound=0.0)
-    flags.DEFINE_bool("int8_weights", False, "Keep matrices as int8: a quarter of the memory of float32, results a little off, slower on CPUs.", flag_values=values)
+    flags.DEFINE_bool("int8_weights", False, "Keep matrices as int8: a quarter of the memory, results a little off, slower on CPUs.", flag_values=values)
     flags.DEFINE_bool("int8_cache", False, "Keep keys and values as int8: room for more, results a little off.", flag_values=values)
-    flags.DEFINE_integer("chunk", 256, "Tokens of prompts that are fed between two steps: more for throughput, fewer for an even stream.", flag_values=values, lower_bound=1)
+    flags.DEFINE_integer("chunk", 256, "Tokens of prompts that are fed between two steps: more for throughput, fewer for an even stream.", flag_values=values,
+                         lower_bound=1)
     flags.DEFINE_integer("tensor", 0, "Devices that share each layer; 0: the mesh of the checkpoint's config.", flag_values=values, lower_bound=0)
     flags.DEFINE_integer("max_tokens", 512, "Longest answer of a chat that does not say.", flag_values=values, lower_bound=1)
     flags.DEFINE_string("chat_template", "", "chatml, llama3, gemma or a .jinja file; empty: the checkpoint's own.", flag_values=values)
@@ -73,7 +74,8 @@ def main(values: flags.FlagValues) -> int:
 
     mesh = MeshConfig(data=-1, fsdp=1, tensor=values.tensor) if values.tensor else None
     run = open_run(values.workdir, values.step, mesh=mesh, log=functools.partial(print, file=sys.stderr))
-    limits = Limits(values.rows, values.queue, int(values.cache_gib * 2**30), chunk=values.chunk, int8_weights=values.int8_weights, int8_cache=values.int8_cache)
+    limits = Limits(values.rows, values.queue, int(values.cache_gib * 2**30), chunk=values.chunk, int8_weights=values.int8_weights,
+                    int8_cache=values.int8_cache)
     options = Options(values.name or run.workdir.resolve().name, key, (*LOOPBACK, "[::1]") if local and not key else (), tuple(values.origin),
                       int(values.max_body_mib * 2**20), values.max_tokens, values.timeout, feedback, values.log_prompts)
     return http.serve(http.build(run, limits, options, values.chat_template), values.host, values.port, values.drain)

@@ -14,7 +14,8 @@ from jaxlm.config import TransformerConfig
 from jaxlm.ops.attention import Tokens
 from jaxlm.sharding import constrain
 
-Store = Callable[[dict, jax.Array, jax.Array], tuple[dict, jax.Array, jax.Array]]  # a layer's cache, new keys and values [B, T, K, H] -> both sides [B, S, K, H]
+# A layer's cache, new keys and values [B, T, K, H] -> the cache with them, and all keys and values [B, S, K, H].
+Store = Callable[[dict, jax.Array, jax.Array], tuple[dict, jax.Array, jax.Array]]
 
 
 def empty(cfg: TransformerConfig, batch: int, length: int) -> dict:

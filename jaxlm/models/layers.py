@@ -81,6 +81,21 @@ def project(x: jax.Array, w: jax.Array | Adapted, inputs: int = 1) -> jax.Array:
     return (x.reshape(-1, size) @ w.reshape(size, -1)).reshape(*lead, *outputs)
 
 
+@jax.custom_vjp
+def shift(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """`x + bias` over the last axes of `x`. On CPUs the bias's gradient is summed by a matrix product, which XLA does several times as fast as a sum."""
+    return x + bias
+
+
+def _shift_back(like: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    lead = g.shape[:g.ndim - like.ndim]
+    add = lambda g: g.sum(range(len(lead)))
+    return g, jax.lax.platform_dependent(g, cpu=lambda g: jnp.tensordot(jnp.ones(lead, g.dtype), g, len(lead)), default=add).astype(like.dtype)
+
+
+shift.defvjp(lambda x, bias: (x + bias, bias), _shift_back)
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Inverted dropout; `key` None is evaluation."""
     if key is None or rate == 0:
@@ -149,9 +164,9 @@ class Attention(nn.Module):
         key = project(x_BTD, self.param("k", initialiser(cfg, d, k * h), (d, k, h), jnp.float32))
         value = project(x_BTD, self.param("v", initialiser(cfg, d, k * h), (d, k, h), jnp.float32))
         if cfg.bias or cfg.qkv_bias:
-            q = q + self.param("q_bias", nn.initializers.zeros, (n, h), jnp.float32)
-            key = key + self.param("k_bias", nn.initializers.zeros, (k, h), jnp.float32)
-            value = value + self.param("v_bias", nn.initializers.zeros, (k, h), jnp.float32)
+            q = shift(q, self.param("q_bias", nn.initializers.zeros, (n, h), jnp.float32))
+            key = shift(key, self.param("k_bias", nn.initializers.zeros, (k, h), jnp.float32))
+            value = shift(value, self.param("v_bias", nn.initializers.zeros, (k, h), jnp.float32))
         if cfg.qk_norm != "none":
             whole = cfg.qk_norm == "full"
             q = _rms(cfg, q, self.param("q_norm", _scale_initialiser(cfg), (n, h) if whole else (h,), jnp.float32))
@@ -172,7 +187,7 @@ class Attention(nn.Module):
                               **_dropping(cfg, dropout_key))
         out = project(out_BTNH, self.param("o", initialiser(cfg, n * h, d, into_residual=True), (n, h, d), jnp.float32), inputs=2)
         if cfg.bias:
-            out = out + self.param("o_bias", nn.initializers.zeros, (d,), jnp.float32)
+            out = shift(out, self.param("o_bias", nn.initializers.zeros, (d,), jnp.float32))
         return out, cache
 
 
@@ -217,19 +232,24 @@ class Mlp(nn.Module):
         cfg, d, f = self.cfg, x_BTD.shape[-1], self.size
         hidden = project(x_BTD, self.param("up", initialiser(cfg, d, f), (d, f), jnp.float32))
         if cfg.bias:
-            hidden = hidden + self.param("up_bias", nn.initializers.zeros, (f,), jnp.float32)
+            hidden = shift(hidden, self.param("up_bias", nn.initializers.zeros, (f,), jnp.float32))
         if cfg.gated:
             gate = project(x_BTD, self.param("gate", initialiser(cfg, d, f), (d, f), jnp.float32))
             if cfg.bias:
-                gate = gate + self.param("gate_bias", nn.initializers.zeros, (f,), jnp.float32)
-            hidden = ACTIVATIONS[cfg.activation](gate) * hidden
+                gate = shift(gate, self.param("gate_bias", nn.initializers.zeros, (f,), jnp.float32))
+            parts = gate, hidden
         else:
-            hidden = ACTIVATIONS[cfg.activation](hidden)
-        hidden = constrain(hidden, "batch", "sequence", "feedforward")
-        out = project(hidden, self.param("down", initialiser(cfg, f, d, into_residual=True), (f, d), jnp.float32))
-        if cfg.bias:
-            out = out + self.param("down_bias", nn.initializers.zeros, (d,), jnp.float32)
-        return out
+            parts = hidden,
+        # Recomputed in the backward pass: an activation costs less than keeping its parts and its result.
+        down = self.param("down", initialiser(cfg, f, d, into_residual=True), (f, d), jnp.float32)
+        out = jax.checkpoint(functools.partial(_down, cfg), prevent_cse=False)(parts, down)
+        return shift(out, self.param("down_bias", nn.initializers.zeros, (d,), jnp.float32)) if cfg.bias else out
+
+
+def _down(cfg: TransformerConfig, parts: tuple[jax.Array, ...], w_FD: jax.Array) -> jax.Array:
+    """The second half of an MLP; `parts` are what the first made: the activation's input, and what the activation multiplies where it is a gate."""
+    hidden = ACTIVATIONS[cfg.activation](parts[0])
+    return project(constrain(hidden * parts[1] if len(parts) > 1 else hidden, "batch", "sequence", "feedforward"), w_FD)
 
 
 class Moe(nn.Module):

@@ -5,6 +5,7 @@ Home of starlette: pip install 'jaxlm[serve]'.
 
 import asyncio
 import contextlib
+import dataclasses
 import hmac
 import json
 import logging
@@ -198,8 +199,9 @@ class Server:
         texts = [*([given] if isinstance(given, str) else given), *(() if body["ignore_eos"] else stop)]
         setting = {name: body[name] for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
         setting["top_p"] = setting["top_p"] or 1e-9  # 0 is the likeliest token
-        asks = [Ask(ids, max_tokens, Settings(**setting, seed=(seed + i) % 2**32), body["presence_penalty"], body["frequency_penalty"], texts, ends, bool(logprobs),
-                    self.options.timeout) for i in range(body["n"])]
+        ask = Ask(ids, max_tokens, presence=body["presence_penalty"], frequency=body["frequency_penalty"], stop=texts, stop_ids=ends, logprobs=bool(logprobs),
+                  timeout=self.options.timeout)
+        asks = [dataclasses.replace(ask, settings=Settings(**setting, seed=(seed + i) % 2**32)) for i in range(body["n"])]
         self.engine.check(asks[0])
         return asks
 
@@ -404,7 +406,8 @@ class _Guard:
             raise Refused(421, "this server does not answer to that host name: see --host")  # a page elsewhere may have pointed its own name here
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if options.api_key and request.url.path not in OPEN and not hmac.compare_digest(given.encode(), options.api_key.encode()):
-            raise Refused(401, "the API key is missing or wrong: send Authorization: Bearer KEY", "authentication_error", headers={"www-authenticate": "Bearer"})
+            raise Refused(401, "the API key is missing or wrong: send Authorization: Bearer KEY", "authentication_error",
+                          headers={"www-authenticate": "Bearer"})
 
 
 def _several(value: str | list) -> list[str | list[int]]:

@@ -130,8 +130,9 @@ class Engine:
         if not size:
             raise ValueError("the prompt has no tokens")
         if ask.max_tokens < 1 or ask.max_tokens > room:
-            raise ValueError(f"the prompt has {size} tokens, with max_tokens={ask.max_tokens} that makes {size + ask.max_tokens}, and the model's context holds "
-                             f"{self.context}: " + (f"ask for at most {room} tokens or shorten the prompt" if room > 0 else f"shorten it to {self.context - 1} or fewer"))
+            do = f"ask for at most {room} tokens or shorten the prompt" if room > 0 else f"shorten it to {self.context - 1} or fewer"
+            raise ValueError(f"the prompt has {size} tokens, with max_tokens={ask.max_tokens} that makes {size + ask.max_tokens}, and the model's "
+                             f"context holds {self.context}: {do}")
 
     def submit(self, asks: Sequence[Ask], listeners: Sequence[Callable[[Piece], None]]) -> list[Row]:
         """Queues requests, all or none. A listener is called by the engine's thread and must not block; its last piece has `finish`.

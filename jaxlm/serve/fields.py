@@ -63,9 +63,10 @@ class Field:
             value, kind = int(value), "integer"  # JSON knows one kind of number: 5.0 is 5
         if kind is None:
             raise Refused(422, f"{name} must be {' or '.join(self.kinds)}, not {_called(value)}", param=name)
-        if kind in ("integer", "number") and not (math.isfinite(value) and (self.low is None or value >= self.low) and (self.high is None or value <= self.high)):
+        low, high = (math.copysign(math.inf, sign) if end is None else end for sign, end in ((-1, self.low), (1, self.high)))
+        if kind in ("integer", "number") and not (low <= value <= high and abs(value) != math.inf):
             raise Refused(422, f"{name}={str(value)[:40]} must be {self._range()}", param=name)
-        if kind in ("string", "array") and not ((self.low is None or len(value) >= self.low) and (self.high is None or len(value) <= self.high)):
+        if kind in ("string", "array") and not low <= len(value) <= high:
             raise Refused(422, f"{name} has {len(value)} {'characters' if kind == 'string' else 'entries'}; allowed are {self._range()}", param=name)
         if kind == "string" and self.choices and value not in self.choices:
             raise Refused(422, f"{name} must be one of {', '.join(self.choices)}", param=name)

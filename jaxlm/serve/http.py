@@ -1,8 +1,10 @@
 """From a run to a listening server, and its end. Home of uvicorn."""
 
 import logging
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -52,8 +54,11 @@ def serve(server: Server, host: str, port: int, drain: float, ready: Callable[[A
     print(f"{server.options.name} at {address}/v1", flush=True)
     limits = server.engine.limits if server.engine else Limits()
     config = uvicorn.Config(server.app(), access_log=False, log_config=None, log_level="warning", limit_concurrency=limits.rows + limits.queue + 256,
-                            timeout_graceful_shutdown=int(drain) or None, timeout_keep_alive=30, server_header=False)
+                            timeout_graceful_shutdown=max(1, round(drain)), timeout_keep_alive=30, server_header=False)
     running = uvicorn.Server(config)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):  # when all is done uvicorn raises again what it was told to end by: that is no failure
+            signal.signal(number, lambda *_: None)
     if ready:
         ready(running)
     running.run(sockets=[listening])

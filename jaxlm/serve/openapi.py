@@ -28,7 +28,8 @@ def document(options: Any) -> dict[str, Any]:
 
     error = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
     errors = lambda *codes: {str(code): {"description": _WHY[code], **error} for code in codes if code != 401 or options.api_key}
-    answer = lambda kind, keys=(): {"200": {"description": "the answer", "content": {kind: {"schema": {"type": "object", "required": list(keys)} if keys else {}}}}}
+    schema = lambda keys: {"type": "object", "required": list(keys)} if keys else {}
+    answer = lambda kind, keys=(): {"200": {"description": "the answer", "content": {kind: {"schema": schema(keys)}}}}
     paths: dict[str, Any] = {}
     for path, (about, kind) in _GETS.items():
         paths[path] = {"get": {"summary": about, "responses": answer(kind) | errors(401, 421, 503)}}

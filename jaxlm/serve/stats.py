@@ -51,6 +51,7 @@ class Stats:
         for name in ("prompt_tokens", "cached_tokens", "generated_tokens"):
             lines += [f"# TYPE jaxlm_{name}_total counter", f"jaxlm_{name}_total {self.counters[name]}"]
         lines += ["# TYPE jaxlm_finished_total counter", *(f'jaxlm_finished_total{{reason="{why}"}} {n}' for why, n in sorted(self.finished.items()))]
-        lines += ["# TYPE jaxlm_http_responses_total counter", *(f'jaxlm_http_responses_total{{code="{code}"}} {n}' for code, n in sorted(self.statuses.items()))]
+        lines += ["# TYPE jaxlm_http_responses_total counter"]
+        lines += [f'jaxlm_http_responses_total{{code="{code}"}} {n}' for code, n in sorted(self.statuses.items())]
         lines += self.first.lines("jaxlm_time_to_first_token_seconds") + self.between.lines("jaxlm_inter_token_seconds")
         return "\n".join(lines) + "\n"

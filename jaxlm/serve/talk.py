@@ -1,4 +1,7 @@
-"""A chat in the terminal: history, answers as they come, a few commands. The engine keeps the keys and values of what was said, so a turn feeds only what is new."""
+"""A chat in the terminal: history, answers as they come, a few commands.
+
+The engine keeps the keys and values of what was said, so a turn feeds only what is new.
+"""
 
 import contextlib
 import dataclasses

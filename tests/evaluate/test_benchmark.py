@@ -1,6 +1,10 @@
 """Tasks on a model: the same scores on any devices and in any batches, each request once whatever kills it, and what the command prints and writes."""
 
 import json
+import shutil
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -12,6 +16,7 @@ from jaxlm.data import tokenizer as tokenizers
 from jaxlm.evaluate import benchmark, definition, follow, likelihood, results, score, sources, verdict
 from jaxlm.ops import losses
 from tests.evaluate.test_binaries import call, fails
+from tests.train.runs import environment
 
 TASKS = """
 [choice]
@@ -181,7 +186,6 @@ def test_figures_are_those_of_the_items(scored, asks):
 
 @pytest.fixture(scope="module")
 def evaluated(task_file, run_folder, tmp_path_factory):
-    import shutil
     workdir = shutil.copytree(run_folder, tmp_path_factory.mktemp("evaluated") / "run")
     assert call("eval", f"--workdir={workdir}", f"--tasks={task_file}:choice,{task_file}:write", "--limit=6") == 0
     assert call("eval", f"--workdir={workdir}", "--step=2", f"--tasks={task_file}:choice", "--limit=6") == 0
@@ -235,3 +239,28 @@ def test_watch_asks_tasks_and_judges(run_copy, task_file, capsys):
     found = verdict.read(run_copy)
     assert found.metric == "texts/bits_per_byte" and len(found.ranking) == 2 and found.best in (2, 4) and len(found.keep) == 1
     assert call("eval", *flags) == 0 and follow.read(run_copy / "eval.jsonl") == rows and verdict.read(run_copy) == found
+
+
+@pytest.mark.slow
+def test_two_processes_ask_each_item_once_and_find_what_one_finds(run_copy, task_file):
+    names = ("choice", "write", "texts")
+    flags = [f"--workdir={run_copy}", "--tasks=" + ",".join(f"{task_file}:{name}" for name in names)]
+    assert call("eval", *flags) == 0
+    step = run_copy / "results" / "step-4"
+    alone = {name: (results.read(step / f"{name}.json"), items(step, name)) for name in names}
+    shutil.rmtree(step)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jaxlm", "eval", *flags, f"--coordinator=127.0.0.1:{port}", "--processes=2"]
+    processes = [subprocess.Popen([*command, f"--process={i}"], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                 for i in range(2)]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "acc_norm" in outputs[0] and "acc_norm" not in outputs[1]
+    for name, (figures, rows) in alone.items():
+        together = results.read(step / f"{name}.json")
+        assert together["items"] == figures["items"] and together["items_sha256"] == figures["items_sha256"]
+        for one, other in zip(rows, items(step, name), strict=True):
+            np.testing.assert_allclose(one.get("logprobs", []), other.get("logprobs", []), atol=1e-4)
+            assert one.get("text") == other.get("text")

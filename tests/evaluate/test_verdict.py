@@ -1,6 +1,5 @@
 """Judging checkpoints by paired tests, and a watcher that neither misses nor repeats one, whatever happens to the files, itself and the clocks."""
 
-import json
 import os
 import shutil
 
@@ -176,17 +175,18 @@ def trial(folder, seed):
             break
         except Killed:
             continue
-    steps = [json.loads(line)["step"] for line in (folder / "eval.jsonl").read_text().splitlines()] if (folder / "eval.jsonl").exists() else []
+    steps = [row["step"] for row in follow.read(folder / "eval.jsonl")]  # a line that was torn by the last kill is none
     judged = verdict.read(folder)
     missed = world.must - set(steps)
-    return len(missed), len(steps) - len(set(steps)), set(steps) == {one["step"] for one in judged.ranking} if judged else not steps, attempt
+    # The verdict is written first: it may know one that was deleted before a killed watcher came back to note it.
+    return len(missed), len(steps) - len(set(steps)), set(steps) <= {one["step"] for one in judged.ranking} if judged else not steps, attempt
 
 
 def trials(folder, seeds):
     found = [trial(folder / str(seed), seed) for seed in seeds]
     assert sum(one[0] for one in found) == 0, "a checkpoint was missed"
     assert sum(one[1] for one in found) == 0, "a checkpoint was evaluated twice"
-    assert all(one[2] for one in found), "the verdict and the log differ"
+    assert all(one[2] for one in found), "the verdict left one out"
     assert sum(one[3] for one in found) > len(found) / 2, "too few kills to mean anything"
 
 

@@ -45,6 +45,11 @@ def test_cudnn_is_for_new_gpus(capability, fuses, monkeypatch):
     assert attention.choose(dataclasses.replace(CFG, dtype="bfloat16"), 512, "gpu") == ("cudnn" if fuses else "reference")
 
 
+@pytest.mark.parametrize("options", [{}, {"window": jnp.int32(7), "softcap": 3.0}], ids=str)
+def test_blocked_equals_reference(options):
+    compare(attention.blocked, length=64, size=8, options=options, kernel_options={"block": 20})
+
+
 @pytest.mark.parametrize("options, windows", [
     ({}, (0,)), ({"window": jnp.int32(50), "softcap": 3.0}, (50,)), ({"window": jnp.int32(0)}, (0, 30)), ({"window": jnp.int32(30)}, (0, 30))], ids=str)
 def test_splash_equals_reference(options, windows):

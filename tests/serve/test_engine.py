@@ -59,14 +59,17 @@ def prompts(count, longest, seed=0):
 def test_greedy_is_what_generate_says(engine, params):
     given = [*prompts(4, 20), *prompts(2, 300, seed=1)]
     found = answers(engine, [ask(p) for p in given])
-    assert [ids for ids, *_ in found] == generate(MODEL, params, given, max_tokens=12, context=512, settings=Settings(temperature=0.0), vocab_size=BYTES.vocab_size)
+    want = generate(MODEL, params, given, max_tokens=12, context=512, settings=Settings(temperature=0.0), vocab_size=BYTES.vocab_size)
+    assert [ids for ids, *_ in found] == want
     assert len({token for ids, *_ in found for token in ids}) > 10
     assert all(text == BYTES.decode(ids) and (last.finish, last.drawn_tokens) == ("length", 12) for ids, text, last, _ in found)
 
 
 def test_alone_and_among_32_others(engine):
-    sampled = [ask(p, 24, settings=Settings(temperature=1.0, top_k=(0, 20)[i % 2], top_p=(1.0, 0.9)[i % 2], seed=i)) for i, p in enumerate(prompts(8, 200, seed=2))]
-    others = [ask(p, 10 + i, settings=Settings(temperature=i % 2, seed=i), logprobs=i % 5 == 0, presence=0.5 * (i % 3 == 0)) for i, p in enumerate(prompts(32, 100, seed=3))]
+    draws = [Settings(temperature=1.0, top_k=(0, 20)[i % 2], top_p=(1.0, 0.9)[i % 2], seed=i) for i in range(8)]
+    sampled = [ask(p, 24, settings=draw) for p, draw in zip(prompts(8, 200, seed=2), draws, strict=True)]
+    others = [ask(p, 10 + i, settings=Settings(temperature=i % 2, seed=i), logprobs=i % 5 == 0, presence=0.5 * (i % 3 == 0))
+              for i, p in enumerate(prompts(32, 100, seed=3))]
     alone = [answers(engine, [one])[0][:2] for one in sampled]
     together = answers(engine, [*others[:16], *sampled, *others[16:]])[16:24]
     assert [found[:2] for found in together] == alone
@@ -124,7 +127,8 @@ def test_stop_texts_ids_cancels_and_timeouts(engine):
 
 
 def test_what_cannot_be_served_is_refused(engine):
-    for bad, message in ((ask([]), "no tokens"), (ask([1] * 512), "shorten it to 511"), (ask([1] * 500, 13), "ask for at most 12"), (ask([1], 0), "max_tokens=0")):
+    for bad, message in ((ask([]), "no tokens"), (ask([1] * 512), "shorten it to 511"), (ask([1] * 500, 13), "ask for at most 12"),
+                         (ask([1], 0), "max_tokens=0")):
         with pytest.raises(ValueError, match=message) as error:
             engine.submit([bad], [print])
         assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""The server under thousands of hostile requests, under a tool that reads its OpenAPI document, and as a process that is told to end."""
+"""The server under thousands of hostile requests, and as a process that is told to end."""
 
 import json
 import os
@@ -24,26 +24,16 @@ def resident():
 
 
 def test_2000_hostile_requests_leave_nothing_behind():
-    with live.serving(max_body=2**20) as (server, address):
+    with live.serving(max_body=2**20, max_tokens=32) as (server, address):
         check(server, address, attack(address, 300))  # all shapes are compiled
         before = resident()
         check(server, address, attack(address, 2000))
         assert resident() - before < 60 * 2**20, f"{(resident() - before) / 2**20:.0f} MiB more"
 
 
-def test_schemathesis_finds_nothing():
-    schemathesis = pytest.importorskip("schemathesis")
-    assert schemathesis
-    with live.serving(max_tokens=4) as (server, address):
-        found = subprocess.run([sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json", "--max-examples=25", "--seed=1",
-                                "--checks=not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"],
-                               capture_output=True, text=True, timeout=300)
-        assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-2000:]
-        live.settled(server, 60)
-
-
 def test_sigterm_finishes_what_was_accepted(tmp_path):
-    code, output = runs.finish("train", f"--config={runs.recipe(tmp_path)}", f"--workdir={tmp_path}/run", "--config.train.steps=2", "--config.model.context=256")
+    code, output = runs.finish("train", f"--config={runs.recipe(tmp_path)}", f"--workdir={tmp_path}/run", "--config.train.steps=2",
+                               "--config.model.context=256")
     assert code == 0, output
     process = subprocess.Popen([sys.executable, "-m", "jaxlm", "serve", f"--workdir={tmp_path}/run", "--port=0", "--name=me"], stdout=subprocess.PIPE,
                                env=runs.environment(), text=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm import sharding, trees
+from jaxlm.aot import hlo
 from jaxlm.train import checkpoint
 from jaxlm.train.lock import Lock
 from jaxlm.verify import compiled
@@ -169,3 +170,12 @@ def test_bad_input(changes, words):
     with pytest.raises(ValueError, match=words) as caught:
         build(**changes)
     assert "\n" not in str(caught.value)
+
+
+def test_the_output_projection_is_gathered_once_for_all_chunks_of_the_loss():
+    """Under FSDP; gathered in the body of the loop over the chunks it would travel once for each, in both directions."""
+    parts = build((1, 8, 1), model__vocab_size=192, model__tied=False, objective__chunk_rows=64)
+    with jax.set_mesh(parts.mesh):
+        program = hlo.parse(parts.gradient.lower(parts.target.params, parts.batch).compile().as_text())
+    found = [(c.times, c.loop) for c in hlo.collectives(program, parts.mesh.shape) if c.kind == "all-gather" and 192 * 64 in {math.prod(a.shape) for a in c.arrays}]
+    assert found == [(1, "")] * 2, found  # the embedding, and the projection
