@@ -27,6 +27,8 @@ Duration = typing.NewType("Duration", str)
 PAIRS = 16  # of preferences in one row: what an objective keeps apart
 Rules = tuple[tuple[str, bool], ...]
 
+LABELLED = ("classify", "multi_label", "regress", "token_classify")  # objectives that need data.label_key
+
 
 def _need(ok: bool, message: str) -> None:
     if not ok:
@@ -56,7 +58,11 @@ class DataConfig:
     source: tuple[str, ...] = ()  # files, folders, globs (.txt .jsonl .json .csv .tsv [.gz .zst], .html .warc[.gz] .parquet .arrow), folders of Hugging Face
     # `datasets`, tfds:NAME[/CONFIG][:SPLIT], or "python_docs", the text in every CPython; each may have a name: "web=crawl/"
     text_key: str = "text"  # the field (JSON) or column (tables) that holds the text
-    input_key: str = ""  # objective.name=seq2seq: the field or column that the encoder reads; text_key is then what the decoder says
+    input_key: str = ""  # objective.name=seq2seq: the field or column that the encoder reads; text_key is then what the decoder says. With label_key: the
+    # first text of a pair, text_key being the second
+    label_key: str = ""  # the field or column that holds each text's label, for objective.name=classify, multi_label (a list, or "a|b"), regress (a number) and
+    # token_classify (a list of tags, or tags between spaces, one for each word of text_key)
+    slice_keys: tuple[str, ...] = ()  # with label_key: more fields or columns, by whose values jaxlm eval --report divides its figures
     format: Literal["text", "chat", "preference"] = "text"  # chat: records are conversations (`messages`, ShareGPT's `conversations`, or `instruction`, `input`
     # and `output`); preference: a prompt with a chosen and a rejected answer (docs/finetuning.md); text_key is then not used
     chat_template: str = ""  # of chats: chatml, llama3, gemma or the path of a .jinja file; empty: the tokenizer's own
@@ -66,7 +72,8 @@ class DataConfig:
     on_error: Literal["stop", "skip"] = "stop"  # at what cannot be read: stop with its name and line, or skip, count and report it
     tfds_dir: str = ""  # where TFDS keeps its data sets; empty: $TFDS_DATA_DIR, or ~/tensorflow_datasets
     dir: str = ""  # prepared shards; empty: <workdir>/data, prepared on the first run
-    validation: float = 0.03  # share of documents, by hash of their text
+    validation: float = 0.03  # share of documents, by hash of their text; with label_key the same share of each label. Labelled sources that are named train,
+    # validation and test ("test=b.csv") are these splits
     test: float = 0.05  # likewise
     shard_bytes: int = 64 * 2**20  # tokens of one shard file, in bytes, before compression
     sequence_length: int = 512  # tokens in one row of a batch; of an encoder-decoder: of the encoder's row
@@ -194,7 +201,8 @@ class FilterConfig:
 class TransformerConfig:
     kind: Literal["decoder", "encoder"] = "decoder"  # an encoder (BERT) sees all of its segment and norms its embeddings; set causal=false for it
     output: Literal["tokens", "hidden", "pooled", "sequence_labels", "token_labels"] = "tokens"  # encoder: tokens behind masks, states as they are,
-    # one vector of a sequence (from its first token), or labels of a sequence or of each token
+    # one vector of a sequence (from its first token), or labels of a sequence or of each token; a decoder has labels too, of a sequence from its last token.
+    # Objectives with labels set output and labels by themselves
     labels: int = 0  # classes of sequence_labels and token_labels
     label_names: tuple[str, ...] = ()  # what the classes are called, in their order; empty: LABEL_0, LABEL_1 ...
     pooler_activation: Literal["tanh", "relu"] = "tanh"  # between the pooler's and the classifier's matrix; DistilBERT: relu
@@ -266,7 +274,9 @@ class TransformerConfig:
         for key in ("vocab_size", "kv_heads", "head_size", "feedforward", "labels", "token_types", "position_offset", "pipeline_microbatches"):
             _need(getattr(self, key) >= 0, f"model.{key}={getattr(self, key)} must not be negative")
         _need(self.kind == "decoder" or not self.causal, "model.kind=encoder sees the tokens on both sides: set model.causal=false")
-        _need(self.kind == "encoder" or self.output == "tokens", f"model.output={self.output} is an encoder's: set model.kind=encoder, or leave it out")
+        _need(self.kind == "encoder" or self.output not in ("hidden", "pooled"), f"model.output={self.output} is an encoder's: set "
+              "model.kind=encoder, or leave it out")
+        _need(not self.encoder_layers or self.output == "tokens", f"model.output={self.output} is not an encoder-decoder's: leave it out")
         _need(self.kind == "encoder" or not self.token_types, f"model.token_types={self.token_types} are an encoder's: set model.kind=encoder, or leave them out")
         _need(self.positions == "learned" or not self.position_offset, f"model.position_offset={self.position_offset} goes with model.positions=learned")
         _need((self.labels > 0) == self.output.endswith("_labels"), f"model.labels={self.labels} does not go with model.output={self.output}: labels are the "
@@ -333,9 +343,13 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    name: Literal["next_token", "masked_token", "span_corruption", "seq2seq", "sft", "preference"] = "next_token"  # of decoders; of encoders (BERT), with
-    # another mask in each step (RoBERTa); of encoder-decoders: hidden spans of documents (T5), and pairs of data.input_key and data.text_key;
-    # of decoders: what the assistant says in chats (data.format=chat), and which of two answers is better (data.format=preference)
+    name: Literal["next_token", "masked_token", "span_corruption", "seq2seq", "sft", "preference", "classify", "multi_label", "regress",
+                  "token_classify"] = "next_token"  # of decoders; of encoders (BERT), with another mask in each step (RoBERTa); of encoder-decoders: hidden
+    # spans of documents (T5), and pairs of data.input_key and data.text_key; of decoders: what the assistant says in chats (data.format=chat), and which of
+    # two answers is better (data.format=preference); of encoders and decoders with data.label_key: one class of a text, any number of them, a number, a
+    # class of each word
+    class_weights: tuple[tuple[str, float], ...] = ()  # classify, token_classify: factors of the loss, (("spam", 5.0), ...); of classes not named 1
+    class_balance: float = 0.0  # likewise: the loss of a class is multiplied by (an even share / its share in training)^this; 1 makes all classes count alike
     mask_rate: float = 0.15  # masked_token: share of the tokens to be told
     mask_random: float = 0.1  # of these, share that is replaced by any token; in BERT 80 % are masked, 10 % random, 10 % kept
     mask_keep: float = 0.1  # of these, share that is left as it is
@@ -373,6 +387,11 @@ class ObjectiveConfig:
         _need(self.mask_random >= 0 and self.mask_keep >= 0 and self.mask_random + self.mask_keep <= 1, f"objective.mask_random={self.mask_random} and "
               f"objective.mask_keep={self.mask_keep} must be shares of one whole; the rest is masked")
         _need(self.chunk_rows >= 0, f"objective.chunk_rows={self.chunk_rows} must not be negative")
+        _need(0 <= self.class_balance <= 1, f"objective.class_balance={self.class_balance} must be in [0, 1]")
+        _need(all(0 < weight < math.inf for _, weight in self.class_weights), f"objective.class_weights={self.class_weights} must be positive")
+        weighed = bool(self.class_weights or self.class_balance)
+        _need(not weighed or self.name in ("classify", "token_classify"), "objective.class_weights and objective.class_balance go with objective.name=classify "
+              f"and token_classify, not {self.name}: leave them out")
 
 
 @dataclass(frozen=True)
@@ -412,6 +431,8 @@ class OptimConfig:
     b2: float = 0.95  # second-moment decay (adamw, lion); likewise
     eps: float = 1e-8
     state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of the matrices' moments: a half and 0.27 of the memory; see moments.py
+    layer_decay: float = 1.0  # the rate of each layer is this times that of the one above it, of the embedding that of the first; 1: all alike
+    frozen_layers: int = 0  # so many of the first layers, and the embedding, are left as they are
     ema: float = 0.0  # decay of an exponential moving average of the parameters, used by eval and generate; 0: off
 
     def __post_init__(self):
@@ -421,6 +442,8 @@ class OptimConfig:
             _need(0 <= getattr(self, key) < 1, f"optim.{key}={getattr(self, key)} must be in [0, 1)")
         for key in ("weight_decay", "clip", "end_lr_ratio"):
             _need(getattr(self, key) >= 0, f"optim.{key}={getattr(self, key)} must not be negative")
+        _need(0 < self.layer_decay <= 1, f"optim.layer_decay={self.layer_decay} must be in (0, 1]")
+        _need(self.frozen_layers >= 0, f"optim.frozen_layers={self.frozen_layers} must not be negative")
         _need(self.restarts >= 0, f"optim.restarts={self.restarts} must not be negative")
 
 
@@ -447,7 +470,8 @@ class LoraConfig:
 class CheckpointConfig:
     every: Duration = Duration("10%")  # a checkpoint is written every so often, and at the end
     keep_last: int = 2
-    keep_best: int = 1  # the k with the lowest validation loss
+    keep_best: int = 1  # the k with the lowest validation loss, or the best checkpoint.metric
+    metric: str = "loss"  # what is best on the validation split: "loss", or a figure that jaxlm eval prints, such as "accuracy", "f1_macro", "mcc"
     keep_every: Duration = Duration("0")  # and every m-th for good
 
     def __post_init__(self):
@@ -464,6 +488,7 @@ class TrainConfig:
     microbatches: int = 1  # the batch is computed in so many parts, one after the other; the result is the same
     log_every: Duration = Duration("10 steps")
     eval_every: Duration = Duration("10%")
+    patience: int = 0  # the run ends after so many evaluations in a row without a better checkpoint.metric; 0: never
     eval_documents: int = 200  # validation documents of the evaluations during training; 0: all
     bad_steps: int = 10  # stop after so many non-finite losses or gradients in a row; each is skipped and counted
     watchdog_seconds: float = 1800.0  # end the process when no step finishes for so long; 0: off
@@ -472,7 +497,7 @@ class TrainConfig:
     def __post_init__(self):
         for key in ("microbatches", "bad_steps"):
             _need(getattr(self, key) > 0, f"train.{key}={getattr(self, key)} must be positive")
-        for key in ("eval_documents", "watchdog_seconds"):
+        for key in ("eval_documents", "watchdog_seconds", "patience"):
             _need(getattr(self, key) >= 0, f"train.{key}={getattr(self, key)} must not be negative")
 
 
@@ -521,7 +546,20 @@ class Config:
         _need(self.data.format == "text" or not edits, f"data.format={self.data.format}: {' and '.join(edits)} would tear messages apart: leave them out")
         _need(not self.train.init_layers or self.train.init_from, "train.init_layers are layers of another model: set train.init_from")
         pairs, source = self.objective.name == "seq2seq", bool(self.data.source)
-        _need(pairs or not self.data.input_key, f"data.input_key={self.data.input_key!r} goes with objective.name=seq2seq, not {self.objective.name}: "
+        labelled = self.objective.name in LABELLED
+        _need(labelled or not (self.data.label_key or self.data.slice_keys), "data.label_key and data.slice_keys go with "
+              f"objective.name={', '.join(LABELLED)}, not {self.objective.name}: set one of these, or leave the keys out")
+        _need(not labelled or not source or bool(self.data.label_key), f"objective.name={self.objective.name} needs data.label_key: the field (JSONL) or "
+              "column (CSV, Parquet) with the labels")
+        _need(not labelled or not self.lora.rank, f"objective.name={self.objective.name} trains a new head, which adapters do not have: set lora.rank=0, or train a "
+              "few layers with optim.frozen_layers")
+        _need(not labelled or not self.model.encoder_layers, f"objective.name={self.objective.name} trains encoders and decoders, not an encoder-decoder")
+        _need(self.objective.name != "token_classify" or not (self.clean.normalise or self.clean.repair or self.clean.pii or self.data.input_key),
+              "objective.name=token_classify has a tag for each word, which data.input_key, clean.repair, clean.normalise and clean.pii would move: "
+              "leave them out")
+        _need(not labelled or not self.dedup.line_length, "dedup.line_length takes lines out of texts that have labels: set it to 0")
+        _need(pairs or labelled or not self.data.input_key, f"data.input_key={self.data.input_key!r} goes with objective.name=seq2seq or "
+              f"with labels, not {self.objective.name}: "
               "set that, or leave the key out")
         _need(not pairs or not source or bool(self.data.input_key), "objective.name=seq2seq needs data.input_key: the field (JSONL) or column (Parquet) that "
               "the encoder reads; data.text_key is what the decoder says")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import lora
-from jaxlm.config import PAIRS, ObjectiveConfig
+from jaxlm.config import LABELLED, PAIRS, ObjectiveConfig
 from jaxlm.models.decoder import Model
 from jaxlm.ops import distil, losses, moe
 from jaxlm.sharding import constrain, ways
@@ -49,6 +49,45 @@ def _token_sums(cfg: ObjectiveConfig, nll: jax.Array, log_z: jax.Array, right: j
 def masked_token(cfg: ObjectiveConfig, model: Model, params: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> Sums:
     """Cross-entropy of the hidden tokens of a batch that `data/tasks.py` has masked: the targets and weights differ, the sums are the same."""
     return next_token(cfg, model, params, batch, key)
+
+
+def label_logits(model: Model, params: Any, batch: Mapping[str, jax.Array], key: jax.Array | None = None) -> tuple[jax.Array, dict]:
+    """What the model's head says of each text, float32 `[B, classes]`, or of each token, `[B, T, classes]`; and the routers' statistics.
+
+    The state of a text is that of the token whose weight is not 0 (data/tasks.py): a sum, so that it does not matter on which device the token lies.
+    """
+    hidden, _, routing = model.apply(params, batch, key=key)
+    if "labels" not in batch:
+        return model.head(params, hidden), routing
+    chosen = (batch["weights"] > 0).astype(hidden.dtype)
+    return model.head(params, jnp.einsum("btd,bt->bd", hidden, chosen)[:, None]), routing
+
+
+def labels(cfg: ObjectiveConfig, model: Model, params: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> Sums:
+    """The loss of labelled texts: cross-entropy of the class (classify) or of each word's (token_classify), in both with the weights of classes; binary
+    cross-entropy, the mean over classes (multi_label); squared error (regress)."""
+    logits, routing = label_logits(model, params, batch, key)
+    if cfg.name == "token_classify":
+        weights, target = batch["weights"], jax.nn.one_hot(batch["targets"], logits.shape[-1])
+    else:
+        weights, target = batch["weights"].sum(axis=1), batch["labels"]
+    counted = weights > 0
+    if cfg.name == "regress":
+        losses = jnp.square(logits[:, 0] - target[:, 0])
+    elif cfg.name == "multi_label":
+        losses = (jax.nn.softplus(logits) - logits * target).mean(axis=-1)
+    else:
+        losses = -(jax.nn.log_softmax(logits) * target).sum(axis=-1)
+    weight, loss = weights.sum(), (losses * weights).sum()
+    sums = {}
+    if cfg.name != "regress":
+        right = ((logits > 0) == (target > 0)).all(axis=-1) if cfg.name == "multi_label" else jnp.argmax(logits, axis=-1) == jnp.argmax(target, axis=-1)
+        sums["accuracy"] = ((right * counted).sum().astype(jnp.float32), counted.sum().astype(jnp.float32))
+    if routing:
+        found = expert_balance(routing, weight)
+        loss = loss + cfg.moe_balance * found["moe_balance"][0] + cfg.moe_z * found["moe_z"][0]
+        sums |= found
+    return sums | {"loss": (loss, weight)}
 
 
 def distilled(objective: Callable[..., Sums], cfg: ObjectiveConfig, model: Model, params: Any, batch: Mapping[str, jax.Array], key: jax.Array | None, *,
@@ -129,7 +168,7 @@ def expert_balance(routing: Mapping[str, jax.Array], weight: jax.Array) -> Sums:
 # Of an encoder-decoder the decoder's next token counts: of hidden spans, or of the second text of a pair.
 # Of chats (sft) the tokens count that the assistant says: the weights differ, the sums are the same.
 OBJECTIVES: dict[str, Callable[..., Sums]] = {"next_token": next_token, "masked_token": masked_token, "span_corruption": next_token, "seq2seq": next_token,
-                                              "sft": next_token, "preference": preference}
-# The kind of model that each is for: model.kind, or one with model.encoder_layers.
-KINDS = {"next_token": "decoder", "masked_token": "encoder", "span_corruption": "encoder-decoder", "seq2seq": "encoder-decoder", "sft": "decoder",
-         "preference": "decoder"}
+                                              "sft": next_token, "preference": preference, **dict.fromkeys(LABELLED, labels)}
+# The kinds of model that each is for: model.kind, or one with model.encoder_layers.
+KINDS = {"next_token": ("decoder",), "masked_token": ("encoder",), "span_corruption": ("encoder-decoder",), "seq2seq": ("encoder-decoder",), "sft": ("decoder",),
+         "preference": ("decoder",), **dict.fromkeys(LABELLED, ("encoder", "decoder"))}

@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax import contrib
 
 from jaxlm import moments, trees
-from jaxlm.config import OptimConfig, steps_of
+from jaxlm.config import OptimConfig, TransformerConfig, steps_of
 
 
 def schedule(cfg: OptimConfig, total: int, tokens_per_step: int, tokens_per_epoch: int | None = None) -> Callable[[Any], jax.Array]:
@@ -67,18 +68,42 @@ def decays(cfg: OptimConfig, axes: dict[str, tuple[str, ...]]) -> dict[str, bool
     return {path: len([a for a in names if a not in ("layers", "head_size")]) > 1 for path, names in axes.items()}
 
 
-def build(cfg: OptimConfig, rate: Callable, axes: dict[str, tuple[str, ...]]) -> optax.GradientTransformation:
-    """The optimiser: clip by global norm, then the named method with decoupled weight decay, its moments kept as `cfg.state_dtype` says.
+def build(cfg: OptimConfig, rate: Callable, axes: dict[str, tuple[str, ...]], model: TransformerConfig = TransformerConfig()) -> optax.GradientTransformation:
+    """The optimiser: clip by global norm, then the named method with decoupled weight decay, its moments kept as `cfg.state_dtype` says; then the
+    factors of layers.
 
     Args:
       rate: learning rate by step.
       axes: path -> logical axes of each trained parameter.
+      model: for optim.layer_decay and optim.frozen_layers: how many layers there are.
     """
     decay = decays(cfg, axes)
     mask = lambda tree: trees.map_paths(lambda path, _: decay[path], tree)
     clip = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
-    tx = optax.chain(*clip, _method(cfg, rate, mask, axes))
-    return tx if cfg.state_dtype == "float32" else moments.compressed(tx, cfg.state_dtype, axes)
+    keep = (lambda tx: tx) if cfg.state_dtype == "float32" else (lambda tx: moments.compressed(tx, cfg.state_dtype, axes))
+    if cfg.layer_decay == 1 and not cfg.frozen_layers:
+        return keep(optax.chain(*clip, _method(cfg, rate, mask, axes)))
+    factors = layer_factors(cfg, axes, model)
+    scale = lambda updates, state, params=None: (trees.map_paths(lambda path, u: u * factors[path].astype(u.dtype).reshape(-1, *[1] * (u.ndim - 1))
+                                                                 if factors[path].ndim else u * factors[path].astype(u.dtype), updates), state)
+    return keep(optax.chain(*clip, _method(cfg, rate, mask, axes), optax.GradientTransformation(lambda params: optax.EmptyState(), scale)))
+
+
+def layer_factors(cfg: OptimConfig, axes: dict[str, tuple[str, ...]], model: TransformerConfig) -> dict[str, jax.Array]:
+    """path -> what an update is multiplied by, weight decay included: of a stack of layers [layers], else a scalar. 1 above the layers,
+    layer_decay^(layers - i) in layer i = 0, 1, ..., layer_decay^(layers + 1) in the embedding (Clark et al. 2020, ELECTRA); 0 where frozen.
+
+    Raises:
+      ValueError: one line: models whose layers are not one stack, or more frozen layers than there are.
+    """
+    if model.encoder_layers or (model.experts and len(model.sparse_layers) < model.layers):
+        raise ValueError("optim.layer_decay and optim.frozen_layers are for models whose layers are alike: leave them out, or use optim.trainable")
+    if cfg.frozen_layers > model.layers:
+        raise ValueError(f"optim.frozen_layers={cfg.frozen_layers} is more than the {model.layers} layers of the model")
+    layers = cfg.layer_decay ** np.arange(model.layers, 0, -1) * (np.arange(model.layers) >= cfg.frozen_layers)
+    bottom = cfg.layer_decay ** (model.layers + 1) * (cfg.frozen_layers == 0)
+    kind = lambda path, names: layers if "layers" in names else bottom if path.startswith("embed") else 1.0
+    return {path: jnp.asarray(kind(path, names), jnp.float32) for path, names in axes.items()}
 
 
 def _method(cfg: OptimConfig, rate: Callable, mask: Callable, axes: dict[str, tuple[str, ...]]) -> optax.GradientTransformation:

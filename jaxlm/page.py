@@ -11,7 +11,8 @@ from typing import Any
 _STYLE = """
 :root { --ink: #1d2433; --soft: #5b6577; --line: #dde2ea; --bar: #3b6fb6; --bar2: #c9d8ee; --bad: #b4532a; --good: #3a7d44; --back: #ffffff; --card: #f6f8fb; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8f0; --soft: #9aa5b8; --line: #333c4d; --bar: #6c9bdc; --bar2: #2d4162; --bad: #e08a5f; --good: #7fc08a; --back: #141922; --card: #1c232f; }
+  :root { --ink: #e4e8f0; --soft: #9aa5b8; --line: #333c4d; --bar: #6c9bdc; --bar2: #2d4162; --bad: #e08a5f; --good: #7fc08a;
+    --back: #141922; --card: #1c232f; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 70rem; padding: 2rem 1.2rem 5rem; font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); }
@@ -26,8 +27,9 @@ table { border-collapse: collapse; width: 100%; margin: .4rem 0 1rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; } th { color: var(--soft); font-weight: 600; font-size: .85rem; }
 td small { display: block; color: var(--soft); }
-td.bar { width: 30%; min-width: 8rem; } td.bar div { background: var(--bar); height: .8rem; border-radius: 2px; min-width: 1px; } td.bar.bad div { background: var(--bad); }
-.scroll { overflow-x: auto; }
+td.bar { width: 30%; min-width: 8rem; } td.bar div { background: var(--bar); height: .8rem; border-radius: 2px; min-width: 1px; }
+td.bar.bad div { background: var(--bad); }
+.scroll { overflow-x: auto; } .scroll svg { min-width: 34rem; }
 details { margin: .3rem 0; border: 1px solid var(--line); border-radius: .4rem; padding: .3rem .8rem; } summary { cursor: pointer; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); border-radius: .3rem; padding: .5rem .7rem; margin: .3rem 0; font-size: 12.5px; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem; } .id { color: var(--soft); font-size: .8rem; overflow-wrap: anywhere; }
@@ -35,6 +37,10 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); b
   font: 12.5px monospace; white-space: pre; } .piece i { color: var(--soft); font-style: normal; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 11px; }
 svg rect { fill: var(--bar); } svg rect.behind { fill: var(--bar2); }
+.cell { background: color-mix(in srgb, var(--bad) calc(var(--share) * 70%), transparent); border-radius: .3rem; padding: .2rem .6rem; }
+.cell.hit { background: color-mix(in srgb, var(--good) calc(var(--share) * 70%), transparent); } .cell small { display: block; color: inherit; opacity: .75; }
+.good, .warn { border-left: .3rem solid var(--good); background: var(--card); padding: .5rem .9rem; margin: .4rem 0; }
+.warn { border-color: var(--bad); font-weight: 600; }
 svg polyline { fill: none; stroke: var(--bar); stroke-width: 2; vector-effect: non-scaling-stroke; } svg line { stroke: var(--line); }
 svg .b polyline, polyline.b { stroke: var(--bad); } svg polyline.c { stroke: var(--good); }
 .key { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin: 0 .3rem 0 .9rem; vertical-align: -1px; background: var(--bar); }
@@ -58,7 +64,8 @@ def render(title: str, intro: str, sections: Iterable[tuple[str, str, str]], lea
     body = "".join(f'<h2 id="{anchor}">{text(name)}</h2>{content}' for anchor, name, content in shown)
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
             f'<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">'
-            f"<title>{text(title)}</title><style>{_STYLE}</style></head><body><h1>{text(title)}</h1><p>{intro}</p>{lead}<nav>{links}</nav>{body}</body></html>\n")
+            f"<title>{text(title)}</title><style>{_STYLE}</style></head><body><h1>{text(title)}</h1><p>{intro}</p>"
+            f"{lead}<nav>{links}</nav>{body}</body></html>\n")
 
 
 def text(value: Any) -> str:
@@ -110,12 +117,13 @@ def chart(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, ma
     drawn = "".join(f'<polyline class="{kind}" points="{" ".join(at(a, b) for a, b in some)}"/>' for kind, some in zip(kinds, lines.values()))
     for name, level in marks.items():
         place = 200 - 180 * (level - low) / height
-        drawn += f'<line x1="60" x2="920" y1="{place:.1f}" y2="{place:.1f}" stroke-dasharray="4 4"/><text x="920" y="{place - 4:.1f}" text-anchor="end">{text(name)}</text>'
+        drawn += f'<line x1="60" x2="920" y1="{place:.1f}" y2="{place:.1f}" stroke-dasharray="4 4"/>'
+        drawn += f'<text x="920" y="{place - 4:.1f}" text-anchor="end">{text(name)}</text>'
     ticks = "".join(f'<text x="{60 + 860 * i / 4:.0f}" y="218" text-anchor="middle">{_tick(left + width * i / 4)}</text>' for i in range(5))
     ticks += "".join(f'<text x="54" y="{204 - 180 * i / 2:.0f}" text-anchor="end">{_tick(low + height * i / 2)}</text>' for i in range(3))
     key = "".join(f'<span class="key {kind}"></span>{text(name)}' for kind, name in zip(kinds, lines))
-    return (f'<div class="note">{text(y)} over {text(x)}{key}</div><svg viewBox="0 0 950 224" role="img" aria-label="{text(y)} over {text(x)}">'
-            f'<line x1="60" x2="920" y1="200" y2="200"/>{drawn}{ticks}</svg>')
+    return (f'<div class="note">{text(y)} over {text(x)}{key}</div><div class="scroll"><svg viewBox="0 0 950 224" role="img" aria-label="{text(y)} over {text(x)}">'
+            f'<line x1="60" x2="920" y1="200" y2="200"/>{drawn}{ticks}</svg></div>')
 
 
 def _tick(value: float) -> str:

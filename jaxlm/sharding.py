@@ -241,6 +241,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec(("batch", "sequence")))
 
 
+PER_ROW = ("labels",)  # keys of a batch whose second axis is not its tokens: each device has all of it
+
+
 def over(axis: str, mesh: Mesh) -> str:
     """The axes of the mesh that split a logical axis, with their sizes: "data x fsdp = 2 x 4"."""
     names = [name for name in RULES[axis] or () if mesh.shape[name] > 1] or ["fsdp"]
@@ -286,16 +289,17 @@ def to_device(mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int) -> d
     Where devices share a row its tokens lie in zig-zag order, in all arrays alike. Nothing on the devices depends on the order: positions and segments
     say what a token sees, and what is computed for each token lies where the token does.
     """
-    place, parts = batch_sharding(mesh), mesh.shape["sequence"]
+    parts = mesh.shape["sequence"]
+    place = lambda key: NamedSharding(mesh, spec(("batch", None))) if key in PER_ROW else batch_sharding(mesh)
     if parts == 1:
-        return {key: jax.make_array_from_process_local_data(place, rows, (batch_size, *rows.shape[1:])) for key, rows in batch.items()}
+        return {key: jax.make_array_from_process_local_data(place(key), rows, (batch_size, *rows.shape[1:])) for key, rows in batch.items()}
     start = local_rows(mesh, batch_size)[0]
 
-    def piece(rows: np.ndarray, index: tuple[slice, slice]) -> np.ndarray:
+    def piece(key: str, rows: np.ndarray, index: tuple[slice, slice]) -> np.ndarray:
         first, last, _ = index[0].indices(batch_size)
-        return rows[first - start:last - start, zigzag(parts, rows.shape[1])[index[1]]]
+        return rows[first - start:last - start, slice(None) if key in PER_ROW else zigzag(parts, rows.shape[1])[index[1]]]
 
-    return {key: jax.make_array_from_callback((batch_size, rows.shape[1]), place, functools.partial(piece, rows)) for key, rows in batch.items()}
+    return {key: jax.make_array_from_callback((batch_size, rows.shape[1]), place(key), functools.partial(piece, key, rows)) for key, rows in batch.items()}
 
 
 def together(work: Callable[[], int | None]) -> int | None:

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from jaxlm import sharding, trees
-from jaxlm.config import Config, MeshConfig, TransformerConfig
+from jaxlm.config import LABELLED, Config, MeshConfig, TransformerConfig
 from jaxlm.models import encdec
 from jaxlm.train import setup
 
@@ -101,6 +101,10 @@ def shrink(config: Config, steps: int) -> Config:
         shared_feedforward=32 if old.shared_feedforward else 0, dense_layers=dense if len(dense) < layers else dense[:1],
         dropout=0.0, attention_dropout=0.0, embedding_noise=0.0, dtype="float32", init="normal", init_std=0.1, attention="auto", pipeline_microbatches=0,
         encoder_layers=layers if old.encoder_layers else 0)
+    if config.objective.name in LABELLED:
+        labels = 1 if config.objective.name == "regress" else 3
+        model = dataclasses.replace(model, output={"token_classify": "token_labels"}.get(config.objective.name, "sequence_labels"),
+                                    labels=labels, label_names=())
     parts = min(config.train.microbatches, 2)
     balance = {"moe_balance": 0.0, "moe_z": 0.0} if parts > 1 else {}
     objective = dataclasses.replace(config.objective, chunk_rows=64 if config.objective.chunk_rows else 0, teacher="", **balance)
@@ -125,6 +129,20 @@ def batch(step: int, rows: int, paired: bool, length: int = 32, ids: int = VOCAB
     weights = (segments > 0) & (random.random((rows, length)) < 0.8)
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights.astype(np.float32), "segments": segments,
             "positions": np.where(segments == 2, place - cut, place).astype(np.int32)}
+
+
+def labelled(made: dict[str, np.ndarray], step: int, config: Config) -> dict[str, np.ndarray]:
+    """The rows with labels, of other weights: of each token, or of each row at its first token, in decoders its last."""
+    random, rows, classes = np.random.default_rng(1000 + step), len(made["tokens"]), config.model.labels
+    if config.objective.name == "token_classify":
+        return made | {"targets": (made["targets"] % classes).astype(np.int32)}
+    weights = np.zeros_like(made["weights"])
+    place = (made["segments"] > 0).sum(axis=1) - 1 if config.model.kind == "decoder" else np.zeros(rows, int)
+    weights[np.arange(rows), place] = random.choice([0.5, 1, 2], rows)
+    truth = {"classify": np.eye(classes)[random.integers(0, classes, rows)], "multi_label": random.integers(0, 2, (rows, classes)),
+             "regress": random.normal(size=(rows, 1))}[config.objective.name]
+    types = {"types": (made["segments"] == 2).astype(np.int32)} if config.data.input_key and config.model.token_types > 1 else {}
+    return {key: value for key, value in made.items() if key != "targets"} | {"weights": weights, "labels": truth.astype(np.float32)} | types
 
 
 def build(config: Config, name: str) -> setup.Setup:
@@ -155,7 +173,9 @@ def train(parts: setup.Setup, run: Programs, steps: int, params: Any) -> Run:
     with jax.set_mesh(mesh):
         state = parts.begin(jax.tree.map(lambda leaf, target: jax.device_put(leaf, target.sharding), params, parts.target.params))
         for step in range(steps):
-            given = sharding.to_device(mesh, batch(step, rows, parts.config.model.encoder_layers > 0), rows)
+            made = batch(step, rows, parts.config.model.encoder_layers > 0)
+            made = labelled(made, step, parts.config) if parts.config.objective.name in LABELLED else made
+            given = sharding.to_device(mesh, made, rows)
             if step == 0:
                 grads = host(run.gradient(state.params, given)[0])
             state, metrics = run.step(state, given)

@@ -1,5 +1,7 @@
 """The mesh-parity certificate passes what is right and catches what is wrong: a dropped sum, a wrong axis, a mask off by one, an unscaled microbatch."""
 
+import functools
+
 import jax
 import pytest
 
@@ -15,18 +17,27 @@ SPARSE = config.build({"model": {"experts": 4, "windows": (0, 64), "attention_so
 PAIRS = config.build({"model": {"encoder_layers": 2, "positions": "relative"}, "objective": {"name": "seq2seq"}})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_device_is_compiled_once():
+    """The other meshes are built anew: they are what the tests spoil."""
+    alone = functools.cache(verify.build)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "build", lambda cfg, name, exact=verify.build: (alone if name == "fsdp=1" else exact)(cfg, name))
+        yield
+
+
 def certificate(cfg, mesh):
-    [row] = verify.verify(cfg, [mesh], steps=1)
+    [row] = verify.verify(cfg, [mesh], steps=2)
     return row
 
 
-def test_right_meshes_pass():
-    rows = verify.verify(SPARSE, ["sequence=2+tensor=2"], steps=2)
-    assert all(row.ok and row.loss < 1e-5 and row.grads < 1e-5 for row in rows) and verify.line(rows[0]).endswith("ok")
+def test_a_right_mesh_passes():
+    row = certificate(SPARSE, "sequence=2+tensor=2")
+    assert row.ok and row.loss < 1e-5 and row.grads < 1e-5 and verify.line(row).endswith("ok")
 
 
 def test_an_encoder_decoder_passes():
-    row = certificate(PAIRS, "fsdp=2+stage=2+sequence=2")
+    row = certificate(PAIRS, "stage=2+sequence=2")
     assert row.ok and row.grads < 1e-5, row
 
 
@@ -91,6 +102,6 @@ def test_meshes_are_read():
 @pytest.mark.slow
 def test_the_verb_says_yes_and_exits_0(tmp_path):
     from tests.train import runs
-    meshes = "fsdp=4+tensor=2,stage=2,sequence=2"  # the whole list takes minutes; tests/train/test_meshes.py goes through more than that
+    meshes = "fsdp=4+tensor=2,sequence=2"  # the whole list takes minutes; tests/train/test_meshes.py goes through more than that
     code, output = runs.finish("verify", "--config=quickstart", f"--meshes={meshes}", "--steps=2", timeout=900)
-    assert code == 0 and "3 of 3 meshes agree with one device over 2 steps" in output, output
+    assert code == 0 and "2 of 2 meshes agree with one device over 2 steps" in output, output

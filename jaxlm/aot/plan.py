@@ -144,7 +144,7 @@ def largest_batch(verdict: Verdict, quick: bool = False, confirm: bool = False, 
             end *= 2
         return answer(step * bisect.bisect_left(range(1, end), True, key=lambda count: not fits(count)), "by formula")
     fixed = verdict.total - verdict.memory[part]
-    near = int(verdict.rows * (limit - fixed) / max(1, verdict.memory[part])) // step * step
+    near = int(0.8 * verdict.rows * (limit - fixed) / max(1, verdict.memory[part])) // step * step  # nearer, the line is bent already
     second = max(step, near if near != verdict.rows else verdict.rows + step)
     if second == verdict.rows:
         return answer(verdict.rows if verdict.fits else 0, "the fewest rows there can be")

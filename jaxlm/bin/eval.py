@@ -19,6 +19,14 @@ they are no likelihood of a text, so there is no perplexity and nothing to compa
 hidden spans (objective.name=span_corruption), or (seq2seq) loss, perplexity and accuracy of the targets, given their inputs, and how many of
 eval.outputs greedy outputs are the target, word for word.
 
+Of a model with labels (objective.name=classify, multi_label, regress, token_classify) it prints accuracy, macro and micro F1, precision and recall of each
+class, Matthews correlation, AUROC, Brier score, calibration error with and without the temperature that was fitted on the validation split, the confusion
+matrix, or what goes with the objective, with intervals, beside the commonest label and TF-IDF with logistic regression trained on the same texts
+(pip install 'jaxlm[classify]'), and says so where the model does not beat these. Without --step it takes the best checkpoint (checkpoint.metric). --report
+also writes one self-contained HTML page: worst mistakes, slices, suspected label errors, near-duplicates of training texts, words that move answers.
+
+  jaxlm eval --workdir=runs/sentiment --split=test --report
+
 --tasks prints accuracy and what else belongs to each task with 95 % intervals, and how much of the items stands in the training data (13 words in a row).
 Every evaluation leaves WORKDIR/results/step-N/NAME.json and, beside it, NAME.items.jsonl with a line for each item; killed and started again it goes on
 where it was. --compare reads these and says better, worse or cannot tell (a paired test, 5 % false alarms in all), and how many items would be needed.
@@ -42,6 +50,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("data", "", "Folder of another prepared corpus.", flag_values=values)
     flags.DEFINE_integer("limit_documents", 0, "Evaluate so many documents only, spread over the split; 0: all.", flag_values=values)
     flags.DEFINE_integer("batch_size", 0, "Rows of a batch, which changes the speed only; 0: the run's.", flag_values=values)
+    flags.DEFINE_bool("report", False, "Of a model with labels also write a page about its mistakes, WORKDIR/report-SPLIT.html.", flag_values=values)
     flags.DEFINE_list("tasks", [], "Tasks: names of the catalogue, FILE.toml or FILE.toml:NAME.", flag_values=values)
     flags.DEFINE_list("task_data", [], "Folders with the tasks' files.", flag_values=values)
     flags.DEFINE_string("tfds_dir", "", "Where TFDS keeps its data sets; empty: as TFDS does.", flag_values=values)
@@ -136,29 +145,37 @@ def _look(workdir, done: set[int]) -> tuple[int | None, bool]:
 
 
 @functools.lru_cache(1)
-def _scorer(model, mesh, chunk_rows: int):
+def _scorer(model, mesh, objective):
     """Compiled once for all checkpoints of a run."""
-    from jaxlm.evaluate import likelihood
     from jaxlm.models import kinds
+    from jaxlm.train import evaluation
 
-    return likelihood.scorer(kinds.build(model), mesh, chunk_rows)
+    return evaluation.scorer(objective, kinds.build(model), mesh)
 
 
 def _evaluate(values: flags.FlagValues, log, run) -> None:
     """Scores one checkpoint, prints the table, appends to eval.jsonl and TensorBoard."""
     import jax
 
+    from jaxlm.config import LABELLED
     from jaxlm.data import rows
     from jaxlm.evaluate import follow
     from jaxlm.train import benchmarks, evaluation, report, saved
 
-    if run.config.model.output != "tokens":
-        raise ValueError(f"{run.workdir} holds a model with model.output={run.config.model.output}: eval scores tokens only (model.output=tokens)")
+    labelled = run.config.objective.name in LABELLED
+    if run.config.model.output != "tokens" and not labelled:
+        raise ValueError(f"{run.workdir} holds a model with model.output={run.config.model.output}: eval scores "
+                         "tokens (model.output=tokens) and the labels that a run was trained on")
+    if values.report and not labelled:
+        raise ValueError(f"--report shows the mistakes of a classifier, and {run.workdir} holds a model of "
+                         f"objective.name={run.config.objective.name}: leave it out")
     corpus, config = saved.open_data(run, values.data), run.config
     subject = evaluation.Subject(config, run.model, run.mesh, corpus, run.tokenizer, rows.build(config, run.tokenizer, corpus),
-                                 _scorer(config.model, run.mesh, config.objective.chunk_rows))
+                                 _scorer(config.model, run.mesh, config.objective))
     progress = report.Progress()
     show = lambda done, total: progress.show(f"step {run.step}, {values.split}: {min(1, done / max(total, 1)):.0%}")
+    if labelled:
+        return _labelled(values, run, subject, show, progress)
     scores = []
     result = evaluation.score(subject, run.params, values.split, limit=values.limit_documents, batch_size=values.batch_size,
                               progress=show if jax.process_index() == 0 else None, keep=scores.append)
@@ -171,6 +188,28 @@ def _evaluate(values: flags.FlagValues, log, run) -> None:
     report.write_scalars(run.workdir / "eval" / values.split, run.step, {f"eval/{name}": value for name, value in result.items()})
     row = {"step": run.step, "split": values.split, "limit_documents": values.limit_documents, "data": values.data, **result, **verdict}
     follow.append(run.workdir / "eval.jsonl", row)  # last: a watch that is killed before it does the step again
+
+
+def _labelled(values: flags.FlagValues, run, subject, show, progress) -> None:
+    """The same of a model with labels, beside its baselines; with --report also the page."""
+    import jax
+
+    from jaxlm.evaluate import classify, follow
+    from jaxlm.train import classified, mistakes, report
+
+    primary = jax.process_index() == 0
+    judged = classified.judge(subject, run.params, values.split, classified.temperature(run.workdir, run.step), limit=values.limit_documents,
+                              batch_size=values.batch_size, bootstrap=run.config.eval.bootstrap, progress=show if primary else None, primary=primary)
+    if values.report:
+        mistakes.write(subject, run, values.split, judged, log=progress.note)
+    if not primary:
+        return
+    progress.note(f"{run.workdir}, step {run.step}, {values.split} split of {subject.corpus.folder}\n{judged.lines}")
+    figures = classify.scalars(judged.result.summary)
+    report.write_scalars(run.workdir / "eval" / values.split, run.step, {f"eval/{name}": value for name, value in figures.items()})
+    row = {"step": run.step, "split": values.split, "limit_documents": values.limit_documents, "data": values.data, **judged.result.summary}
+    row |= {"confusion": judged.result.matrix.tolist()} if judged.result.matrix is not None else {}
+    follow.append(run.workdir / "eval.jsonl", row | {"baselines": {one.name: classify.scalars(one.figures) for one in judged.baselines}})
 
 
 def _tasks(values: flags.FlagValues, log, asked, run) -> None:

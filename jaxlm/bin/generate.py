@@ -14,6 +14,11 @@ standard input as one prompt. --json prints a line per continuation instead: pro
 An encoder-decoder reads the prompt as its input, and its output is printed on the next line. One that was trained on hidden spans only fills gaps:
 --prompt="Return the <extra_id_0> of the list".
 
+With --classify a model with labels (jaxlm train --config=sentiment) answers each text with its label and the calibrated probability of it; tags come with
+their words, numbers alone. Of a pair write the two texts with " ||| " between them. Each line of the standard input is a text then.
+
+  jaxlm generate --workdir=runs/sentiment --classify --prompt="I would buy it again."
+
 A continuation ends with the end-of-text token, at a --stop text (neither is printed), or after --max_tokens. The same seed gives the same
 text. To make it more daring raise --temperature, more careful lower it or --top_p; 0 always takes the likeliest token. Against repetition
 try --repetition_penalty=1.2.
@@ -45,6 +50,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("system", "", "With --chat: what the assistant is told first.", flag_values=values)
     flags.DEFINE_string("chat_template", "", "With --chat: chatml, llama3, gemma or a .jinja file; empty: the checkpoint's own.", flag_values=values)
     flags.DEFINE_bool("json", False, "Print one JSON line per continuation.", flag_values=values)
+    flags.DEFINE_bool("classify", False, "Label each prompt instead of continuing it.", flag_values=values)
 
 
 def main(values: flags.FlagValues) -> int:
@@ -65,11 +71,17 @@ def main(values: flags.FlagValues) -> int:
         piped = sys.stdin.read().removesuffix("\n")
         if not piped:
             raise ValueError("there is no prompt: give --prompt=TEXT (--prompt= for a text from nothing), --prompts_file, or text on the standard input")
-        prompts = [piped]
+        prompts = [line for line in piped.splitlines() if line.strip()] if values.classify else [piped]
 
     from jaxlm.train.saved import open_run
 
     run = open_run(values.workdir, values.step, log=functools.partial(print, file=sys.stderr))
+    labelled = run.config.model.output.endswith("_labels")
+    if values.classify != labelled:
+        raise ValueError(f"{values.workdir} holds a model that gives labels: ask with --classify" if labelled else
+                         f"--classify needs a model with labels, such as jaxlm train --config=sentiment makes; {values.workdir} holds one without")
+    if labelled:
+        return _label(run, prompts or [input("text> ")], values.json)
     if run.config.model.kind != "decoder":
         raise ValueError(f"{values.workdir} holds an encoder, which fills in masked tokens and does not continue text: jaxlm eval scores it")
     if values.chat:
@@ -86,6 +98,24 @@ def main(values: flags.FlagValues) -> int:
             _answer(run, [prompt], settings, values)
         except ValueError as error:  # too long: the next may be shorter
             print(f"jaxlm: {error}", file=sys.stderr)
+    return 0
+
+
+def _label(run, prompts: list[str], as_json: bool) -> int:
+    import json
+
+    from jaxlm.train import classified
+
+    if empty := [prompt for prompt in prompts if not prompt.strip()]:
+        raise ValueError(f"the text {empty[0]!r} is empty: there is nothing to label")
+    for prompt, answer in zip(prompts, classified.label(run, prompts)):
+        if as_json:
+            print(json.dumps({"prompt": prompt, **answer, "step": run.step}, ensure_ascii=False), flush=True)
+        elif "tags" in answer:
+            print(" ".join(word if tag == "O" else f"{word}[{tag} {p:.2f}]" for word, tag, p in answer["tags"]), flush=True)
+        else:
+            shown = f"{answer['number']:.6g}" if "number" in answer else ", ".join(f"{name} {p:.3f}" for name, p in answer["labels"]) or "none"
+            print(f"{shown:<24}  {prompt}", flush=True)
     return 0
 
 

@@ -64,7 +64,7 @@ def main(values: flags.FlagValues, overrides: list[tuple[str, str]]) -> int:
         print(f"{folder} is whole: {size / 1e6:,.1f} MB have the checksums of {shards.MANIFEST}")
     else:
         runner = beam.runner(values.runner, values.beam_options) if values.runner else None
-        prepare.prepare(cfg.data, cfg.tokenizer, folder, clean=cfg.clean, filter=cfg.filter, dedup=cfg.dedup, runner=runner)
+        prepare.prepare(cfg.data, cfg.tokenizer, folder, clean=cfg.clean, filter=cfg.filter, dedup=cfg.dedup, objective=cfg.objective.name, runner=runner)
         same = "".join(" " + shlex.quote(f"--config.{key}={text}") for key, text in overrides if key != "data.dir")
         print(f"next: jaxlm train --config={values.config}{same} --config.data.dir={shlex.quote(folder)} --workdir=runs/NAME")
     return 0

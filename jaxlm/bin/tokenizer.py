@@ -44,7 +44,7 @@ def _train(name: str, overrides: list[tuple[str, str]], out: str) -> None:
     cfg = config.load(name, overrides)
     os.makedirs(out, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".preparing-", dir=out) as work:
-        tok = prepare.make_tokenizer(cfg.data, cfg.tokenizer, work, clean=cfg.clean, filter=cfg.filter, dedup=cfg.dedup)
+        tok = prepare.make_tokenizer(cfg.data, cfg.tokenizer, work, clean=cfg.clean, filter=cfg.filter, dedup=cfg.dedup, objective=cfg.objective.name)
     path = tok.save(out)
     print(f"{path}: {tok.vocab_size} tokens, sha256 {tok.fingerprint}")
     print(f'next: jaxlm tokenizer --model={path} --text="..."')

@@ -32,6 +32,8 @@ class Document(NamedTuple):
     text: str | bytes  # bytes: an HTML page, or a text file that is not UTF-8; of a pair (data.input_key) both sides, see `readers.PAIR`
     licence: str = ""  # the value of data.licence_key, else that of data.licences for the source
     html: bool = False
+    label: str = ""  # as it was read, as JSON; see labels.py
+    fields: str = ""  # values of data.slice_keys, likewise
 
 
 class Skipped(NamedTuple):
@@ -105,7 +107,7 @@ def placed(file: SourceFile, data: DataConfig) -> Iterator[tuple[str, Document |
         for record in _records(file, data):
             place = f"{file.path}:{record.place}"
             if isinstance(record, Record):
-                yield place, Document(record.id or place, file.source, record.text, record.licence or licence, record.html)
+                yield place, Document(record.id or place, file.source, record.text, record.licence or licence, record.html, record.label, record.fields)
             elif isinstance(record, web.Broken) or data.on_error == "skip":
                 yield place, Skipped(place, file.source, str(record))
             else:
@@ -144,12 +146,13 @@ def check_ids(hashes: np.ndarray, data: DataConfig) -> None:
 
 
 def _records(file: SourceFile, data: DataConfig) -> Iterator[Record | Fault]:
-    keys = Keys(data.text_key, data.id_key, data.licence_key, data.input_key, "" if data.format == "text" else data.format)
+    keys = Keys(data.text_key, data.id_key, data.licence_key, data.input_key, "" if data.format == "text" else data.format, data.label_key, data.slice_keys)
     reader = _READERS.get(max((suffix for suffix in SUFFIXES if file.path.lower().endswith(suffix)), key=len, default=""))
     if keys.form and reader is not readers.json_lines:
         raise ValueError(f"{file.path}: data.format={data.format} reads JSON only: .jsonl with one record a line, or .json with a list of them")
-    if keys.input and (file.path == PYTHON_DOCS or reader in (readers.text, web.page, web.warc)):
-        raise ValueError(f"{file.path} has no fields: data.input_key={keys.input!r} needs JSON lines, CSV, Parquet, Arrow, datasets or TFDS")
+    if (keys.input or keys.label) and (file.path == PYTHON_DOCS or reader in (readers.text, web.page, web.warc)):
+        key = f"data.label_key={keys.label!r}" if keys.label else f"data.input_key={keys.input!r}"
+        raise ValueError(f"{file.path} has no fields: {key} needs JSON lines, CSV, Parquet, Arrow, datasets or TFDS")
     if file.path == PYTHON_DOCS:
         return (Record(name, text) for name, text in python_docs.texts())
     if file.path.startswith(tfds.PREFIX):

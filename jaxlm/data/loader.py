@@ -65,8 +65,15 @@ def batches(corpus: Corpus, split: str, task: Task, *, batch_size: int, seed: in
             plan = cached[part](epoch)
         return pack.row(plan, index)
 
+    of = of_rows.targets(task, corpus, split) if task.labelled else None
+
     def batch(step: int) -> tuple[int, Batch]:
         first = step * batch_size + begin
+        if task.labelled:
+            whole = [row(step * batch_size + i) for i in range(batch_size)]  # whose longest text decides, on every host
+            local = of_rows.fill_labelled(task, whole[begin:end], corpus, split, of, of_rows.length(task, corpus.splits[split], whole), train=True)
+            del local["documents"]
+            return step, local
         local = of_rows.fill(task, [row(first + i) for i in range(end - begin)], corpus, split, first, seed)
         del local["documents"]
         return step, local
@@ -97,7 +104,12 @@ def evaluation_batches(corpus: Corpus, split: str, task: Task, *, batch_size: in
     begin, end = rows or (0, batch_size)
     total = len(plan.rows)
 
+    of = of_rows.targets(task, corpus, split) if task.labelled else None
+
     def batch(number: int) -> Batch:
+        if task.labelled:
+            whole = [pack.row(plan, i) if i < total else [] for i in range(number * batch_size, (number + 1) * batch_size)]
+            return of_rows.fill_labelled(task, whole[begin:end], corpus, split, of, of_rows.length(task, index, whole), train=False)
         indices = range(number * batch_size + begin, number * batch_size + end)
         return of_rows.fill(task, [pack.row(plan, i) if i < total else [] for i in indices], corpus, split, None)
 

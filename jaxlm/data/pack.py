@@ -22,6 +22,9 @@ from typing import NamedTuple
 import numpy as np
 
 
+_POOL = 32  # batches among whose texts those of similar length are put together
+
+
 class Piece(NamedTuple):
     """Inputs are a document's tokens [start, stop), targets its tokens [start + 1, stop + 1), of which the first `seen` do not count."""
 
@@ -133,6 +136,18 @@ def fitted_plan(pieces: np.ndarray, sizes: np.ndarray, room: Sequence[int], *key
     row_ends = np.cumsum(np.bincount(place))
     rows = shuffled(len(row_ends), "rows", *key) if key else np.arange(len(row_ends))
     return FittedPlan(pieces[np.argsort(place, kind="stable")], row_ends, rows)
+
+
+def grouped_plan(pieces: np.ndarray, sizes: np.ndarray, batch_size: int, *key: object) -> FittedPlan:
+    """Rows of one piece each, shuffled by `key`, such that the rows of a batch are of similar size: of each `_POOL` batches of shuffled pieces those of similar
+    size are put together. The last batch of the epoch ends in rows of nothing."""
+    order = shuffled(len(pieces), "pieces", *key)
+    pool = _POOL * batch_size
+    order = np.concatenate([order[:0], *(some[np.argsort(sizes[some, 0], kind="stable")] for some in np.split(order, range(pool, len(order), pool)))])
+    whole = len(order) // batch_size  # batches without padding: these are shuffled
+    batches = np.append(shuffled(whole, "batches", *key), [whole] * (len(order) % batch_size > 0)).astype(np.int64)
+    rows = (batches[:, None] * batch_size + np.arange(batch_size)).reshape(-1)
+    return FittedPlan(pieces[order], np.minimum(np.arange(1, len(rows) + 1), len(order)), rows)
 
 
 def best_fit(sizes: np.ndarray, room: Sequence[int]) -> np.ndarray:

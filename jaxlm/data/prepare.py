@@ -19,17 +19,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import jaxlm
-from jaxlm.config import CleanConfig, Config, DataConfig, DedupConfig, FilterConfig, ObjectiveConfig, TokenizerConfig, keys
+from jaxlm.config import LABELLED, CleanConfig, Config, DataConfig, DedupConfig, FilterConfig, ObjectiveConfig, TokenizerConfig, keys
 from jaxlm.data import chat, conversations, corpora, page, readers, run, shards, stages, summary, tokenizer
 from jaxlm.data.survivors import SPLITS, Survey
 
 TIMINGS = "timings.json"
 # Of data: those that the bytes depend on.
-_KEYS = ("source", "text_key", "input_key", "format", "chat_template", "id_key", "licence_key", "licences", "on_error", "validation", "test", "shard_bytes")
+_KEYS = ("source", "text_key", "input_key", "label_key", "slice_keys", "format", "chat_template", "id_key", "licence_key", "licences", "on_error", "validation",
+         "test", "shard_bytes")
 
 
 def prepare(data: DataConfig, tokenizer_cfg: TokenizerConfig, folder: str | Path, *, clean: CleanConfig = CleanConfig(), filter: FilterConfig = FilterConfig(),
-            dedup: DedupConfig = DedupConfig(), log: Callable[[str], None] = print, runner: run.Runner | None = None) -> shards.Corpus:
+            dedup: DedupConfig = DedupConfig(), objective: str = "", log: Callable[[str], None] = print,
+            runner: run.Runner | None = None) -> shards.Corpus:
     """Prepares `data.source` in `folder`, or opens what was prepared there from the same config.
 
     Args:
@@ -39,6 +41,7 @@ def prepare(data: DataConfig, tokenizer_cfg: TokenizerConfig, folder: str | Path
       clean: what is done to each document, and which are kept.
       filter: rules of quality.
       dedup: which documents are dropped for another one.
+      objective: with data.label_key what the labels are, see `ObjectiveConfig.name`.
       log: receives progress, a line at a time.
       runner: who does the work; None: this machine, with `data.workers` processes. These import `__main__`, so a script that calls this
         needs the usual `if __name__ == "__main__":`.
@@ -49,7 +52,7 @@ def prepare(data: DataConfig, tokenizer_cfg: TokenizerConfig, folder: str | Path
       KeyboardInterrupt: as it came; the work so far is kept for the next call, as it is after a kill.
     """
     folder = Path(folder)
-    config = _config(data, tokenizer_cfg, clean, filter, dedup)
+    config = _config(data, tokenizer_cfg, clean, filter, dedup, objective)
     made_from = _made_from(config)
     if (folder / shards.MANIFEST).exists():
         shards.remove_leftover(folder)
@@ -76,9 +79,10 @@ def prepare(data: DataConfig, tokenizer_cfg: TokenizerConfig, folder: str | Path
 
 
 def make_tokenizer(data: DataConfig, tokenizer_cfg: TokenizerConfig, work: str | Path, *, clean: CleanConfig = CleanConfig(),
-                   filter: FilterConfig = FilterConfig(), dedup: DedupConfig = DedupConfig(), log: Callable[[str], None] = print) -> tokenizer.Tokenizer:
+                   filter: FilterConfig = FilterConfig(), dedup: DedupConfig = DedupConfig(), objective: str = "",
+                   log: Callable[[str], None] = print) -> tokenizer.Tokenizer:
     """The tokenizer that `prepare` would make. `work`: an empty or new folder for what lies between, the text as cleaned among it."""
-    config = _config(data, tokenizer_cfg, clean, filter, dedup)
+    config = _config(data, tokenizer_cfg, clean, filter, dedup, objective)
     files = [] if _is_given(tokenizer_cfg) else corpora.files(config.data)
     with run.local(_workers(config.data, files)) as runner:
         stage = _Stages(config, Path(work), files, log, runner)
@@ -106,7 +110,7 @@ class _Stages:
                                     functools.partial(stages.clean_batch, self.config, self.work), lambda unit: unit.size,
                                     lambda unit: [file.path for file in unit.files]))
         with self._timed("de-duplicate"):
-            survey = Survey(self.work, self.units, cfg)
+            survey = Survey(self.work, self.units, cfg, self.config.objective.name if self.config.data.label_key else "")
             self.bytes["clean"] = sum(source["read"]["bytes"] for source in survey.counts.sources.values())
             if cfg.exact:
                 survey.drop_equal()
@@ -210,15 +214,18 @@ def _write(stage: _Stages, survey: Survey, tok: tokenizer.Tokenizer, out: Path, 
                 continue
             with stages.load(stage.work, "clean", batch.unit, batch.number) as file:
                 ids = stages.strings(file, "id")
+                examples = _examples(file, rows, data)
             with stages.load(stage.work, "tokens", batch.unit, batch.number) as file:
+                words = np.split(file["words"], np.cumsum(file["word_counts"])[:-1])
                 sequences, sizes, inputs = np.split(file["tokens"], np.cumsum(file["lengths"])[:-1]), file["sizes"], file["inputs"]
                 turns = np.split(file["turns"], np.cumsum(file["turn_counts"])[:-1])
                 tokens.add(file["occurrences"])
-            for row, sequence, size, read, said in zip(rows, sequences, sizes, inputs, turns):
+            for number, (row, sequence, size, read, said) in enumerate(zip(rows, sequences, sizes, inputs, turns)):
                 document = row + batch.documents.start
                 source, licence = survey.origins[survey.origin[document]]
                 split = SPLITS[splits[document]]
-                writers[split].add(ids[row].decode("utf-8", "surrogateescape"), sequence, int(size), source, licence, int(read), said)
+                writers[split].add(ids[row].decode("utf-8", "surrogateescape"), sequence, int(size), source, licence, int(read), said,
+                                   (*examples[number], words[number]) if examples else None)
                 tokens.document(source, licence, split, len(sequence), int(size))
         entries = {split: writer.close() for split, writer in writers.items()}
         report = summary.report(made_from, survey, tokens, entries)
@@ -236,12 +243,21 @@ def _write(stage: _Stages, survey: Survey, tok: tokenizer.Tokenizer, out: Path, 
     return manifest, report
 
 
-def _config(data: DataConfig, tokenizer_cfg: TokenizerConfig, clean: CleanConfig, filter: FilterConfig, dedup: DedupConfig) -> Config:
+def _examples(file: Mapping[str, Any], rows: np.ndarray, data: DataConfig) -> list[tuple[bytes, bytes, bytes]]:
+    """Text, label and fields of the labelled documents of a batch that live."""
+    if not data.label_key:
+        return []
+    columns = [stages.strings(file, key) for key in ("text", "label", "fields")]
+    return [tuple(column[row] for column in columns) for row in rows]
+
+
+def _config(data: DataConfig, tokenizer_cfg: TokenizerConfig, clean: CleanConfig, filter: FilterConfig, dedup: DedupConfig, objective: str) -> Config:
     """The parts that the bytes depend on; what concerns the model alone stays at its defaults."""
     free = {key: DataConfig.__dataclass_fields__[key].default for key in ("sequence_length", "batch_size")}
     name = {"chat": "sft", "preference": "preference"}.get(data.format, "seq2seq" if data.input_key else "next_token")
-    objective = ObjectiveConfig(name=name)
-    return Config(data=dataclasses.replace(data, **free), objective=objective, tokenizer=tokenizer_cfg, clean=clean, filter=filter, dedup=dedup)
+    if data.label_key:
+        name = objective if objective in LABELLED else "classify"
+    return Config(data=dataclasses.replace(data, **free), objective=ObjectiveConfig(name=name), tokenizer=tokenizer_cfg, clean=clean, filter=filter, dedup=dedup)
 
 
 def _is_given(cfg: TokenizerConfig) -> bool:
@@ -250,6 +266,8 @@ def _is_given(cfg: TokenizerConfig) -> bool:
 
 def _made_from(config: Config) -> dict[str, Any]:
     made_from = {f"data.{key}": getattr(config.data, key) for key in _KEYS}
+    if config.data.label_key:
+        made_from["objective.name"] = config.objective.name
     for part in ("tokenizer", "clean", "filter", "dedup"):
         made_from |= {f"{part}.{key}": value for key, value in dataclasses.asdict(getattr(config, part)).items()}
     return json.loads(json.dumps(made_from))

@@ -35,6 +35,13 @@ class Keys(NamedTuple):
     licence: str = ""
     input: str = ""  # what an encoder reads; `text` is then what the decoder says
     form: str = ""  # chat or preference: the record is one, see conversations.py
+    label: str = ""
+    fields: tuple[str, ...] = ()  # kept beside a labelled text
+
+    @property
+    def names(self) -> list[str]:
+        """All that are asked for."""
+        return [name for name in (self.text, self.id, self.licence, self.input, self.label, *self.fields) if name]
 
 
 class Record(NamedTuple):
@@ -43,6 +50,8 @@ class Record(NamedTuple):
     id: str = ""  # of its own, where the file gives one
     licence: str = ""
     html: bool = False
+    label: str = ""  # as JSON; "" where none was asked for
+    fields: str = ""  # likewise: an object
 
 
 class Fault(ValueError):
@@ -185,17 +194,40 @@ def _json_record(where: str, number: int, line: bytes, keys: Keys) -> Record:
         except ValueError as error:
             raise Fault(f"{where}: {error}", number) from None
         keys = keys._replace(text="")
-    for key, option in _text_keys(keys):
+    for key, option in (*_text_keys(keys), *_label_keys(keys)):
         if key not in record:
             found = ", ".join(map(repr, list(record)[:10])) or "none"
             raise Fault(f"{where}: no key {key!r}; its keys: {found}; set data.{option}", number)
+    record = _spoken(record, keys)
+    for key, _ in _text_keys(keys):
         if not isinstance(record[key], str):
             raise Fault(f"{where}: {key!r} is {json.dumps(record[key])[:40]}, not text", number)
     text = text if keys.form else joined(where, number, record, keys)
     record_id, licence = _id(where, number, record, keys), record.get(keys.licence) if keys.licence else None
     if b"\\u" in line and not all(map(_encodable, (text, record_id, str(licence)))):
         raise Fault(f"{where}: {keys.text!r} has half of a surrogate pair (\\ud800 to \\udfff), not a character", number)
-    return Record(number, text, record_id, "" if licence is None else str(licence))
+    return Record(number, text, record_id, "" if licence is None else str(licence), **labelled(record, keys))
+
+
+def _label_keys(keys: Keys) -> list[tuple[str, str]]:
+    return [(keys.label, "label_key")] * bool(keys.label) + [(key, "slice_keys") for key in keys.fields]
+
+
+def _spoken(record: Mapping[str, Any], keys: Keys) -> Mapping[str, Any]:
+    """A labelled text that is given as a list of words, as one text."""
+    words = record[keys.text] if keys.label else None
+    if isinstance(words, list) and all(isinstance(word, str) and word and not any(map(str.isspace, word)) for word in words):
+        return {**record, keys.text: " ".join(words)}
+    return record
+
+
+def labelled(record: Mapping[str, Any], keys: Keys) -> dict[str, str]:
+    """Label and fields of a record, as JSON; nothing where no label is asked for."""
+    if not keys.label:
+        return {}
+    plain = lambda value: value if isinstance(value, (str, int, float, bool, list, type(None))) else str(value)
+    return {"label": json.dumps(plain(record[keys.label]), ensure_ascii=False),
+            "fields": json.dumps({key: str(record[key]) for key in keys.fields}, ensure_ascii=False)}
 
 
 def _text_keys(keys: Keys) -> list[tuple[str, str]]:
@@ -204,6 +236,8 @@ def _text_keys(keys: Keys) -> list[tuple[str, str]]:
 
 def joined(where: str, number: int, values: Mapping[str, Any], keys: Keys) -> str:
     """The text, or a pair as one text. An input may be empty, a target must not."""
+    if keys.label and not values[keys.text].strip():
+        raise Fault(f"{where}: {keys.text!r} is empty: each label needs a text; take the row out, or set data.on_error=skip", number)
     if not keys.input:
         return values[keys.text]
     for key in (keys.input, keys.text):
@@ -258,7 +292,7 @@ def table(path: str, keys: Keys) -> Iterator[Record | Fault]:
             if len(cells) != len(names):
                 raise Fault(f"{where}: {len(cells)} cells, but the first line names {len(names)} columns", started)
             record = dict(zip(names, cells))
-            yield Record(started, joined(where, started, record, keys), _id(where, started, record, keys), record.get(keys.licence, ""))
+            yield Record(started, joined(where, started, record, keys), _id(where, started, record, keys), record.get(keys.licence, ""), **labelled(record, keys))
         except StopIteration:
             return
         except csv.Error as error:
@@ -295,7 +329,7 @@ def _row_lines(path: str, row: _Row) -> Iterator[str]:
 
 
 def _columns(where: str, names: list[str], keys: Keys) -> list[str]:
-    for name, option in (*_text_keys(keys), (keys.id, "id_key"), (keys.licence, "licence_key")):
+    for name, option in (*_text_keys(keys), *_label_keys(keys), (keys.id, "id_key"), (keys.licence, "licence_key")):
         if name and names.count(name) != 1:
             raise Fault(f"{where}: {'no' if name not in names else 'more than one'} column {name!r}; its columns: "
                         f"{', '.join(map(repr, names[:20]))}; set data.{option}") from None
@@ -331,7 +365,7 @@ def parquet(path: str, keys: Keys) -> Iterator[Record | Fault]:
     def batches(names):
         with parquet.ParquetFile(path) as file:
             names(file.schema_arrow)
-            yield from file.iter_batches(batch_size=256, columns=[name for name in keys if name])
+            yield from file.iter_batches(batch_size=256, columns=keys.names)
 
     return _rows(path, keys, batches, pyarrow, "Parquet")
 
@@ -349,7 +383,7 @@ def arrow(path: str, keys: Keys) -> Iterator[Record | Fault]:
             check(reader.schema)
             for batch in map(reader.get_batch, range(reader.num_record_batches)) if magic == b"ARROW1" else reader:
                 batch.validate(full=True)  # offsets of a damaged file point anywhere
-                yield batch.select([name for name in keys if name])
+                yield batch.select(keys.names)
 
     return _rows(path, keys, batches, pyarrow, "Arrow")
 
@@ -363,32 +397,55 @@ def _pyarrow(path: str):
 
 
 def _rows(path: str, keys: Keys, batches, pyarrow, kind: str) -> Iterator[Record | Fault]:
-    types, row = pyarrow.types, 0
+    types, row, classes = pyarrow.types, 0, []
 
     def check(schema) -> None:
         _columns(path, schema.names, keys)
+        classes.extend(_class_names(schema.metadata, keys.label))
         for key, _ in _text_keys(keys):
             held = schema.field(key).type
+            if keys.label and key == keys.text and types.is_list(held):
+                continue
             if not (types.is_string(held) or types.is_large_string(held) or types.is_string_view(held)):
                 raise Fault(f"{path}: column {key!r} holds {held}, not text")
 
     try:
         for batch in batches(check):
             texts = [key for key, _ in _text_keys(keys)]
-            columns = {name: (_texts if name in texts else _values)(batch.column(batch.schema.get_field_index(name))) for name in keys if name}
+            columns = {name: (_texts if name in texts else _values)(batch.column(batch.schema.get_field_index(name))) for name in keys.names}
             for at in range(batch.num_rows):
                 row += 1
                 where = f"{path}, row {row}"
                 try:
-                    values = {name: column[at] for name, column in columns.items()}
+                    values = _spoken({name: column[at] for name, column in columns.items()}, keys)
+                    if classes:
+                        values = {**values, keys.label: _called(values[keys.label], classes)}
                     for key in texts:
                         _check_cell(where, row, key, values[key])
                     licence = values.get(keys.licence)
-                    yield Record(row, joined(where, row, values, keys), _id(where, row, values, keys), "" if licence is None else str(licence))
+                    yield Record(row, joined(where, row, values, keys), _id(where, row, values, keys), "" if licence is None else str(licence),
+                                 **labelled(values, keys))
                 except Fault as fault:
                     yield fault
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise Fault(f"{path} cannot be read as {kind} after row {row}: {' '.join(str(error).split())}") from None
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None, label: str) -> list[str]:
+    """Names of the classes that Hugging Face `datasets` writes beside a column of their numbers (ClassLabel), or of lists of them; none if it is no such."""
+    try:
+        feature = json.loads((metadata or {})[b"huggingface"])["info"]["features"][label]
+        names = (feature[0] if isinstance(feature, list) else feature.get("feature", feature))["names"]
+        return [str(name) for name in names]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        return []
+
+
+def _called(value: Any, classes: Sequence[str]) -> Any:
+    """The name of a class, or of each in a list, by its number; what is no number of a class is left as it is."""
+    if isinstance(value, list):
+        return [_called(item, classes) for item in value]
+    return classes[value] if isinstance(value, int) and 0 <= value < len(classes) else None if value == -1 else value
 
 
 def _check_cell(where: str, row: int, key: str, value: str | None | UnicodeDecodeError) -> None:

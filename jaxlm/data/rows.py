@@ -1,12 +1,13 @@
 """From documents to rows: what each objective makes of a split, planned ahead (`pack.py`) and then filled (`tasks.py`)."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxlm.config import PAIRS, Config, ObjectiveConfig
-from jaxlm.data import pack, tasks
+from jaxlm.config import LABELLED, PAIRS, Config, ObjectiveConfig
+from jaxlm.data import labels, pack, tasks
 from jaxlm.data.mixture import Mixture
 from jaxlm.data.pack import EpochSize, Piece, Plan
 from jaxlm.data.shards import Corpus, Split
@@ -29,11 +30,29 @@ class Task(NamedTuple):
     start: int = 0  # id with which the decoder begins
     eos: int = 0
     sentinels: np.ndarray = np.zeros(0, np.int32)  # span_corruption: ids of <extra_id_0>, ...
+    # Objectives with labels, whose rows hold one text each and are as long as the longest text of their batch needs (`lengths`):
+    batch_size: int = 0
+    label_names: tuple[str, ...] = ()
+    class_weights: np.ndarray = np.zeros(0, np.float32)  # [classes]; of regress and multi_label [0]
+    last: bool = False  # the label of a text is read from its last token (decoders), not its first
+    types: bool = False  # the tokens of a pair's second text are of type 1
 
     @property
     def fitted(self) -> bool:
         """Whether rows hold whole pieces rather than parts of a stream."""
-        return self.packing == "best_fit" or self.objective.name in PAIRED + CHATS
+        return self.packing == "best_fit" or self.objective.name in PAIRED + CHATS or self.labelled
+
+    @property
+    def labelled(self) -> bool:
+        return self.objective.name in LABELLED
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths that a labelled batch may have, ascending: data.sequence_length and its halves of at least 16. Each is a program of its own."""
+        found = [self.sequence_length]
+        while found[0] % 2 == 0 and found[0] >= 32:
+            found.insert(0, found[0] // 2)
+        return tuple(found)
 
     @property
     def room(self) -> tuple[int, ...]:
@@ -50,6 +69,12 @@ def build(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> Task:
       ValueError: one line: a tokenizer without mask or sentinels, a corpus with or without pairs that should be the other, a decoder's row too short.
     """
     name, data = config.objective.name, config.data
+    if (name in LABELLED) != ("examples" in corpus.manifest["splits"]["train"]):
+        raise ValueError(f"{corpus.folder} was prepared without data.label_key and holds no labels: prepare it with that key for objective.name={name}"
+                         if name in LABELLED else f"{corpus.folder} holds labels (data.label_key): they are for "
+                         f"objective.name={', '.join(LABELLED)}, not {name}")
+    if name in LABELLED:
+        return _labelled(config, tokenizer, corpus)
     train = corpus.splits["train"]
     if (train.turns is not None) != (name in CHATS) or name in CHATS and (train.inputs is not None) != (name == "preference"):
         asked, found = ("chat" if name == "sft" else name) if name in CHATS else "text", "text"
@@ -74,6 +99,52 @@ def build(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> Task:
         raise ValueError(f"data.target_length={task.target_length} is longer than model.context={config.model.context}: make the first smaller or the second "
                          "larger")
     return task
+
+
+def _labelled(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> Task:
+    """The task of a labelled corpus. Where the model knows classes (model.label_names) that the corpus' are among, these are meant, in their order.
+
+    Raises:
+      ValueError: one line: labels of another kind, one class only, a class that is not in training, a weight for no class.
+    """
+    name, data, model = config.objective.name, config.data, config.model
+    made_for = corpus.manifest["made_from"].get("objective.name")
+    if made_for != name:
+        raise ValueError(f"{corpus.folder} was prepared with labels for objective.name={made_for}, not {name}: prepare it again, in another data.dir")
+    train = corpus.examples("train").labels
+    found = labels.names(name, train)
+    known = model.label_names if set(found) <= set(model.label_names) else found
+    if name in ("classify", "token_classify") and len(found) < 2 and known == found:
+        raise ValueError(f"{corpus.folder} has one class only ({', '.join(map(repr, found))}), so there is nothing to tell apart: give examples of another")
+    if name == "multi_label" and not found:
+        raise ValueError(f"{corpus.folder} has no label at all in its training split: give examples of some class")
+    for split in ("validation", "test"):
+        held_out = corpus.examples(split).labels
+        if held_out and not set(held_out) <= set(train):
+            labels.check(name, known, held_out, [f"{corpus.document_id(split, i)} ({split})" for i in range(len(held_out))], "the training split")
+    factors = np.zeros(0, np.float32)
+    if name in ("classify", "token_classify"):
+        often = dict.fromkeys(known, 0)
+        for label in train:
+            for one in labels.classes(name, label):
+                often[one] += 1
+        counts = np.maximum(np.array([often[one] for one in known], np.float64), 1)
+        factors = labels.weights(known, counts, dict(config.objective.class_weights), config.objective.class_balance)
+    return Task(data.sequence_length, config.objective, mixture=Mixture(data.weights, data.temperature, data.epochs), eos=tokenizer.eos,
+                batch_size=data.batch_size, label_names=known, class_weights=factors, last=model.kind == "decoder", types=bool(data.input_key) and model.token_types > 1)
+
+
+def for_labels(config: Config, task: Task) -> Config:
+    """The config whose model has the head that the task needs; an imported one that fits keeps its classes."""
+    if not task.labelled:
+        return config
+    model = config.model
+    output = "token_labels" if task.objective.name == "token_classify" else "sequence_labels"
+    count = len(task.label_names) or 1  # a number is one output
+    # Encoders without types of tokens are DistilBERT's kind, whose heads of transformers have a ReLU. BERT's have tanh.
+    activation = model.pooler_activation if model.output == output or model.kind == "decoder" or model.token_types else "relu"
+    model = dataclasses.replace(model, output=output, labels=count, label_names=task.label_names, pooler_activation=activation)
+    return dataclasses.replace(config, model=model)
 
 
 def _with_sentinels(task: Task, tokenizer: Tokenizer, corpus: Corpus, context: int) -> Task:
@@ -118,6 +189,8 @@ def _items(task: Task, split: Split, documents: np.ndarray | None) -> tuple[np.n
     """
     documents = np.arange(len(split.tokens)) if documents is None else documents
     lengths = split.tokens[documents].astype(np.int64)
+    if task.labelled:
+        return np.stack([documents, np.zeros_like(lengths), lengths, np.zeros_like(lengths)], axis=1), np.minimum(lengths, task.sequence_length)[:, None]
     if task.objective.name in CHATS:
         sides = _sides(task, split, documents)
         sizes = sum(stop - start for start, stop in sides)
@@ -156,6 +229,8 @@ def _said(split: Split, documents: np.ndarray, start: np.ndarray, stop: np.ndarr
 def piece_tokens(task: Task, split: Split, pieces: np.ndarray) -> np.ndarray:
     """Tokens of its document that each piece, int64 [pieces, 4], brings into a row: targets; of a text for span corruption all that can be hidden; of a pair
     both sides, as far as they are not cut. int64 [pieces]."""
+    if task.labelled:
+        return np.minimum(pieces[:, 2] - pieces[:, 1], task.sequence_length)
     if task.objective.name != "seq2seq":
         return pieces[:, 2] - pieces[:, 1]
     read, whole = split.inputs[pieces[:, 0]].astype(np.int64), split.tokens[pieces[:, 0]].astype(np.int64)
@@ -168,13 +243,15 @@ def document_tokens(task: Task, split: Split, documents: np.ndarray) -> np.ndarr
         pieces, sizes = _items(task, split, documents)
         return np.bincount(pieces[:, 0], sizes[:, 0], len(split.tokens))[documents].astype(np.int64)
     lengths = split.tokens[documents].astype(np.int64)
-    bare = 2 if task.objective.name == "span_corruption" else 1  # bos and eos, or the first token, which is no target
+    bare = 0 if task.labelled else 2 if task.objective.name == "span_corruption" else 1  # bos and eos, or the first token, which is no target
     whole = np.stack([documents, np.zeros_like(lengths), np.maximum(lengths - bare, 0), np.zeros_like(lengths)], axis=1)
     return piece_tokens(task, split, whole)
 
 
 def plan(task: Task, split: Split, key: tuple, documents: np.ndarray | None = None) -> Plan:
     """The rows of one epoch of training over the documents (all, or those numbered), shuffled by `key`; a pure function of its arguments."""
+    if task.labelled:
+        return pack.grouped_plan(*_items(task, split, documents), task.batch_size, *key)
     if task.fitted:
         return pack.fitted_plan(*_items(task, split, documents), task.room, *key)
     if documents is None:
@@ -185,6 +262,10 @@ def plan(task: Task, split: Split, key: tuple, documents: np.ndarray | None = No
 
 def epoch_size(task: Task, split: Split, documents: np.ndarray | None = None) -> EpochSize:
     """Rows, targets, padding and positions of an epoch, the same for each."""
+    if task.labelled:
+        _, sizes = _items(task, split, documents)
+        rows = -(-len(sizes) // task.batch_size) * task.batch_size
+        return EpochSize(rows, len(sizes), rows * task.sequence_length - int(sizes.sum()), rows * task.sequence_length)
     if not task.fitted:
         return pack.epoch_size(split.tokens if documents is None else split.tokens[documents], task.sequence_length)
     _, sizes = _items(task, split, documents)
@@ -197,6 +278,11 @@ def epoch_size(task: Task, split: Split, documents: np.ndarray | None = None) ->
 
 def notes(task: Task, split: Split) -> list[str]:
     """What a user should know of how documents become rows: what is cut, and how."""
+    if task.labelled:
+        long = int((split.tokens > task.sequence_length).sum())
+        used, mean = padded(task, split)
+        return [f"{len(split.tokens):,} training texts; batches are {', '.join(map(str, used))} tokens long, {mean:.0f} on average",
+                *([f"{long:,} texts are longer than data.sequence_length={task.sequence_length} tokens; what is beyond is left out"] if long else [])]
     if task.objective.name == "seq2seq":
         room = task.room
         cut = [int((part > most).sum()) for part, most in zip((split.inputs, split.tokens - split.inputs), room)]
@@ -217,6 +303,20 @@ def notes(task: Task, split: Split) -> list[str]:
     return [f"{long:,} of {len(split.tokens):,} documents are longer than a row and are cut into windows of {most} tokens; none is lost"] if long else []
 
 
+def length(task: Task, split: Split, rows: Sequence[Sequence[Piece]]) -> int:
+    """Tokens of the rows of a whole batch of labelled texts: the least of `lengths` that holds them."""
+    most = max((int(split.tokens[piece.document]) for row in rows for piece in row), default=0)
+    return next((n for n in task.lengths if n >= most), task.sequence_length)
+
+
+def padded(task: Task, split: Split) -> tuple[list[int], float]:
+    """The lengths that the batches of an epoch have, and their mean, as in the first epoch of seed 0."""
+    order = plan(task, split, (0, 0))
+    rows = [pack.row(order, i) for i in range(len(order.rows))]
+    found = [length(task, split, rows[i:i + task.batch_size]) for i in range(0, len(rows), task.batch_size)]
+    return sorted({*found}), float(np.mean(found))
+
+
 def evaluation_documents(split: Split, limit: int) -> np.ndarray:
     """Numbers of the documents to evaluate: all, or `limit` spread evenly over the split."""
     count = min(limit or len(split.tokens), len(split.tokens))
@@ -225,6 +325,10 @@ def evaluation_documents(split: Split, limit: int) -> np.ndarray:
 
 def evaluation_plan(task: Task, split: Split, documents: np.ndarray, overlap: float) -> Plan:
     """The rows in which every target of `documents` counts once; `overlap` as in `pack.evaluation_plan`, for encoder-decoders none."""
+    if task.labelled:  # the shortest first, so that little is padding
+        pieces, sizes = _items(task, split, documents)
+        order = np.argsort(sizes[:, 0], kind="stable")
+        return pack.FittedPlan(pieces[order], np.arange(1, len(order) + 1), np.arange(len(order)))
     if task.objective.name in PAIRED + CHATS:
         return pack.fitted_plan(*_items(task, split, documents), task.room)
     return pack.evaluation_plan(split.tokens, task.sequence_length, overlap, documents)
@@ -246,6 +350,7 @@ def fill(task: Task, rows: Sequence[Sequence[Piece]], corpus: Corpus, split: str
     Args:
       first: number of the first row in the run, from which masks and spans follow; None in an evaluation, where they follow from the document.
     """
+    assert not task.labelled, "loader.py fills batches of labelled texts by fill_labelled"
     key = ("evaluation",) if first is None else ("train", seed)
     name = task.objective.name
     if name in CHATS:
@@ -264,6 +369,47 @@ def fill(task: Task, rows: Sequence[Sequence[Piece]], corpus: Corpus, split: str
     pairs = _pairs(task, pieces, corpus, split) if name == "seq2seq" else _spans(task, rows, pieces, corpus, split, first, key)
     return tasks.pair_batch(counts, *pairs, np.array([piece.document for piece in pieces], np.int64), encoder_length=task.sequence_length,
                             decoder_length=task.target_length, start=task.start)
+
+
+class Targets(NamedTuple):
+    """The labels of a split's documents, as numbers."""
+    classes: np.ndarray  # float32 [documents, classes], see `labels.targets`; of token_classify empty
+    tags: list[np.ndarray]  # token_classify: of each document the tags of its words; else empty
+    words: list[np.ndarray]  # likewise the places of their first tokens
+
+
+def targets(task: Task, corpus: Corpus, split: str) -> Targets:
+    found = corpus.examples(split)
+    if task.objective.name == "token_classify":
+        return Targets(np.zeros((0, 0), np.float32), labels.tags(task.label_names, found.labels), found.words)
+    return Targets(labels.targets(task.objective.name, task.label_names, found.labels), [], [])
+
+
+def cut_text(task: Task, tokens: np.ndarray, inputs: int) -> tuple[np.ndarray, int]:
+    """A labelled text that fits a row, and the tokens of a pair's first text in it: the end of the longer text of a pair is left out first."""
+    most = task.sequence_length
+    if len(tokens) <= most:
+        return tokens, inputs
+    if not inputs:
+        return np.append(tokens[:most - 1], task.eos), 0
+    first, second = tokens[:inputs - 1], tokens[inputs:-1]
+    room = most - 2
+    keep = min(len(first), max(room - len(second), (room + 1) // 2))
+    return np.concatenate([first[:keep], [task.eos], second[:room - keep], [task.eos]]), keep + 1
+
+
+def fill_labelled(task: Task, rows: Sequence[Sequence[Piece]], corpus: Corpus, split: str, of: Targets, length: int, *, train: bool) -> Batch:
+    """The batch of planned rows of labelled texts, each `length` tokens; in training classes count with their weights, else alike."""
+    index, texts = corpus.splits[split], []
+    for row in rows:
+        tokens = corpus.read(split, row[0].document) if row else np.zeros(0, np.int32)
+        texts.append(cut_text(task, tokens, int(index.inputs[row[0].document]) if row and index.inputs is not None else 0))
+    documents = np.array([row[0].document if row else -1 for row in rows], np.int64)
+    factors = task.class_weights if train and len(task.class_weights) else None
+    batch = tasks.text_batch(texts, documents, length, last=task.last, types=task.types)
+    if task.objective.name == "token_classify":
+        return tasks.tag_words(batch, documents, of.words, of.tags, factors)
+    return tasks.label_texts(batch, documents, of.classes, factors)
 
 
 def _chats(task: Task, rows: Sequence[Sequence[Piece]], corpus: Corpus, split: str) -> Batch:

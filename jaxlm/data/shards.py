@@ -27,7 +27,7 @@ from typing import Any, TextIO
 import numpy as np
 from array_record.python import array_record_module
 
-from jaxlm.data import records
+from jaxlm.data import labels, records
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -50,12 +50,13 @@ class ShardWriter:
         self._sources, self._licences, self._licence_numbers = array("i"), array("i"), {}
         self._begins, self._sizes, self._checksums = array("q"), array("i"), []
         self._inputs, self._turns, self._turn_ends = array("i"), array("i"), array("q")
+        self._examples: list[tuple[bytes, bytes, bytes, np.ndarray]] = []
 
     def add(self, document_id: str, tokens: np.ndarray, text_bytes: int, source: str = "", licence: str = "", inputs: int = 0,
-            turns: Sequence[int] = ()) -> None:
+            turns: Sequence[int] = (), example: tuple[bytes, bytes, bytes, np.ndarray] | None = None) -> None:
         """Appends a document of `tokens` (whole numbers in [0, vocab_size)) whose text has `text_bytes` bytes as UTF-8. Of a pair the first `inputs` tokens,
         eos included, are what an encoder reads, of a preference those of the chat with the chosen answer. `turns`: places where what an assistant says
-        begins and ends, in turn."""
+        begins and ends, in turn. `example`: of a labelled document its text, label and fields (JSON), and the places of its words."""
         assert len(tokens) and 0 <= tokens.min() and tokens.max() < self._vocab_size, "token id out of range"
         if self._writer is None:
             self._shard = dict.fromkeys(("documents", "records", "tokens", "text_bytes"), 0)
@@ -75,6 +76,8 @@ class ShardWriter:
         self._inputs.append(inputs)
         self._turns.extend(map(int, turns))
         self._turn_ends.append(len(self._turns))
+        if example is not None:
+            self._examples.append(example)
         self._sources.append(self._numbers[source])
         self._licences.append(self._licence_numbers.setdefault(licence, len(self._licence_numbers)))
         self._ids += document_id.encode("utf-8", "surrogateescape")
@@ -94,9 +97,19 @@ class ShardWriter:
                  sources=np.array(self._sources, np.int32), licences=np.array(self._licences, np.int32),
                  record_begins=np.array(self._begins, np.int64), record_sizes=np.array(self._sizes, np.int32))
         np.savez(self._folder / ids, text=np.frombuffer(bytes(self._ids), np.uint8), ends=np.array(self._id_ends, np.int64))
+        labelled = {"examples": self._save_examples()} if self._examples else {}
         totals = {key: sum(shard[key] for shard in self._shards) for key in ("documents", "tokens", "text_bytes")}
         return totals | {"sources": self._by_source(), "licences": list(self._licence_numbers), "lengths": file_entry(self._folder / lengths),
-                         "ids": file_entry(self._folder / ids), "shards": self._shards}
+                         "ids": file_entry(self._folder / ids), "shards": self._shards} | labelled
+
+    def _save_examples(self) -> dict[str, Any]:
+        path = self._folder / f"examples-{self._split}.npz"
+        packed: dict[str, np.ndarray] = {}
+        for key, values in zip(("texts", "labels", "fields"), zip(*(example[:3] for example in self._examples))):
+            packed |= {key: np.frombuffer(b"".join(values), np.uint8), f"{key}_ends": np.cumsum([len(value) for value in values], dtype=np.int64)}
+        words = [example[3] for example in self._examples]
+        np.savez(path, **packed, words=np.concatenate(words).astype(np.int32), words_ends=np.cumsum([len(found) for found in words], dtype=np.int64))
+        return file_entry(path)
 
     def _by_source(self) -> dict[str, dict[str, Any]]:
         """Of each source, in the order of their numbers: documents, tokens, bytes of text, and documents of each licence."""
@@ -261,7 +274,8 @@ class Corpus:
         self.folder, self.manifest, self.splits = folder, manifest, splits
         self.fingerprint = _canonical_sha256([manifest["tokenizer"]["sha256"], {
             name: [shard["sha256"] for shard in split["shards"]] + [split["lengths"]["sha256"]] * ("chat_template" in manifest)
-            for name, split in manifest["splits"].items()}])
+            + ([split["examples"]["sha256"]] if "examples" in split else []) for name, split in manifest["splits"].items()}])
+        self.examples = functools.cache(self._load_examples)
         self._dtype = token_dtype(manifest["tokenizer"]["vocab_size"])
         self.sources = list(next(iter(manifest["splits"].values()))["sources"])
         self._shard = functools.lru_cache(_OPEN_SHARDS)(lambda split, number: open(self._path(split, number), "rb", buffering=0))
@@ -323,6 +337,16 @@ class Corpus:
             raise ValueError(f"{self._path(split, shard)}, record {record} is damaged ({found}): check with jaxlm prepare --verify --out={self.folder}, "
                              "then prepare again")
         return found
+
+    def _load_examples(self, split: str) -> labels.Examples:
+        """What a labelled corpus keeps of a split's documents besides their tokens; empty where it has none."""
+        entry = self.manifest["splits"][split].get("examples")
+        if entry is None:
+            return labels.Examples([], [], [], [])
+        index = _load_index(self.folder, entry)
+        parts = lambda key: np.split(index[key], index[f"{key}_ends"][:-1])
+        texts, found, fields = ([part.tobytes().decode() for part in parts(key)] for key in ("texts", "labels", "fields"))
+        return labels.Examples(texts, found, [json.loads(text) for text in fields], parts("words"))
 
     def _load_ids(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         ids = _load_index(self.folder, self.manifest["splits"][split]["ids"])
@@ -392,7 +416,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _entries(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     splits = manifest["splits"].values()
-    return [manifest["tokenizer"], *manifest["tfds"], *(entry for split in splits for entry in (split["lengths"], split["ids"], *split["shards"]))]
+    return [manifest["tokenizer"], *manifest["tfds"], *(entry for split in splits for entry in (split["lengths"], split["ids"], *([split["examples"]] if "examples" in split else []), *split["shards"]))]
 
 
 def _load_index(folder: Path, entry: Mapping[str, Any]) -> dict[str, np.ndarray]:

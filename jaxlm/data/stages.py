@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxlm.config import Config
-from jaxlm.data import chat, clean, conversations, corpora, counts, dedup, shards, tokenizer
+from jaxlm.data import chat, clean, conversations, corpora, counts, dedup, labels, shards, tokenizer
 from jaxlm.data.readers import PAIR
 
 UNIT_BYTES = 32 << 20  # of files that are read together
@@ -105,28 +105,53 @@ def _batches(documents: Iterable[corpora.Document | corpora.Skipped]) -> Iterato
 def clean_batch(config: Config, folder: Path, raw: Raw) -> tuple[int, int]:
     """Cleans the documents and writes `clean/`; returns their number and the bytes that were read."""
     clean_one = _cleaner(config)
-    report, kept, origins = counts.Counts(), [], {}
+    report, kept, origins, labelled = counts.Counts(), [], {}, []
     for document in raw.documents:
         if isinstance(document, corpora.Skipped):
             report.skipped(document)
             continue
+        label = ""
+        if config.data.label_key:
+            try:
+                label = _label(config, document)
+            except ValueError as error:
+                if config.data.on_error != "skip":
+                    raise
+                report.skipped(corpora.Skipped(document.id, document.source, str(error)))
+                continue
         cleaned = _clean_pair(clean_one, document) if config.data.input_key else clean_one(document)
-        size, digest = len(cleaned.text.encode()), digest_of(config, cleaned.text)
+        size, digest = len(cleaned.text.encode()), digest_of(config, cleaned.text, label)
         rule = cleaned.removed_by or ("clean.empty" if not cleaned.text or cleaned.text.isspace() else "")
         report.document(document, cleaned, size, rule, digest)
         if not rule:
             origin = origins.setdefault((document.source, document.licence), len(origins))
             kept.append((document.id, cleaned.text, size, digest, origin))
+            labelled.append((label, document.fields))
+    kinds = [("label", 0), ("fields", 1)] if config.data.label_key else []
+    beside = {key: array for part, column in kinds for key, array in _pack(part, (values[column].encode() for values in labelled)).items()}
     lines = [dedup.line_hashes(text, config.dedup.line_length) if config.dedup.line_length else () for _, text, _, _, _ in kept]
     _save(
         name(folder, "clean", raw.unit, raw.batch),
         **_pack("text", (text.encode() for _, text, _, _, _ in kept)), **_pack("id", (i.encode("utf-8", "surrogateescape") for i, _, _, _, _ in kept)),
         digests=np.frombuffer(b"".join(digest for _, _, _, digest, _ in kept), ">u8").astype(np.uint64).reshape(-1, 2),
-        origin=np.array([origin for *_, origin in kept], np.int32),
+        **beside, origin=np.array([origin for *_, origin in kept], np.int32),
         lines=np.array([value for values in lines for value in values], np.uint64), line_counts=np.array([len(values) for values in lines], np.int64),
         id_hashes=np.array([corpora.id_hash(i) for i, *_ in kept] if config.data.id_key else [], np.uint64),
         report=np.frombuffer(json.dumps({"origins": list(origins), "counts": report.to_dict()}).encode(), np.uint8))
     return len(raw.documents), report.bytes_read
+
+
+def _label(config: Config, document: corpora.Document) -> str:
+    """The label in the form of labels.py, which must go with the text."""
+    objective = config.objective.name
+    try:
+        label = labels.parse(objective, document.label)
+    except ValueError as error:
+        raise ValueError(f"{document.id}: the label {config.data.label_key!r} {error}; mend or remove it, or set data.on_error=skip") from None
+    if objective == "token_classify" and isinstance(document.text, str) and len(document.text.split()) != len(label.split()):
+        raise ValueError(f"{document.id}: {len(document.text.split())} words in {config.data.text_key!r} and {len(label.split())} tags in "
+                         f"{config.data.label_key!r}; each word needs one")
+    return label
 
 
 def _clean_pair(clean_one: Callable[[corpora.Document], clean.Cleaned], document: corpora.Document) -> clean.Cleaned:
@@ -140,17 +165,21 @@ def _clean_pair(clean_one: Callable[[corpora.Document], clean.Cleaned], document
     return clean.Cleaned(f"{read.text}{PAIR}{said.text}", rule, died.value, said.language, found)
 
 
-def digest_of(config: Config, text: str) -> bytes:
-    """16 bytes that tell texts apart; the first 8 decide the split, so those of a pair follow from its input: equal inputs are never apart."""
+def digest_of(config: Config, text: str, label: str = "") -> bytes:
+    """16 bytes that tell texts apart; the first 8 decide the split, so those of a pair follow from its input: equal inputs are never apart. Those of a labelled
+    text follow from the text alone, the others from its label too: equal texts with other labels are kept, and stay together."""
     whole = dedup.digest(text)
+    if config.data.label_key:
+        return whole[:8] + dedup.digest(f"{text}\0{label}")[:8]
     return dedup.digest(text.partition(PAIR)[0])[:8] + whole[:8] if config.data.input_key else whole
 
 
 def sign_batch(config: Config, folder: Path, living: Living) -> tuple[int, int]:
     """Writes `signed/`: of each document that lives the digest, size and MinHash signature of the text without its dead lines."""
     texts = list(texts_of(folder, living, config.dedup.line_length))
+    names = [label.decode() for label in labels_of(folder, living)] if config.data.label_key else [""] * len(texts)
     arrays = {
-        "digests": np.frombuffer(b"".join(digest_of(config, text) for text in texts), ">u8").astype(np.uint64).reshape(-1, 2),
+        "digests": np.frombuffer(b"".join(digest_of(config, text, label) for text, label in zip(texts, names)), ">u8").astype(np.uint64).reshape(-1, 2),
         "sizes": np.array([0 if text.isspace() else len(text.encode()) for text in texts], np.int64),
     }
     if config.dedup.near:
@@ -168,7 +197,14 @@ def tokenise_batch(config: Config, folder: Path, fingerprint: str, living: Livin
     tok = _tokenizer(folder, fingerprint)
     texts = list(texts_of(folder, living, config.dedup.line_length))
     turns = [np.zeros(0, np.int64)] * len(texts)
-    if config.data.format != "text":
+    words: list[np.ndarray] = [np.zeros(0, np.int32)] * len(texts)
+    if config.objective.name == "token_classify":
+        sequences, words, inputs = *words_of(tok, texts), [0] * len(texts)
+    elif config.data.input_key and config.data.label_key:  # a pair is one sequence: bos, first text, eos, second text, eos
+        sides = tok.encode_batch([side for text in texts for side in text.split(PAIR)])
+        sequences = [np.concatenate([[tok.bos], a, [tok.eos], b, [tok.eos]]) for a, b in zip(sides[::2], sides[1::2])]
+        inputs = [len(a) + 2 for a in sides[::2]]
+    elif config.data.format != "text":
         chats = [[_template(config, tok).encode_spans(tok, side) for side in conversations.sides(text)] for text in texts]
         sequences = [np.concatenate([ids for ids, _ in sides]) for sides in chats]
         inputs = [len(sides[0][0]) if len(sides) > 1 else 0 for sides in chats]
@@ -185,9 +221,30 @@ def tokenise_batch(config: Config, folder: Path, fingerprint: str, living: Livin
     assert not len(tokens) or 0 <= tokens.min() and tokens.max() < tok.vocab_size, "token id out of range"
     _save(name(folder, "tokens", living.unit, living.batch), tokens=tokens.astype(shards.token_dtype(tok.vocab_size)),
           lengths=np.array([len(ids) for ids in sequences], np.int64), inputs=np.array(inputs, np.int64), sizes=np.array(sizes, np.int64),
+          words=np.concatenate([np.zeros(0, np.int32), *words]), word_counts=np.array([len(found) for found in words], np.int64),
           turns=np.concatenate([np.zeros(0, np.int64), *turns]), turn_counts=np.array([len(places) for places in turns], np.int64),
           occurrences=np.bincount(tokens.astype(np.int64), minlength=tok.vocab_size))
     return len(texts), sum(sizes)
+
+
+def words_of(tok: tokenizer.Tokenizer, texts: Sequence[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Tokens of texts that are encoded word by word, with bos and eos, and where each word begins among them. A word of no token (there are characters that
+    BERT's tokenizers take out) is padding, so that it has a place."""
+    split = [text.split() for text in texts]
+    encoded = iter(tok.encode_batch([" " * (number > 0) + word for some in split for number, word in enumerate(some)]))
+    sequences, begins = [], []
+    for some in split:
+        parts = [ids if len(ids) else np.array([tok.pad]) for ids in (next(encoded) for _ in some)]
+        sequences.append(np.concatenate([[tok.bos], *parts, [tok.eos]]))
+        begins.append(np.cumsum([1, *(len(part) for part in parts[:-1])]).astype(np.int32))
+    return sequences, begins
+
+
+def labels_of(folder: Path, living: Living, key: str = "label") -> list[bytes]:
+    """Labels (or fields) of the texts of a batch that live, in order."""
+    with load(folder, "clean", living.unit, living.batch) as batch:
+        found = strings(batch, key)
+    return [found[number] for number in np.flatnonzero(bits(living.documents, len(found)))]
 
 
 def texts_of(folder: Path, living: Living, line_length: int) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm.config import DataConfig, DedupConfig
-from jaxlm.data import corpora, counts, dedup, stages
+from jaxlm.data import corpora, counts, dedup, labels, stages
 
 SPLITS = ("train", "validation", "test")
 _TOP_LINES = 10
@@ -32,10 +32,12 @@ class Survey:
       duplicates: what the report says of de-duplication.
     """
 
-    def __init__(self, folder: Path, units: list[stages.Unit], cfg: DedupConfig):
+    def __init__(self, folder: Path, units: list[stages.Unit], cfg: DedupConfig, objective: str = ""):
+        """`objective`: of labelled documents, what their labels are."""
         self.folder, self.cfg, self.counts, self.duplicates = folder, cfg, counts.Counts(), {}
         self.batches: list[Batch] = []
         self._signed: list[stages.Living] = []
+        self._objective, found = objective, []
         self.origins: list[tuple[str, str]] = []
         arrays, numbers, documents, lines = ([], [], [], []), {}, 0, 0
         for unit in units:
@@ -44,6 +46,7 @@ class Survey:
                     report = json.loads(batch["report"].tobytes())
                     here = np.array([numbers.setdefault(tuple(origin), len(numbers)) for origin in report["origins"]], np.int32)
                     origin = here[batch["origin"]] if len(here) else batch["origin"]
+                    found += stages.strings(batch, "label") if objective else []
                     values = batch["digests"], np.diff(batch["text_ends"], prepend=0), origin, batch["line_counts"]
                 self.counts.merge(report["counts"])
                 for array, value in zip(arrays, values):
@@ -54,6 +57,7 @@ class Survey:
         empty = np.zeros((0, 2), np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int64)
         self.digests, self.sizes, self.origin, self.line_counts = (np.concatenate([start, *array]) for start, array in zip(empty, arrays))
         self.origins = list(numbers)
+        self._labels = [label.decode() for label in found]
         self.live = np.ones(documents, bool)
         self.dead_lines = np.zeros(lines, bool)
 
@@ -133,9 +137,32 @@ class Survey:
     # --- what follows from it --------------------------------------------------------------------------------------------------------------
 
     def splits(self, data: DataConfig) -> np.ndarray:
-        """The split of each document by its text alone, as a number into SPLITS: uint8 [documents]."""
+        """The split of each document by its text alone, as a number into SPLITS: uint8 [documents]. With labels each has the same share of every split, and
+        sources that are named after splits are these.
+
+        Raises:
+          ValueError: one line: some sources are named after splits, others are not.
+        """
+        if self._objective:
+            return self._labelled_splits(data)
         share = self.digests[:, 0].astype(np.float64) / 2.0 ** 64
         return np.where(share < data.test, 2, np.where(share < data.test + data.validation, 1, 0)).astype(np.uint8)
+
+    def _labelled_splits(self, data: DataConfig) -> np.ndarray:
+        live = np.flatnonzero(self.live)
+        out, strata = np.zeros(len(self.live), np.uint8), labels.strata(self._objective, [self._labels[i] for i in live])
+        given = {name for name in corpora.sources(data) if name in SPLITS}
+        if not given:
+            out[live] = labels.stratified(self.digests[live, 0], strata, data.validation, data.test)
+            return out
+        if other := [name for name in corpora.sources(data) if name not in SPLITS]:
+            raise ValueError(f"data.source names the splits {', '.join(sorted(given))}, and {other[0]!r} is none: name every source train, validation or test, "
+                             "or none of them")
+        named = np.array([SPLITS.index(source) for source, _ in self.origins], np.uint8)[self.origin[live]]
+        rest = named == 0  # where a split has no source of its own, its share is taken from the training documents
+        named[rest] = labels.stratified(self.digests[live, 0][rest], strata[rest], 0 if "validation" in given else data.validation, 0 if "test" in given else data.test)
+        out[live] = named
+        return out
 
     def sample(self, data: DataConfig, limit: int) -> np.ndarray:
         """Training documents of about `limit` bytes, those with the smallest hashes, so a fair sample of all files: bool [documents]."""

@@ -23,6 +23,13 @@ tokens with its own segment number.
 
 The decoder's first input is the model's start, its targets are a text with eos (`seq2seq`: the second text of a pair), or hidden spans (`span_corruption`).
 A pair in the corpus is one document: the input's tokens, eos, the target's tokens, eos.
+
+Of labelled texts (`text_batch`) a row holds one, whole. The weight is not 0 at the token from whose state the label is read: the first of a text, for decoders
+the last, or the first of each word with a tag; there it is the weight of the class.
+
+  targets    int32    the tag, where the weight is not 0 (`tag_words`)
+  labels     float32  [B, classes], instead of targets: 1 for the class or classes of the text; or [B, 1], its number (`label_texts`)
+  types      int32    with a pair: 1 in the second text
 """
 
 from collections.abc import Callable, Sequence
@@ -151,6 +158,50 @@ def pair_batch(counts_R: np.ndarray, read: np.ndarray, read_sizes: np.ndarray, s
             out[row[of], place] = values
             batch[side + key] = out
     return batch
+
+
+def text_batch(texts: Sequence[tuple[np.ndarray, int]], documents: np.ndarray, length: int, *, last: bool, types: bool) -> Batch:
+    """Rows of one text each.
+
+    Args:
+      texts: token ids, at most `length`, none for a row of padding; and how many of them are the first text of a pair, 0 for no pair.
+      documents: [B], -1 for padding.
+      last: the label stands at the last token, not the first.
+      types: with the key "types".
+    """
+    shape = (len(texts), length)
+    batch = {key: np.zeros(shape, np.int32) for key in ("tokens", "positions", "segments", *(["types"] if types else []))}
+    batch |= {"weights": np.zeros(shape, np.float32), "documents": np.full(shape, -1, np.int32)}
+    for row, (tokens, first) in enumerate(texts):
+        size = len(tokens)
+        batch["tokens"][row, :size] = tokens
+        batch["positions"][row, :size] = np.arange(size)
+        batch["segments"][row, :size] = 1
+        batch["documents"][row, :size] = documents[row]
+        if size:
+            batch["weights"][row, size - 1 if last else 0] = 1
+        if types and first:
+            batch["types"][row, first:size] = 1
+    return batch
+
+
+def label_texts(batch: Batch, documents: np.ndarray, classes: np.ndarray, factors: np.ndarray | None) -> Batch:
+    """A `text_batch` with `labels` from `classes` [documents of the split, C]; `factors` [C] weigh rows by their class."""
+    found = np.where(documents[:, None] >= 0, classes[documents], 0).astype(np.float32)
+    weights = batch["weights"] if factors is None else batch["weights"] * (found @ factors)[:, None]
+    return batch | {"labels": found, "weights": weights.astype(np.float32)}
+
+
+def tag_words(batch: Batch, documents: np.ndarray, words: Sequence[np.ndarray], tags: Sequence[np.ndarray], factors: np.ndarray | None) -> Batch:
+    """A `text_batch` with `targets` and weights at the first token of each word; words beyond the row are left out."""
+    targets, weights, length = np.zeros_like(batch["tokens"]), np.zeros_like(batch["weights"]), batch["tokens"].shape[1]
+    for row, document in enumerate(documents):
+        if document >= 0:
+            inside = words[document] < max(1, min(length, int(batch["segments"][row].sum())) - 1)  # not the closing token of a text that was cut
+            places, found = words[document][inside], tags[document][inside]
+            targets[row, places] = found
+            weights[row, places] = 1 if factors is None else factors[found]
+    return batch | {"targets": targets, "weights": weights}
 
 
 def span_sizes(sizes: np.ndarray, rate: float, length: float) -> tuple[np.ndarray, np.ndarray]:

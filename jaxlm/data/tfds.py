@@ -44,7 +44,8 @@ def records(source: str, keys: Keys, folder: str) -> Iterator[Record | Fault]:
     name, split = _SOURCE.fullmatch(source).group("name", "split")
     builder = _builder(name, folder)
     features = builder.info.features
-    for key, option in ((keys.text, "text_key"), (keys.input, "input_key"), (keys.id, "id_key"), (keys.licence, "licence_key")):
+    for key, option in ((keys.text, "text_key"), (keys.input, "input_key"), (keys.id, "id_key"), (keys.licence, "licence_key"), (keys.label, "label_key"),
+                        *((key, "slice_keys") for key in keys.fields)):
         if key and key not in features:
             raise Fault(f"{source}: no feature {key!r}; its features: {', '.join(map(repr, sorted(features)))}; set data.{option}")
     examples = _examples(builder, name, split, folder)
@@ -55,15 +56,25 @@ def records(source: str, keys: Keys, folder: str) -> Iterator[Record | Fault]:
             raise Fault(f"{source}, row {row} cannot be read: {' '.join(str(error).split())[:200]}") from None
         try:
             where = f"{source}, row {row}"
-            values = {key: _text(where, row, example, key) for key in keys if key}
+            values = {key: _name(features[key], example[key]) if key == keys.label else _text(where, row, example, key) for key in keys.names}
             text, own, licence = readers.joined(where, row, values, keys), values.get(keys.id, ""), values.get(keys.licence, "")
         except Fault as fault:
             yield fault
             continue
-        if len(examples) > 1 or keys.input:
-            yield Record(row, text, own, licence)
+        if len(examples) > 1 or keys.input or keys.label:
+            yield Record(row, text, own, licence, **readers.labelled(values, keys))
         else:
             yield from (Record(number, piece, f"{own}:{number}" if own else "", licence) for number, piece in enumerate(readers.pieces(iter([text])), 1))
+
+
+def _name(feature, value):
+    """A label as its feature names it; numbers and texts as they are, lists of them as lists."""
+    feature, name = getattr(feature, "feature", feature), getattr(getattr(feature, "feature", feature), "int2str", None)
+    if np.ndim(value):
+        return [_name(feature, item) for item in value]
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return name(int(value)) if name and int(value) >= 0 else value if isinstance(value, str) else np.asarray(value).item()
 
 
 def examples(source: str, folder: str) -> list[dict[str, Any]]:

@@ -95,7 +95,8 @@ def decoder_axes(cfg: TransformerConfig) -> Axes:
         (cfg.shared_gate, "layers/moe/shared_gate", ("layers", "embed")),
         (cfg.norm_position != "post", "final_norm/scale", ("embed",)),
         (cfg.norm_position != "post" and norm_bias, "final_norm/bias", ("embed",)),
-        (not cfg.tied, "head/kernel", ("embed", "vocab")),
+        (not cfg.tied and not cfg.labels, "head/kernel", ("embed", "vocab")),
+        (cfg.kind == "decoder" and cfg.labels > 0, "classifier/kernel", ("embed", "labels")),
     ]
     return tuple((path, axes) for present, path, axes in table if present)
 

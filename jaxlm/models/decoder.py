@@ -63,7 +63,9 @@ def _init(cfg: TransformerConfig, key: jax.Array) -> dict:
     params = {"embed": init_embed(cfg, k_tokens, k_positions), "layers": init_layers(cfg, k_layers)}
     if cfg.norm_position != "post":
         params["final_norm"] = Norm(cfg).init(k_head, jnp.zeros((1, 1, cfg.width)))["params"]
-    if not cfg.tied:
+    if cfg.labels:
+        params["classifier"] = {"kernel": initialiser(cfg, cfg.width, cfg.labels)(k_head, (cfg.width, cfg.labels), jnp.float32)}
+    elif not cfg.tied:
         params["head"] = {"kernel": initialiser(cfg, cfg.width, cfg.vocab_size)(k_head, (cfg.width, cfg.vocab_size), jnp.float32)}
     return params
 
@@ -141,7 +143,12 @@ def _apply(cfg: TransformerConfig, params: dict, inputs: dict, *, cache: dict | 
 
 
 def _projection(cfg: TransformerConfig, params: dict) -> Callable[[jax.Array], jax.Array]:
-    """Hidden states `[..., D]` -> logits `[..., V]` float32."""
+    """Hidden states `[..., D]` -> logits `[..., V]` float32; with labels `[..., labels]`, of sequence_labels from the first slot (the caller puts the state of
+    a text's last token there)."""
+    if cfg.labels:
+        classifier = params["classifier"]["kernel"]
+        first = (lambda hidden: hidden[..., 0, :]) if cfg.output == "sequence_labels" else lambda hidden: hidden
+        return lambda hidden: project(first(hidden), classifier.astype(hidden.dtype)).astype(jnp.float32)
     kernel = lent(params["embed"]["tokens"].T if cfg.tied else params["head"]["kernel"], jnp.dtype(cfg.dtype), "embed", "vocab")
 
     def head(hidden: jax.Array) -> jax.Array:

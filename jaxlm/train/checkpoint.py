@@ -188,7 +188,7 @@ class Checkpoints:
             self._log(f"an old checkpoint could not be deleted: {error}")
 
     def _retain(self, step: int) -> None:
-        saved = {s: _loss(self.workdir, s) for s in steps(self.workdir)}
+        saved = {s: loss(self.workdir, s) for s in steps(self.workdir)}
         for later in sorted(s for s in saved if s > step):  # the run came back to before these: normally because they are damaged
             try:
                 verify(self.workdir, later)
@@ -417,7 +417,8 @@ def _manifest(workdir, step: int) -> dict:
     return content
 
 
-def _loss(workdir, step: int) -> float | None:
+def loss(workdir: os.PathLike | str, step: int) -> float | None:
+    """What a checkpoint was saved with as its `loss`; None for none, or a damaged manifest."""
     try:
         return _manifest(workdir, step)["loss"]
     except ValueError:

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from jaxlm import generate
-from jaxlm.config import Config
+from jaxlm.config import LABELLED, Config, ObjectiveConfig
 from jaxlm.data import rows, shards
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.evaluate import likelihood, outputs, preference
+from jaxlm.evaluate import classification, classify, likelihood, outputs, preference
 from jaxlm.models.decoder import Model
 
 
@@ -21,7 +21,14 @@ class Subject(NamedTuple):
     corpus: shards.Corpus
     tokenizer: tokenizers.Tokenizer
     task: rows.Task
-    scorer: likelihood.Scorer
+    scorer: likelihood.Scorer | classify.Predictor
+
+
+def scorer(objective: ObjectiveConfig, model: Model, mesh: Mesh) -> likelihood.Scorer | classify.Predictor:
+    """What `Subject.scorer` is."""
+    if objective.name in LABELLED:
+        return classify.predictor(model, mesh)
+    return likelihood.scorer(model, mesh, objective.chunk_rows)
 
 
 def score(of: Subject, params: Any, split: str, *, limit: int = 0, batch_size: int = 0, progress: Callable[[int, int], None] | None = None,
@@ -54,6 +61,27 @@ def score(of: Subject, params: Any, split: str, *, limit: int = 0, batch_size: i
     return likelihood.summary(scores, config.eval.bootstrap, config.objective.name, exact)
 
 
+CALIBRATION = "calibration.json"  # beside the parameters in a checkpoint: {"temperature", "documents"} of the validation split when it was saved
+
+
+def classified(of: Subject, params: Any, split: str, *, limit: int = 0, batch_size: int = 0, temperature: float | None = None, bootstrap: int = 0,
+               progress: Callable[[int, int], None] | None = None) -> tuple[classify.Result, classify.Answers]:
+    """The figures of labelled texts and the answers behind them. In several processes all call this together.
+
+    Args:
+      temperature: of the probabilities; None: the one that fits this split best.
+      bootstrap: draws behind the intervals; 0: none.
+
+    Raises:
+      ValueError: see `classify.answers`.
+    """
+    name, config = of.config.objective.name, of.config
+    found = classify.answers(of.scorer, params, of.mesh, of.corpus, split, of.task, batch_size=batch_size or config.eval.batch_size or config.data.batch_size,
+                             limit=limit, progress=progress)
+    temperature = classification.fit_temperature(name, found.logits, found.truth) if temperature is None else temperature
+    return classify.result(name, of.task.label_names, found, temperature, bootstrap), found
+
+
 def table(config: Config, summary: dict[str, float]) -> str:
     """A summary as lines to print."""
     return preference.table(summary) if config.objective.name == "preference" else likelihood.table(summary, config.objective.name)
@@ -61,6 +89,10 @@ def table(config: Config, summary: dict[str, float]) -> str:
 
 def line(config: Config, summary: dict[str, float]) -> str:
     """The figures of an evaluation during training, on one line."""
+    if config.objective.name in LABELLED:
+        shown = [name for name in classification.FIGURES[config.objective.name] if name != "loss"][:3]
+        return (f"validation loss {summary['loss']:.4f}  " + "  ".join(f"{name.replace('_', ' ')} {summary[name]:.4f}" for name in shown)
+                + f" ({summary['documents']} texts)")
     detail = {"next_token": "{bits_per_byte:.4f} bits per byte", "masked_token": "{accuracy:.4f} of the masked tokens right",
               "span_corruption": "{accuracy:.4f} of the hidden spans' tokens right", "seq2seq": "{accuracy:.4f} of the target tokens right",
               "sft": "{accuracy:.4f} of the assistant's tokens right", "preference": "{preferred:.4f} of the chosen answers likelier"}
@@ -73,7 +105,7 @@ def line(config: Config, summary: dict[str, float]) -> str:
 def sample(of: Subject, params: Any) -> str:
     """A prompt in brackets and the model's continuation, or an input and the output; "" for a model that says nothing by itself."""
     config, corpus, tokenizer, stop = of.config, of.corpus, of.tokenizer, of.tokenizer.eos
-    if config.model.kind != "decoder" or config.objective.name == "span_corruption":
+    if config.model.kind != "decoder" or config.model.output != "tokens" or config.objective.name == "span_corruption":
         return ""
     split, pairs = "validation" if len(corpus.splits["validation"].tokens) else "train", config.objective.name == "seq2seq"
     begin, end = ([], [tokenizer.eos]) if pairs else ([tokenizer.bos], [])

@@ -127,7 +127,7 @@ def start(config: Config, target: Any, companion: Any, *, log: Callable[[str], N
     origin, layers, notes, history, step = config.train.init_from, config.train.init_layers, {}, [], 0
     if origin:
         step = origins.step_of(origin, log)
-        found = origins.params(origin, target, layers, step=step, log=log)
+        found = origins.headed(origin, target, kinds.build(config.model).init, config.train.seed, layers, step=step, log=log)
         foreign = origin.partition(":")[0] in ("hf", "gguf")
         history = ledger.inherited(origin, None if foreign else origins.read_files(pathlib.Path(origin), step)[2])
     else:

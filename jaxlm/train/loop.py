@@ -19,8 +19,8 @@ from jaxlm.config import Config
 from jaxlm.data import chat, ledger, loader, mixture, pack, prepare, rows, shards
 from jaxlm.data import stream as streams
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.evaluate import compression, likelihood
-from jaxlm.train import checkpoint, evaluation, initial, origin, report, setup
+from jaxlm.evaluate import classify, compression
+from jaxlm.train import best, checkpoint, classified, evaluation, initial, origin, report, setup
 from jaxlm.train import lock as locks
 from jaxlm.train.state import State
 from jaxlm.train.stop import StopRequest, Watchdog
@@ -41,6 +41,7 @@ def run(config: Config, workdir: pathlib.Path) -> int:
     Raises:
       ValueError, OSError: one line, for whatever the user can mend.
     """
+    best.check(config)
     stop = StopRequest()
     progress = report.Progress()
     note = progress.note if jax.process_index() == 0 else lambda line: None
@@ -54,12 +55,13 @@ def run(config: Config, workdir: pathlib.Path) -> int:
         tokenizer = tokenizers.load(corpus.tokenizer_path)
         task = rows.build(config, tokenizer, corpus)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, target_length=task.target_length))
+        config = rows.for_labels(config, task)
         epoch = loader.epoch_size(corpus, "train", task, config.data.batch_size)
         if config.objective.teacher:
             initial.same_tokens(config.objective.teacher, tokenizer)
         parts = setup.build(config, mesh, corpus.vocab_size, epoch.positions)
         subject = evaluation.Subject(parts.config, parts.model, mesh, corpus, tokenizer, task,
-                                     likelihood.scorer(parts.model, mesh, config.objective.chunk_rows))
+                                     evaluation.scorer(config.objective, parts.model, mesh))
         keep_every = parts.steps("checkpoint.keep_every", config.checkpoint.keep_every)
         with checkpoint.Checkpoints(lock, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best, keep_every=keep_every,
                                     log=note) as checkpoints, jax.set_mesh(mesh):
@@ -82,7 +84,7 @@ def _corpus(config: Config, folder: pathlib.Path, note) -> shards.Corpus:
     """Process 0 prepares what is missing; then all open the same shards. A `data.dir` without a `data.source` is taken as it is."""
     if config.data.source or not config.data.dir:
         sharding.first(lambda: prepare.prepare(config.data, config.tokenizer, folder, clean=config.clean, filter=config.filter, dedup=config.dedup,
-                                               log=note) and None)
+                                               objective=config.objective.name, log=note) and None)
     return shards.open_corpus(folder)
 
 
@@ -94,7 +96,7 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
     start, state, history, borrowed = _start(parts, corpus, task, workdir, note)
     note(_introduction(parts, epoch, state, start, peak[1], [*_sources(parts, corpus, task), *rows.notes(task, corpus.splits["train"])]))
     finished = workdir / "FINISHED"
-    if start >= total and finished.exists():
+    if finished.exists() and (start >= total or json.loads(finished.read_text(encoding="utf-8")).get("early") == start):
         note(f"this run is finished (step {start}); jaxlm eval and jaxlm generate use it; for a longer one choose another --workdir")
         return 0
     if primary:
@@ -108,23 +110,29 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
     if template := corpus.manifest.get("chat_template"):
         files[chat.FILE] = template.encode()
 
-    def save(step: int, state: State, loss: float | None) -> None:
+    def save(step: int, state: State, found: dict[str, float] | None) -> None:
         entry = ledger.entry(corpus, step, config.data.seed, config.data.batch_size, history)
+        calibration = {key: found[key] for key in ("temperature", "documents")} if found and task.labelled else None
+        more = {evaluation.CALIBRATION: json.dumps(calibration).encode()} if calibration else {}
         state = state._replace(params=trees.split(state.params, parts.kept)[0])
-        checkpoints.save(step, state, files | {ledger.FILE: json.dumps(entry).encode()}, loss)
+        checkpoints.save(step, state, files | more | {ledger.FILE: json.dumps(entry).encode()}, best.cost(config, found))
 
     # Compiled before any data is read: a request to stop that came meanwhile is seen before the first step.
-    step_fn = parts.step.lower(state, parts.batch).compile()
+    lengths = rows.padded(task, corpus.splits["train"])[0] if task.labelled else [config.data.sequence_length]
+    shapes = {length: setup.shortened(parts.batch, length) if task.labelled else parts.batch for length in {*lengths, lengths[-1]}}
+    compiled = {length: parts.step.lower(state, shape).compile() for length, shape in shapes.items()}
+    step_fn = lambda state, batch: compiled.get(batch["tokens"].shape[1], parts.step)(state, batch) if task.labelled else compiled[lengths[0]](state, batch)
     batches = loader.batches(corpus, "train", task, batch_size=config.data.batch_size, seed=config.data.seed, start_step=start, stop_step=total,
                              rows=sharding.local_rows(parts.mesh, config.data.batch_size), threads=config.data.threads, prefetch=config.data.prefetch)
     reporter = report.Reporter(workdir, start, {"config": configs.to_json(config), "parameters": report.overview(state.params)}) if primary else None
     clock, health = _Clock(), _Health(config, workdir)
     log = _Log(parts, epoch, trees.count(parts.plain), peak[0], clock, health, reporter, progress, lambda step: due("log", step))
     pending: tuple[int, dict] | None = None
-    saved_step, step = start, start
+    saved_step, step, found, costs = start, start, None, best.history(config, workdir, start)
+    early = best.ends(config, workdir, costs)  # killed after its last evaluation
     stop.arm()
     with Watchdog(config.train.watchdog_seconds) as watchdog, contextlib.closing(reporter) if primary else contextlib.nullcontext():
-        while step < total and not stop.at(step):
+        while step < total and not early and not stop.at(step):
             with clock.waiting():
                 batch = sharding.to_device(parts.mesh, next(batches)[1], config.data.batch_size)
             state, new = step_fn(state, batch)
@@ -138,22 +146,26 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
             log(*pending)
             pending = None
             with clock.paused():
-                loss = None
+                found = None
                 if due("eval", step) and not stop.now():
-                    loss = _evaluate(subject, state, step, reporter, progress, watchdog, stop)
-                if due("save", step):
-                    save(step, state, loss)
+                    found = _evaluate(subject, state, step, reporter, progress, watchdog, stop)
+                    costs += [value] if (value := best.cost(config, found)) is not None else []
+                    early = best.ends(config, workdir, costs)
+                if due("save", step) or early:
+                    save(step, state, found)
                     saved_step = step
         if pending:
             log(*pending)
         if step > saved_step:
             save(step, state, None)
         acknowledged = checkpoints.wait()
-        if step < total:
+        if early:
+            note(f"step {step}: {config.train.patience} evaluations without a better {config.checkpoint.metric}, so the run ends here (train.patience)")
+        elif step < total:
             safe = "nothing is lost, nothing was done yet" if acknowledged is None else f"the checkpoint of step {acknowledged} is safe"
             note(f"stopped at step {step} of {total}; {safe}; the same command goes on from there")
             return stop.exit_code
-        _finish(total, subject, state, workdir, reporter, progress, watchdog, stop)
+        _finish(step, early, subject, _best(parts, state, step, workdir, note), workdir, reporter, progress, watchdog, stop)
     return stop.exit_code
 
 
@@ -217,11 +229,11 @@ def _introduction(parts: setup.Setup, epoch: pack.EpochSize, state: State, start
 
 
 def _evaluate(subject: evaluation.Subject, state: State, step: int, reporter: report.Reporter | None, progress: report.Progress, watchdog: Watchdog,
-              stop: StopRequest) -> float | None:
-    """Validation loss in nats per token; None without a validation split, or when the run was asked to stop meanwhile."""
+              stop: StopRequest) -> dict[str, float] | None:
+    """Figures of the validation split; None without one, or when the run was asked to stop meanwhile."""
     if not len(subject.corpus.splits["validation"].tokens):
         return None
-    summary = _score(subject, state, "validation", subject.config.train.eval_documents, watchdog, stop)
+    summary = _score(subject, _averaged(state), "validation", subject.config.train.eval_documents, watchdog, stop)
     if summary is None:
         return None
     sample = evaluation.sample(subject, _averaged(state))
@@ -230,17 +242,19 @@ def _evaluate(subject: evaluation.Subject, state: State, step: int, reporter: re
         progress.note(f"step {step}  {evaluation.line(subject.config, summary)}")
         if sample:
             reporter.text(step, "sample", sample)
-    return summary["loss"]
+    return summary
 
 
-def _score(subject: evaluation.Subject, state: State, split: str, limit: int, watchdog: Watchdog, stop: StopRequest) -> dict[str, float] | None:
+def _score(subject: evaluation.Subject, params: Any, split: str, limit: int, watchdog: Watchdog, stop: StopRequest) -> dict[str, float] | None:
     def alive(*_) -> None:
         watchdog.beat()
         if stop.now():
             raise _Stopped
 
     try:
-        return evaluation.score(subject, _averaged(state), split, limit=limit, progress=alive)
+        if subject.task.labelled:
+            return evaluation.classified(subject, params, split, limit=limit, progress=alive)[0].summary
+        return evaluation.score(subject, params, split, limit=limit, progress=alive)
     except _Stopped:
         return None
 
@@ -249,34 +263,54 @@ class _Stopped(Exception):
     pass
 
 
+def _best(parts: setup.Setup, state: State, step: int, workdir: pathlib.Path, note: Callable[[str], None]) -> tuple[Any, int]:
+    """The parameters that a run ends with, and their step: the last ones, or where that is what the config wants those of the best checkpoint."""
+    found = sharding.first(lambda: best.step(workdir)) if best.chooses(parts.config) else None
+    if found is None or found == step:
+        return _averaged(state), step
+    note(f"the best checkpoint by {parts.config.checkpoint.metric} is that of step {found}: it is what follows, and what eval and generate use")
+    own = trees.flatten(checkpoint.restore_params(workdir, found, trees.split(parts.target.params, parts.kept)[0]))
+    if parts.target.ema is not None:
+        own |= trees.flatten(checkpoint.restore_params(workdir, found, parts.target.ema, ema=True))
+    return trees.unflatten(trees.flatten(state.params) | own), found
+
+
 def _averaged(state: State) -> Any:
     return state.params if state.ema is None else trees.unflatten(trees.flatten(state.params) | trees.flatten(state.ema))
 
 
-def _finish(total: int, subject: evaluation.Subject, state: State, workdir: pathlib.Path, reporter: report.Reporter | None, progress: report.Progress,
-            watchdog: Watchdog, stop: StopRequest) -> None:
-    """The last word of a complete run: the whole test split, beside what compressors reach, a sample, and what to try next."""
-    config, corpus = subject.config, subject.corpus
+def _finish(step: int, early: bool, subject: evaluation.Subject, chosen: tuple[Any, int], workdir: pathlib.Path, reporter: report.Reporter | None,
+            progress: report.Progress, watchdog: Watchdog, stop: StopRequest) -> None:
+    """The last word of a complete run: the whole test split, beside what compressors or simple baselines reach, a sample, and what to try next."""
+    config, corpus, (params, chosen_step) = subject.config, subject.corpus, chosen
     split = next((s for s in ("test", "validation") if len(corpus.splits[s].tokens)), None)
-    summary = _score(subject, state, split, 0, watchdog, stop) if split else None
+    if subject.task.labelled and split:
+        judged = classified.judge(subject, params, split, classified.temperature(workdir, chosen_step), bootstrap=config.eval.bootstrap,
+                                  progress=lambda *_: watchdog.beat(), primary=reporter is not None)
+        summary, lines = classify.scalars(judged.result.summary), judged.lines
+    else:
+        summary = _score(subject, params, split, 0, watchdog, stop) if split else None
+        lines = evaluation.table(config, summary) if summary else ""
     if split and summary is None:  # asked to stop: the same command evaluates when it is run again
         return
-    sample = evaluation.sample(subject, _averaged(state))
+    sample = evaluation.sample(subject, params)
     if reporter is None:
         return
     if summary:
-        reporter.scalars(total, {f"{split}/{name}": value for name, value in summary.items()})
-        progress.note(f"\n{split} split, {summary['documents']} documents the model never saw:\n" + evaluation.table(config, summary))
+        reporter.scalars(step, {f"{split}/{name}": value for name, value in summary.items()})
+        progress.note(f"\n{split} split, {int(summary['documents'])} documents the model never saw:\n" + lines)
         if "bits_per_byte" in summary:
             progress.note(compression.table(corpus, subject.tokenizer, split, summary["bits_per_byte"]))
     if sample:
-        reporter.text(total, "sample", sample)
+        reporter.text(step, "sample", sample)
         progress.note(f"\nA sample, after the prompt in brackets:\n{sample}\n")
-    (workdir / "FINISHED").write_text(json.dumps({"step": total}) + "\n", encoding="utf-8")
+    (workdir / "FINISHED").write_text(json.dumps({"step": step} | ({"early": step} if early else {})) + "\n", encoding="utf-8")
     prompt = "an input" if config.objective.name == "seq2seq" else "Return the"
     continues = [f"  jaxlm generate --workdir={workdir} --prompt=\"{prompt}\""] * (bool(sample))
+    if subject.task.labelled:
+        continues = [f"  jaxlm generate --workdir={workdir} --classify --prompt=\"a text\""]
     progress.note("\n".join([
-        "Next:", *continues, f"  jaxlm eval --workdir={workdir}",
+        "Next:", *continues, f"  jaxlm eval --workdir={workdir}" + " --split=test --report" * subject.task.labelled,
         f"  tensorboard --logdir={workdir}        (pip install tensorboard)"]))
 
 

@@ -132,6 +132,22 @@ def params(origin: str, target: Any, layers: Sequence[int] = (), *, step: int | 
     return saved(pathlib.Path(origin), step_of(origin, log) if step is None else step, target, log=log)
 
 
+def headed(origin: str, target: Any, init: Callable[[jax.Array], Any], seed: int, layers: Sequence[int] = (), *, step: int | None = None,
+           log: Callable[[str], None] = print) -> Any:
+    """`params` for a model that may have another head: what the origin does not have comes from `init(key of seed)`, and its own head is left out."""
+    wanted, given = trees.flatten(target), trees.flatten(jax.eval_shape(kinds.build(model(origin)[0]).init, jax.random.key(0)))
+    common = {path for path in wanted if path in given and (wanted[path].shape == given[path].shape or layers and path.startswith("layers/"))}
+    fresh = sorted(set(wanted) - common)
+    if not any(path.startswith(("classifier/", "pooler/")) for path in wanted) or not fresh and len(common) == len(given):
+        return params(origin, target, layers, step=step, log=log)
+    whole = NamedSharding(next(iter(wanted.values())).sharding.mesh, sharding.spec(()))
+    asked = {path: wanted[path] if path in common else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole) for path, leaf in given.items()}
+    found = trees.flatten(params(origin, trees.unflatten(asked), layers, step=step, log=log))
+    made = jax.jit(lambda key: {path: trees.flatten(init(key))[path] for path in fresh}, out_shardings={path: wanted[path].sharding for path in fresh})
+    log(f"from {origin}: all but {', '.join(fresh) or 'nothing'} (new); left out: {', '.join(sorted(set(given) - common)) or 'nothing'}")
+    return trees.unflatten({path: leaf for path, leaf in found.items() if path in common} | made(jax.random.key(seed)))
+
+
 def _shapes(cfg: TransformerConfig, like: Any) -> Any:
     """Parameters of a model as `jax.ShapeDtypeStruct`, lying as those of `like` do, which has other layers."""
     shapes, places = jax.eval_shape(kinds.build(cfg).init, jax.random.key(0)), trees.flatten(like)

@@ -1,5 +1,6 @@
 """Opens what a run has saved: everything that evaluation and generation need comes from the checkpoint, so they cannot misdescribe the model."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ from jaxlm.config import Config, MeshConfig
 from jaxlm.data import shards
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.models import decoder, kinds
-from jaxlm.train import checkpoint, origin
+from jaxlm.train import best, checkpoint, origin
 
 
 class Run(NamedTuple):
@@ -36,7 +37,7 @@ def open_run(workdir: os.PathLike | str, step: int | None = None, *, mesh: MeshC
     """Reads the model of a run, its parameters verified; the optimiser's state is not read. In several processes all call this together.
 
     Args:
-      step: the checkpoint; None for the newest whole one.
+      step: the checkpoint; None for the newest whole one, or where the run says what is best (`best.chooses`) for the best.
       mesh: where the parameters go; None for the mesh of the run's config.
       log: receives a line for each newer checkpoint that is damaged.
 
@@ -51,6 +52,10 @@ def open_run(workdir: os.PathLike | str, step: int | None = None, *, mesh: MeshC
         raise ValueError(f"{workdir} {what}, or make one with jaxlm train --config=quickstart --workdir={workdir}")
     if step is not None:
         raise ValueError(f"{workdir} holds no checkpoint of step {step}; it holds {', '.join(map(str, checkpoint.steps(workdir)))}")
+    newest = _newest_below(workdir, np.iinfo(np.int32).max)
+    with contextlib.suppress(ValueError):  # a damaged newest checkpoint is looked at below
+        if best.chooses(origin.read_files(workdir, newest)[0]) and (found := sharding.first(lambda: best.step(workdir))) is not None:
+            return _open(workdir, found, mesh)
     bound, last = np.iinfo(np.int32).max, None
     while (bound := _newest_below(workdir, bound)) >= 0:
         try:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import lora, optim, sharding, trees
-from jaxlm.config import Config, steps_of
+from jaxlm.config import LABELLED, Config, steps_of
 from jaxlm.models import attend, decoder, encdec, pipeline
 from jaxlm.objectives import COMPANION, KINDS, OBJECTIVES, distilled
 from jaxlm.train import initial, origin
@@ -53,7 +53,19 @@ def _batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     assert config.data.target_length or not paired, "data/rows.py fills in data.target_length"
     tokens = array(config.data.target_length if paired else config.data.sequence_length)
     batch = {key: tokens for key in ("tokens", "targets", "positions", "segments")} | {"weights": tokens.update(dtype=jnp.float32)}
+    if config.objective.name in LABELLED:
+        if config.data.input_key and config.model.token_types > 1:
+            batch["types"] = tokens
+        if config.objective.name != "token_classify":
+            del batch["targets"]
+            place = NamedSharding(mesh, sharding.spec(("batch", None)))
+            batch["labels"] = jax.ShapeDtypeStruct((config.data.batch_size, config.model.labels), jnp.float32, sharding=place)
     return batch | (dict.fromkeys(encdec.ENCODER_INPUTS, array(config.data.sequence_length)) if paired else {})
+
+
+def shortened(batch: dict[str, jax.ShapeDtypeStruct], length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch whose rows have `length` tokens."""
+    return {key: leaf if key in sharding.PER_ROW else leaf.update(shape=(leaf.shape[0], length)) for key, leaf in batch.items()}
 
 
 class Setup(NamedTuple):
@@ -93,11 +105,12 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
     given, kind = f"model.kind={config.model.kind}", config.model.kind
     if config.model.encoder_layers:
         given, kind = f"model.encoder_layers={config.model.encoder_layers} (an encoder-decoder)", "encoder-decoder"
-    if kind != KINDS[config.objective.name]:
-        fits = " or ".join(name for name, fitting in KINDS.items() if fitting == kind)
+    if kind not in KINDS[config.objective.name]:
+        fits = " or ".join(name for name, fitting in KINDS.items() if kind in fitting)
         raise ValueError(f"objective.name={config.objective.name} does not train {given}: set objective.name={fits}")
-    if config.model.output != "tokens":
-        raise ValueError(f"objective.name={config.objective.name} trains models with model.output=tokens, not {config.model.output}")
+    output = {"token_classify": "token_labels"}.get(config.objective.name, "sequence_labels") if config.objective.name in LABELLED else "tokens"
+    if config.model.output != output:
+        raise ValueError(f"objective.name={config.objective.name} trains models with model.output={output}, not {config.model.output}")
     rows, parts, ways = config.data.batch_size, config.train.microbatches, sharding.ways("batch", mesh)
     if rows % (parts * ways):
         raise ValueError(f"data.batch_size={rows} must be a multiple of train.microbatches={parts} times {sharding.over('batch', mesh)}: "
@@ -118,7 +131,7 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
     if not any(trainable.values()):
         raise ValueError("optim.trainable leaves nothing to train: one rule at least must say True")
     rate = optim.schedule(config.optim, total, tokens_per_step, tokens_per_epoch)
-    tx = optim.build(config.optim, rate, {path: names for path, names in axes.items() if trainable[path]})
+    tx = optim.build(config.optim, rate, {path: names for path, names in axes.items() if trainable[path]}, config.model)
 
     def dress(key: jax.Array, params: Any, companion: Any = None) -> Any:
         params = form.dress(params, key)

@@ -9,7 +9,7 @@ import optax
 
 from jaxlm import trees
 from jaxlm.objectives import Sums
-from jaxlm.sharding import constrain
+from jaxlm.sharding import PER_ROW, constrain
 from jaxlm.train.state import State
 
 
@@ -66,7 +66,7 @@ def mean_gradient(train: Any, frozen: Any, batch: Mapping[str, jax.Array], key: 
     if microbatches == 1:
         grads, sums = gradient(train, batch, key)
     else:
-        parts = jax.tree.map(lambda x: _microbatches(x, microbatches), dict(batch))
+        parts = {key: _microbatches(x, microbatches, None if key in PER_ROW else "sequence") for key, x in batch.items()}
         add = lambda total, new: jax.tree.map(jnp.add, total, new)
         body = lambda total, i_part: (add(total, gradient(train, i_part[1], jax.random.fold_in(key, i_part[0]))), None)
         shapes = jax.eval_shape(gradient, train, jax.tree.map(lambda x: x[0], parts), key)
@@ -76,6 +76,6 @@ def mean_gradient(train: Any, frozen: Any, batch: Mapping[str, jax.Array], key: 
     return jax.tree.map(lambda g: g / weight, grads), sums
 
 
-def _microbatches(x: jax.Array, parts: int) -> jax.Array:
+def _microbatches(x: jax.Array, parts: int, second: str | None) -> jax.Array:
     """[B, T] -> [parts, B / parts, T]. Part m takes rows m, m + parts, ...: each device cuts its own rows and none moves."""
-    return constrain(jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), None, "batch", "sequence")
+    return constrain(jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), None, "batch", second)

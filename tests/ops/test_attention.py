@@ -98,7 +98,7 @@ def test_probabilities_are_dropped_and_the_others_grow():
     np.testing.assert_allclose(plain, 1, rtol=1e-6)
     np.testing.assert_array_equal(attention.reference(*arguments(), scale=0.5, dropout=0.5), plain)
     np.testing.assert_array_equal(attention.reference(*arguments(), scale=0.5, dropout=0.0, key=jax.random.key(1)), plain)
-    many = jax.vmap(lambda key: attention.reference(*arguments(), scale=0.5, dropout=0.25, key=key))(jax.random.split(jax.random.key(0), 4000))
+    many = jax.jit(jax.vmap(lambda key: attention.reference(*arguments(), scale=0.5, dropout=0.25, key=key)))(jax.random.split(jax.random.key(0), 4000))
     np.testing.assert_allclose(many.mean(0), 1, atol=0.06)
     first = np.asarray(many[:, :, 0])  # the first token sees itself alone: kept, and then 1 / (1 - 0.25), or dropped
     np.testing.assert_allclose(np.unique(np.round(first, 4)), [0, 1.3333])
@@ -116,12 +116,13 @@ MODELS = {
 def test_a_model_drops_in_training_only(name):
     cfg = MODELS[name]
     plain, dropping = kinds.build(cfg), kinds.build(dataclasses.replace(cfg, attention_dropout=0.5))
-    params = jax.tree.map(lambda leaf: leaf * 10, plain.init(jax.random.key(0)))
+    params = jax.jit(lambda key: jax.tree.map(lambda leaf: leaf * 10, plain.init(key)))(jax.random.key(0))
     tokens = jnp.arange(12)[None]
     batch = {"tokens": tokens, "positions": tokens, "segments": jnp.ones_like(tokens)}
     if cfg.encoder_layers:
         batch |= {f"encoder_{key}": value for key, value in batch.items()}
-    run = lambda model, key: np.asarray(model.apply(params, batch, key=key)[0])
+    compiled = {model: jax.jit(lambda key, model=model: model.apply(params, batch, key=key)[0]) for model in (plain, dropping)}
+    run = lambda model, key: np.asarray(compiled[model](key))
     np.testing.assert_array_equal(run(dropping, None), run(plain, None))
     one, two = run(dropping, jax.random.key(1)), run(dropping, jax.random.key(2))
     assert np.abs(one - two).max() > 1e-3 and np.abs(one - run(plain, jax.random.key(1))).max() > 1e-3

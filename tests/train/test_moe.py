@@ -19,8 +19,8 @@ def test_reported_balance_is_switchs():
     with jax.set_mesh(parts.mesh):
         params = parts.init().params
         rows = {k: jnp.asarray(v) for k, v in batch(0).items()}
-        _, _, routing = parts.model.apply(params, rows)
-        sums = objectives.next_token(parts.config.objective, parts.model, params, rows, None)
+        sums_of = lambda params: objectives.next_token(parts.config.objective, parts.model, params, rows, None)
+        routing, sums = jax.jit(lambda params: (parts.model.apply(params, rows)[2], sums_of(params)))(params)
     assert routing["chosen"].shape == (2, 4)  # sparse layers, experts
     tokens = int((rows["segments"] > 0).sum())
     np.testing.assert_array_equal(routing["tokens"], [tokens, tokens])
@@ -36,16 +36,12 @@ def test_reported_balance_is_switchs():
 
 def test_the_balance_loss_balances():
     unbalanced = lambda metrics: float(metrics["sums"]["expert_max"][0] / metrics["sums"]["expert_max"][1])
-    with_loss, without = (train(build(**MOE, objective__moe_balance=weight), 20)[2] for weight in (1.0, 0.0))
-    assert unbalanced(with_loss) < unbalanced(without)
+    losses, _, without = train(build(**MOE, objective__moe_balance=0.0), 20)
+    assert losses[-1] < losses[0] - 1 and without["skipped"] == 0
+    assert unbalanced(train(build(**MOE, objective__moe_balance=1.0), 20)[2]) < unbalanced(without)
 
 
-def test_it_learns():
-    losses, _, metrics = train(build(**MOE), 20)
-    assert losses[-1] < losses[0] - 1 and metrics["skipped"] == 0
-
-
-@pytest.mark.parametrize("mesh, options", [((2, 2, 2), {}), ((1, 1, 1), {"model__remat": "full"}), ((1, 1, 1), {"train__microbatches": 2})], ids=str)
+@pytest.mark.parametrize("mesh, options", [((2, 2, 2), {"model__remat": "full"}), ((1, 1, 1), {"train__microbatches": 2})], ids=str)
 def test_where_and_how_it_is_computed_does_not_matter(mesh, options):
     # The balance of two halves is not that of the whole, by its definition.
     settings = MOE | SGD | ({"objective__moe_balance": 0.0} if options.get("train__microbatches") else {})
