@@ -77,7 +77,7 @@ async def client(address: str, rows: list[list[int]], new: int, first: list[floa
         body = json.dumps({"prompt": row, "max_tokens": new, "temperature": 0, "stream": True, "ignore_eos": True,
                            "stream_options": {"include_usage": True}}).encode()
         reader, writer = await asyncio.open_connection(host, int(port))
-        begun = last = time.perf_counter()
+        last = time.perf_counter()
         head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body)
         seen = 0

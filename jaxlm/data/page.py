@@ -88,7 +88,6 @@ def _duplicates(report: Mapping[str, Any]) -> str:
         for example in report["examples"].get("dedup.near", ()):
             sides = "".join(f'<div><div class="id">{what} {page.text(side["id"])}</div><pre>{page.text(side["text"])}</pre></div>'
                             for what, side in (("dropped:", example), ("kept:", example["kept"])))
-            title = f"similarity {example['value']:.2f}: {page.text(example['text'][:80])}"
             parts.append(page.details(f"similarity {example['value']:.2f}: {example['text'][:80]}", f'<div class="pair">{sides}</div>'))
     return "".join(parts)
 

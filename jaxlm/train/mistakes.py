@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxlm import page, sharding
 from jaxlm.data import labels, languages, loader
 from jaxlm.data.shards import Corpus
-from jaxlm.evaluate import baselines, classification, classify, likelihood, mistakes
+from jaxlm.evaluate import baselines, classification, likelihood, mistakes
 from jaxlm.models import kinds
 from jaxlm.train import classified, evaluation, report, saved
 from jaxlm.train import origin as origins
