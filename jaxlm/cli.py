@@ -118,6 +118,11 @@ def _raised_here(error: BaseException) -> bool:
 _YNN = "--xla_cpu_experimental_ynn_fusion_type"
 
 
+# Of NVIDIA GPUs (docs.jax.dev, "GPU performance tips"): Triton's matrix products compete with cuBLAS's in the autotuner, and communication is scheduled
+# beside computation. jaxlib 0.7.2 to 0.12 know both.
+_GPU = ("--xla_gpu_triton_gemm_any=true", "--xla_gpu_enable_latency_hiding_scheduler=true")
+_NVIDIA = pathlib.Path("/proc/driver/nvidia/version")  # where the driver runs, whatever jax will find
+
 # Each step of XLA on CPUs allocates its temporaries anew, and the kernel then clears them page by page: 1 GB and 250,000 faults a step for a model of 11 M
 # parameters. In pages of 2 MB instead of 4 kB a step takes 0.7 of the time (docs/performance.md). The C library reads this when a process begins.
 _PAGES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
@@ -146,6 +151,9 @@ def set_environment(verbose: bool, dots: bool = False) -> None:
         os.environ.setdefault(name, value)
     if importlib.metadata.version("jaxlib").startswith("0.10.") and _YNN not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_YNN}={'individual_dot' if dots else ''}".strip()
+    for flag in _GPU if _NVIDIA.exists() else ():
+        if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     if verbose:
         print("\n".join(f"{name}={os.environ[name]}" for name in (*chosen, "XLA_FLAGS", _PAGES[0]) if name in os.environ), file=sys.stderr)
 

@@ -21,8 +21,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ml_collections import ConfigDict
-
 # A length of training: "2000 steps", "3 epochs", "1e9 tokens", "5%" of the run, or a bare number of steps. "0" means never or none.
 Duration = typing.NewType("Duration", str)
 
@@ -432,6 +430,7 @@ class OptimConfig:
     b1: float = 0.9  # first-moment decay (adamw, lion), momentum (sgd); of muon's AdamW part
     b2: float = 0.95  # second-moment decay (adamw, lion); likewise
     eps: float = 1e-8
+    state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of the matrices' moments: a half and 0.27 of the memory; see moments.py
     layer_decay: float = 1.0  # the rate of each layer is this times that of the one above it, of the embedding that of the first; 1: all alike
     frozen_layers: int = 0  # so many of the first layers, and the embedding, are left as they are
     ema: float = 0.0  # decay of an exponential moving average of the parameters, used by eval and generate; 0: off
@@ -581,6 +580,8 @@ def load(name: str, overrides: Iterable[tuple[str, str]] = ()) -> Config:
     Raises:
       ValueError: one line for an unknown file, key, type or impossible value.
     """
+    from ml_collections import ConfigDict
+
     path, argument = find(name)
     spec = importlib.util.spec_from_file_location(f"jaxlm_recipe_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)

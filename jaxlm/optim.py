@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from optax import contrib
 
-from jaxlm import trees
+from jaxlm import moments, trees
 from jaxlm.config import OptimConfig, TransformerConfig, steps_of
 
 
@@ -69,7 +69,8 @@ def decays(cfg: OptimConfig, axes: dict[str, tuple[str, ...]]) -> dict[str, bool
 
 
 def build(cfg: OptimConfig, rate: Callable, axes: dict[str, tuple[str, ...]], model: TransformerConfig = TransformerConfig()) -> optax.GradientTransformation:
-    """The optimiser: clip by global norm, then the named method with decoupled weight decay; then the factors of layers.
+    """The optimiser: clip by global norm, then the named method with decoupled weight decay, its moments kept as `cfg.state_dtype` says; then the
+    factors of layers.
 
     Args:
       rate: learning rate by step.
@@ -79,12 +80,13 @@ def build(cfg: OptimConfig, rate: Callable, axes: dict[str, tuple[str, ...]], mo
     decay = decays(cfg, axes)
     mask = lambda tree: trees.map_paths(lambda path, _: decay[path], tree)
     clip = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
+    keep = (lambda tx: tx) if cfg.state_dtype == "float32" else (lambda tx: moments.compressed(tx, cfg.state_dtype, axes))
     if cfg.layer_decay == 1 and not cfg.frozen_layers:
-        return optax.chain(*clip, _method(cfg, rate, mask, axes))
+        return keep(optax.chain(*clip, _method(cfg, rate, mask, axes)))
     factors = layer_factors(cfg, axes, model)
     scale = lambda updates, state, params=None: (trees.map_paths(lambda path, u: u * factors[path].astype(u.dtype).reshape(-1, *[1] * (u.ndim - 1))
                                                                  if factors[path].ndim else u * factors[path].astype(u.dtype), updates), state)
-    return optax.chain(*clip, _method(cfg, rate, mask, axes), optax.GradientTransformation(lambda params: optax.EmptyState(), scale))
+    return keep(optax.chain(*clip, _method(cfg, rate, mask, axes), optax.GradientTransformation(lambda params: optax.EmptyState(), scale)))
 
 
 def layer_factors(cfg: OptimConfig, axes: dict[str, tuple[str, ...]], model: TransformerConfig) -> dict[str, jax.Array]:

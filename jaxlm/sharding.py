@@ -213,10 +213,27 @@ def params_shardings(mesh: Mesh, axes: Sequence[tuple[str, tuple[str, ...]]], sh
 
 def like_params(mesh: Mesh, tree: Any, shardings: Any, shapes: Any) -> Any:
     """Shardings for a tree (an optimiser's state, say) that holds copies of the parameters: a leaf that has a parameter's name and shape
-    lies where the parameter lies, every other leaf is whole on each device."""
+    lies where the parameter lies, one that holds a value for each block of it as near as its size allows, every other leaf is whole on each device."""
     places, sizes = trees.flatten(shardings), trees.flatten(shapes)
-    whole = NamedSharding(mesh, PartitionSpec())
-    return trees.map_paths(lambda path, leaf: places[path] if path in places and sizes[path].shape == leaf.shape else whole, tree)
+
+    def place(path: str, leaf: Any) -> NamedSharding:
+        if path not in places or len(sizes[path].shape) != leaf.ndim or any(n % m for n, m in zip(sizes[path].shape, leaf.shape)):
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, _dividing(mesh, leaf.shape, places[path].spec)) if sizes[path].shape != leaf.shape else places[path]
+
+    return trees.map_paths(place, tree)
+
+
+def _dividing(mesh: Mesh, shape: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
+    """`spec` where it divides `shape`; mesh axes that do not divide their own dimension split the first other one that they do."""
+    parts = [() if part is None else part if isinstance(part, tuple) else (part,) for part in (*spec, *[None] * (len(shape) - len(spec)))]
+    found: list[tuple[str, ...]] = [()] * len(shape)
+    fits = lambda i, names: shape[i] % math.prod(mesh.shape[name] for name in (*found[i], *names)) == 0
+    for at, names in enumerate(parts):
+        where = next((i for i in (at, *range(len(shape))) if fits(i, names)), None)
+        if where is not None:
+            found[where] = (*found[where], *names)
+    return PartitionSpec(*(names or None for names in found))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -15,6 +15,7 @@ Where a figure stands; looked up on 2026-11-22 in stored copies of the pages, so
 * `dollars_per_hour`: Google Cloud on demand in us regions. Google's own page was not to be had; these are as several public repositories of 2025 and 2026
   list them: TPUs a chip 3.22 (v4), 1.20 (v5e), 4.20 (v5p), 2.70 (v6e; others say 2.40 to 2.70); GPUs an eighth of a2-ultragpu-8g at 40.55, a3-highgpu-8g
   at 88.49 and a3-ultragpu-8g at 84.81. They change, and nobody pays list prices for long: give your own.
+* `clock`: from `flops` and the multiply-adds of a cycle (Austin et al. 2025: matrix units of 128 x 128, four a core, in v4, v5e and v5p; v6e's 256 x 256).
 * `watts` of v4: 170, the measured mean, docs.cloud.google.com/tpu/docs/v4 (90 least, 192 most). Of v5e, v5p and v6e none is published: **estimate**.
 """
 
@@ -41,17 +42,18 @@ class Chip:
     dcn: float  # bytes/s of one chip into the network between slices or nodes
     watts: float
     dollars_per_hour: float
+    clock: float = 0.0  # cycles/s of a TPU's core, in which its compiler reckons
     assumed: tuple[str, ...] = ()  # figures that are estimates
 
 
 CHIPS = {chip.name: chip for chip in (
-    Chip("v4", "tpu", 275e12, 32 * _GIB, 31.25 * _GIB, 1.2e12, 45e9, 4, 0, 6.25e9, 170, 3.22, ("usable",)),
-    Chip("v5e", "tpu", 197e12, 16 * _GIB, 15.75 * _GIB, 8.19e11, 45e9, 16, 0, 3.125e9, 200, 1.20, ("watts",)),
-    Chip("v5p", "tpu", 459e12, 96 * _GIB, 95.74 * _GIB, 2.765e12, 90e9, 4, 0, 6.25e9, 450, 4.20, ("watts",)),
-    Chip("v6e", "tpu", 918e12, 32 * _GIB, 31.25 * _GIB, 1.638e12, 90e9, 16, 0, 12.5e9, 300, 2.70, ("watts",)),
-    Chip("a100", "gpu", 312e12, 80e9, 74e9, 2.039e12, 300e9, 0, 8, 25e9, 400, 5.07, ("usable", "dcn")),
-    Chip("h100", "gpu", 989e12, 80e9, 74e9, 3.35e12, 450e9, 0, 8, 50e9, 700, 11.06, ("usable", "dcn")),
-    Chip("h200", "gpu", 989e12, 141e9, 132e9, 4.8e12, 450e9, 0, 8, 50e9, 700, 10.60, ("usable", "dcn")),
+    Chip("v4", "tpu", 275e12, 32 * _GIB, 31.25 * _GIB, 1.2e12, 45e9, 4, 0, 6.25e9, 170, 3.22, 1.05e9, ("usable",)),
+    Chip("v5e", "tpu", 197e12, 16 * _GIB, 15.75 * _GIB, 8.19e11, 45e9, 16, 0, 3.125e9, 200, 1.20, 1.5e9, ("watts",)),
+    Chip("v5p", "tpu", 459e12, 96 * _GIB, 95.74 * _GIB, 2.765e12, 90e9, 4, 0, 6.25e9, 450, 4.20, 1.75e9, ("watts",)),
+    Chip("v6e", "tpu", 918e12, 32 * _GIB, 31.25 * _GIB, 1.638e12, 90e9, 16, 0, 12.5e9, 300, 2.70, 1.75e9, ("watts",)),
+    Chip("a100", "gpu", 312e12, 80e9, 74e9, 2.039e12, 300e9, 0, 8, 25e9, 400, 5.07, 0.0, ("usable", "dcn")),
+    Chip("h100", "gpu", 989e12, 80e9, 74e9, 3.35e12, 450e9, 0, 8, 50e9, 700, 11.06, 0.0, ("usable", "dcn")),
+    Chip("h200", "gpu", 989e12, 141e9, 132e9, 4.8e12, 450e9, 0, 8, 50e9, 700, 10.60, 0.0, ("usable", "dcn")),
 )}
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -137,7 +139,7 @@ def read_prices(path: str | pathlib.Path) -> dict[str, Chip]:
         for key, value in values.items():
             if key not in figures:
                 raise ValueError(f"--prices={path}: {name}.{key} is no figure of a chip; known: {', '.join(figures)}")
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not (value > 0 or (key in ("wraps", "node", "dollars_per_hour") and value == 0)):
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not (value > 0 or (key in ("wraps", "node", "dollars_per_hour", "clock") and value == 0)):
                 raise ValueError(f"--prices={path}: {name}.{key}={value!r} must be a positive number")
         assumed = tuple(key for key in table[name].assumed if key not in values)
         table[name] = dataclasses.replace(table[name], **values, assumed=assumed)

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxlm import sharding
-from jaxlm.aot import formula, hlo, roofline
+from jaxlm.aot import formula, hlo, roofline, schedule
 from jaxlm.aot.chips import Topology
 from jaxlm.config import Config, MeshConfig
 from jaxlm.train import setup
@@ -39,6 +39,7 @@ class Compiled:
     traffic: int  # bytes of main memory read and written in one step, an estimate from the program's text; 0 where the compiler refused
     collectives: tuple[hlo.Collective, ...]
     links: dict[str, int]  # see `roofline.communication`
+    schedule: schedule.Schedule | None  # None where the compiler refused
     seconds: float  # of compilation
     error: str  # the compiler's words where it refused
 
@@ -137,7 +138,7 @@ def compile_step(config: Config, topology: Topology, quick: bool = False, text: 
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             memory = _filled(memory, temporaries=_exceeded(str(error), sum(memory.values())))
-            return Compiled(memory, False, flops, 0, (), links(topology, mesh), time.perf_counter() - started, str(error).splitlines()[0])
+            return Compiled(memory, False, flops, 0, (), links(topology, mesh), None, time.perf_counter() - started, str(error).splitlines()[0])
     seconds = time.perf_counter() - started
     sizes = program.memory_analysis()
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
@@ -147,8 +148,9 @@ def compile_step(config: Config, topology: Topology, quick: bool = False, text: 
     written = program.as_text()
     text(written)
     parsed = hlo.parse(written)
-    return Compiled(memory, True, flops, hlo.traffic(parsed), tuple(hlo.collectives(parsed, mesh.shape)),
-                    links(topology, mesh), seconds, "")
+    ways = links(topology, mesh)
+    return Compiled(memory, True, flops, hlo.traffic(parsed), tuple(hlo.collectives(parsed, mesh.shape)), ways,
+                    schedule.schedule(parsed, topology, mesh.shape, ways), seconds, "")
 
 
 def _filled(memory: Mapping[str, int], rest: int = 0, temporaries: int = 0, program: int = 0) -> dict[str, int]:

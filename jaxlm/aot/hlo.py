@@ -17,9 +17,9 @@ import numpy as np
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
           "c64": 8, "c128": 16}
 _ARRAY = re.compile(r"([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\](\{[^}]*\})?")
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id", "replica-id", "iota",
-         "opt-barrier", "custom-call-done", "send-done", "recv-done"}  # no traffic of their own: the work inside is counted where it happens
+         "opt-barrier", "custom-call-done", "send", "recv", "send-done", "recv-done"}  # no traffic of their own: the work inside is counted where it happens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,43 +220,58 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
       mesh: mesh axis -> size, in the mesh's order; device numbers in the program count through the mesh, last axis fastest.
     """
     found: collections.Counter = collections.Counter()
+    counted = set()
     for name, times, loops, caller in executions(program):
         for instruction in program.computations[name]:
-            kind = instruction.opcode.removesuffix("-start")
-            between = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes) if kind == "send" else None
-            if between:  # TPU slices: each hands its part to the host, which exchanges it with the other slices' hosts
-                one = Collective(between[1].lower().replace("_", "-"), "slice", mesh.get("slice", 1), instruction.arrays[:1], 1, "x".join(map(str, loops)),
-                                 _source(instruction))
-            elif kind in _KINDS:
-                one = _collective(instruction, kind, name, loops, caller, mesh)
-            else:
-                continue
-            if one is not None:
+            one = collective(instruction, name, loops, caller, mesh)
+            # One that runs beside computation stands in the fusion that starts it, in those it runs beside and in the one that ends it.
+            if one is not None and (caller is None or caller.opcode != "fusion" or channel(instruction) not in counted):
                 found[one] += times
+                counted.add(channel(instruction))
     merged = [dataclasses.replace(one, times=times) for one, times in found.items()]
     return sorted(merged, key=lambda c: (-c.bytes * c.times, c.kind, c.axes, str(c.arrays[0]), c.source))
 
 
-def _collective(instruction: Instruction, kind: str, computation: str, loops: tuple[int, ...], caller: Instruction | None,
-                mesh: Mapping[str, int]) -> Collective | None:
-    arrays, source = instruction.arrays, _source(instruction)
+def channel(instruction: Instruction) -> int | None:
+    """The number that is the same in all places where one collective stands."""
+    found = re.search(r"channel_id=(\d+)", instruction.attributes)
+    return int(found[1]) if found else None
+
+
+def collective(instruction: Instruction, computation: str, loops: tuple[int, ...], caller: Instruction | None, mesh: Mapping[str, int]) -> Collective | None:
+    """What one instruction sends, once; None where it sends nothing.
+
+    Args:
+      computation: the one it stands in.
+      loops: those around it.
+      caller: the instruction that calls the computation.
+      mesh: see `collectives`.
+    """
+    kind = instruction.opcode.removesuffix("-start")
+    between = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes) if kind == "send" else None
+    if between:  # TPU slices: each hands its part to the host, which exchanges it with the other slices' hosts
+        return Collective(between[1].lower().replace("_", "-"), "slice", mesh.get("slice", 1), instruction.arrays[:1], 1, "x".join(map(str, loops)),
+                          source(instruction))
+    if kind not in KINDS:
+        return None
+    arrays, origin = instruction.arrays, source(instruction)
     if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):  # (operands, results, and a permute's two flags)
         data = [a for a in arrays if a.shape or kind == "all-gather"]
         arrays = tuple(data[len(data) // 2:]) or arrays[:1]
     if caller is not None and computation.startswith("all-reduce-scatter"):  # the TPU's reduce-scatter: an all-reduce fused with the slice of its result
-        kind, source = "reduce-scatter", _source(caller)
+        kind, origin = "reduce-scatter", source(caller)
     elif kind == "reduce-scatter":
         arrays = tuple(dataclasses.replace(a, shape=_unscattered(a.shape, instruction)) for a in arrays)
     if kind == "collective-permute":
         pairs = [tuple(map(int, pair)) for pair in re.findall(r"\{(\d+),(\d+)\}", re.search(r"source_target_pairs=\{(.*?)\}\}", instruction.attributes)[0])]
         axes, devices = _axes([list(pair) for pair in pairs], mesh, whole=False)
-        kind = "ring permute" if re.search(r"dot_general|convolution", source) else kind
+        kind = "ring permute" if re.search(r"dot_general|convolution", origin) else kind
     else:
         groups = replica_groups(instruction.attributes, math.prod(mesh.values()))
         axes, devices = _axes(groups, mesh, whole=True)
     if devices <= 1:
         return None
-    return Collective(kind, axes, devices, arrays, 1, "x".join(map(str, loops)), source)
+    return Collective(kind, axes, devices, arrays, 1, "x".join(map(str, loops)), origin)
 
 
 def _unscattered(shape: tuple[int, ...], instruction: Instruction) -> tuple[int, ...]:
@@ -265,7 +280,7 @@ def _unscattered(shape: tuple[int, ...], instruction: Instruction) -> tuple[int,
     return tuple(n * ways if i == at else n for i, n in enumerate(shape))
 
 
-def _source(instruction: Instruction) -> str:
+def source(instruction: Instruction) -> str:
     """The traced operation without what every path has: `bwd mlp/dot_general`, `fwd attn_norm/mul`."""
     name = re.search(r'op_name="([^"]*)"', instruction.attributes)
     if not name:
@@ -348,11 +363,12 @@ def traffic(program: Program) -> int:
         if caller is not None and caller.opcode in ("fusion", "custom-call"):
             continue
         names = {i.name: i for i in program.computations[name]}
-        total += times * sum(_bytes_moved(program, i, names) for i in names.values())
+        total += times * sum(bytes_moved(program, i, names) for i in names.values())
     return total
 
 
-def _bytes_moved(program: Program, instruction: Instruction, names: Mapping[str, Instruction]) -> int:
+def bytes_moved(program: Program, instruction: Instruction, names: Mapping[str, Instruction]) -> int:
+    """Bytes of main memory that one run of an instruction reads and writes; `names` are its computation's instructions."""
     if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
         return 0
     size = lambda arrays: sum(a.bytes for a in arrays if not a.on_chip)

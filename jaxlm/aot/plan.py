@@ -13,6 +13,7 @@ from jaxlm import sharding, trees
 from jaxlm.aot import compiler, formula, roofline
 from jaxlm.aot.chips import Topology
 from jaxlm.aot.hlo import Collective
+from jaxlm.aot.schedule import Operation
 from jaxlm.config import Config
 
 Say = Callable[[str], None]
@@ -32,11 +33,12 @@ class Verdict:
     useful: float  # of all devices
     traffic: float
     collectives: tuple[Collective, ...]
-    time: roofline.Roofline | None  # None for a program that does not fit: the compiler gave none
+    time: roofline.Estimate | None  # None for a program that does not fit: the compiler gave none
     compile_seconds: float = 0.0
     error: str = ""
     largest_rows: int | None = None  # rows of a batch on one device that fit
     largest_how: str = ""
+    operations: tuple[Operation, ...] = ()  # of a compiled program, the longest first
 
     @property
     def total(self) -> int:
@@ -63,6 +65,7 @@ class Verdict:
             "largest_rows_per_device_is": self.largest_how, "flops_per_device": self.flops, "model_flops": self.useful, "hbm_traffic_bytes": self.traffic,
             "collectives": [{"kind": c.kind, "axes": c.axes, "devices": c.devices, "bytes": c.bytes, "arrays": [str(a) for a in c.arrays], "times": c.times,
                              "loop": c.loop, "source": c.source} for c in self.collectives],
+            "operations": [dataclasses.asdict(o) for o in self.operations],
             "time": None if self.time is None else dataclasses.asdict(self.time), "compile_seconds": round(self.compile_seconds, 1), "error": self.error,
             "chip": dataclasses.asdict(chip)}
 
@@ -81,12 +84,13 @@ def judge(config: Config, topology: Topology, quick: bool = False, text: Say = l
     found = compiler.compile_step(config, topology, quick, text)
     need = formula.needs(parts.config, mesh, _sizes(parts), "tpu")
     time = None
-    if found.collectives or found.traffic:
+    if found.schedule is not None:
         ici, dcn = roofline.communication(topology, found.collectives, found.links)
-        time = roofline.roofline(topology, flops=found.flops, useful=need.useful, traffic=found.traffic, ici=ici, dcn=dcn,
-                                 tokens=config.data.batch_size * config.data.sequence_length, bubble=need.bubble)
+        time = roofline.estimate(topology, flops=found.flops, useful=need.useful, traffic=found.traffic, ici=ici, dcn=dcn,
+                                 tokens=config.data.batch_size * config.data.sequence_length, bubble=need.bubble,
+                                 schedule=(found.schedule.compute, found.schedule.ici + found.schedule.dcn))
     return Verdict(topology, config, "compiled", mesh, found.memory, found.fits, found.flops, need.useful, found.traffic, found.collectives, time,
-                   found.seconds, found.error)
+                   found.seconds, found.error, operations=found.schedule.operations if found.schedule else ())
 
 
 def by_formula(config: Config, topology: Topology, size: formula.Sizes | None = None) -> Verdict:
@@ -98,7 +102,7 @@ def by_formula(config: Config, topology: Topology, size: formula.Sizes | None = 
         config, size = parts.config, _sizes(parts)
     need = formula.needs(config, mesh, size, topology.chip.platform)
     ici, dcn = roofline.communication(topology, need.collectives, roofline.formula_links(topology, mesh))
-    time = roofline.roofline(topology, flops=need.flops, useful=need.useful, traffic=need.traffic, ici=ici, dcn=dcn,
+    time = roofline.estimate(topology, flops=need.flops, useful=need.useful, traffic=need.traffic, ici=ici, dcn=dcn,
                              tokens=config.data.batch_size * config.data.sequence_length, bubble=need.bubble)
     fits = sum(need.memory.values()) <= topology.chip.usable
     return Verdict(topology, config, "formula", mesh, need.memory, fits, need.flops, need.useful, need.traffic, need.collectives, time)
@@ -204,11 +208,11 @@ def _first_that_builds(config: Config, topology: Topology):
 
 
 def rank(verdict: Verdict) -> tuple:
-    """Those that fit first, by tokens per second, equal ones by the time without overlap."""
+    """Those that fit first, by tokens per second, equal ones by the lower bound."""
     if verdict.time is None:
         return (True, 0.0, 0.0)
     tokens = verdict.config.data.batch_size * verdict.config.data.sequence_length
-    return (not verdict.fits, -round(verdict.time.tokens_per_second, -2), verdict.time.serial_seconds / tokens)
+    return (not verdict.fits, -round(verdict.time.tokens_per_second, -2), verdict.time.least_seconds / tokens)
 
 
 def candidates(config: Config, topology: Topology) -> Iterator[Config]:

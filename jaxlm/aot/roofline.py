@@ -1,7 +1,7 @@
-"""How long a step must take at least, and what that costs: operations, memory traffic and communication over what the chips can do.
+"""How long a step takes, and what that costs: the time its core works and waits, beside what operations, memory and communication take at their peaks.
 
-Each resource's time is a lower bound of the step (Williams et al. 2009); the largest one binds. Their sum is what a step takes when nothing overlaps.
-All of it is predicted.
+Of a compiled program the time comes from its own schedule (`schedule.py`); by formula from the peaks and the three shares below, which were read off compiled
+programs. Each resource's time at its peak is a lower bound of the step (Williams et al. 2009). All of it is predicted.
 """
 
 import dataclasses
@@ -11,26 +11,33 @@ from collections.abc import Mapping, Sequence
 from jaxlm.aot.chips import Topology
 from jaxlm.aot.hlo import Collective
 
+# By formula: the share of the peak at which matrix products run, and the shares of memory traffic and of communication inside a slice that nothing hides,
+# as in the schedules of our compiled programs (docs/performance.md).
+_PRODUCTS_SHARE, _TRAFFIC_SHARE, _EXPOSED_SHARE = 0.75, 0.75, 0.3
+
 
 @dataclasses.dataclass(frozen=True)
-class Roofline:
+class Estimate:
     """Predicted; seconds of one step, and what follows."""
-    compute: float
-    hbm: float
-    ici: float  # the links inside a slice or node
-    dcn: float  # the network between them
-    bound: str  # the resource that binds
-    step_seconds: float  # the longest of the four, over 1 - `bubble`
-    serial_seconds: float  # their sum: nothing overlaps
+    compute: float  # all operations at the chip's peak
+    hbm: float  # all traffic of its memory at full bandwidth
+    ici: float  # the links inside a slice or node, busy
+    dcn: float  # the network between them, busy
+    bound: str  # the resource of these four that binds
+    core: float  # the core works
+    waits: float  # it waits for communication
+    step_seconds: float  # both, over 1 - `bubble`
+    least_seconds: float  # the longest of the four, likewise: a lower bound
     bubble: float  # share of the step in which a pipeline stage waits
-    mfu: float  # useful operations over peak in step_seconds: an upper bound
+    mfu: float  # useful operations over peak in step_seconds
     tokens_per_second: float
     dollars_per_billion: float  # dollars per 10^9 tokens
     kwh_per_billion: float
 
 
-def roofline(topology: Topology, *, flops: float, useful: float, traffic: float, ici: float, dcn: float, tokens: int, bubble: float = 0.0) -> Roofline:
-    """The bound of a step.
+def estimate(topology: Topology, *, flops: float, useful: float, traffic: float, ici: float, dcn: float, tokens: int, bubble: float = 0.0,
+             schedule: tuple[float, float] | None = None) -> Estimate:
+    """The time of a step.
 
     Args:
       flops: operations that one device executes (recomputation included).
@@ -40,13 +47,16 @@ def roofline(topology: Topology, *, flops: float, useful: float, traffic: float,
       dcn: seconds of communication between them.
       tokens: of one step, all devices together.
       bubble: share of the step that a pipeline stage waits.
+      schedule: seconds that the core works and waits, from a compiled program; None: by formula.
     """
     chip = topology.chip
     times = {"compute": flops / chip.flops, "hbm": traffic / chip.hbm_bandwidth, "ici": ici, "dcn": dcn}
     bound = max(times, key=times.get)
-    step = max(times[bound], 1e-12) / (1 - bubble)
+    core, waits = schedule or (times["compute"] / _PRODUCTS_SHARE + _TRAFFIC_SHARE * times["hbm"], _EXPOSED_SHARE * ici + dcn)
+    least = max(times[bound], 1e-12) / (1 - bubble)
+    step = max((core + waits) / (1 - bubble), least)
     rate = tokens / step
-    return Roofline(**times, bound=bound, step_seconds=step, serial_seconds=sum(times.values()) / (1 - bubble), bubble=bubble,
+    return Estimate(**times, bound=bound, core=core, waits=waits, step_seconds=step, least_seconds=least, bubble=bubble,
                     mfu=useful / (topology.chips * chip.flops * step), tokens_per_second=rate,
                     dollars_per_billion=1e9 / rate / 3600 * topology.chips * chip.dollars_per_hour,
                     kwh_per_billion=1e9 / rate / 3600 * topology.chips * chip.watts / 1000)

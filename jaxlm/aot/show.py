@@ -12,8 +12,8 @@ def gib(size: float) -> str:
     return f"{size / _GIB:.2f}"
 
 
-def report(verdict: Verdict) -> str:
-    """Everything about one topology."""
+def report(verdict: Verdict, operations: int = 0) -> str:
+    """Everything about one topology, with so many of the longest operations."""
     v, chip = verdict, verdict.topology.chip
     how = f"compiled by libtpu in {v.compile_seconds:.0f} s" if v.method == "compiled" else "by formula only, nothing was compiled"
     batch = (f"batch {v.config.data.batch_size} x {v.config.data.sequence_length} tokens ({v.rows} rows on each device, {v.config.train.microbatches} "
@@ -33,11 +33,16 @@ def report(verdict: Verdict) -> str:
     t = v.time
     lines += [f"  work       {v.flops / 1e12:.2f} TFLOP on each device ({v.useful / v.topology.chips / 1e12:.2f} of them the model's own), {v.traffic / 1e9:.1f} GB "
               "through its memory",
-              f"  step       {t.step_seconds:.4f} s at least, bound by {t.bound}: compute {t.compute:.4f}, hbm {t.hbm:.4f}, ici {t.ici:.4f}, dcn {t.dcn:.4f} s; "
-              f"{t.serial_seconds:.4f} s if nothing overlaps" + (f"; stages wait {t.bubble:.0%}" if t.bubble else ""),
-              f"  speed      {t.tokens_per_second:,.0f} tokens/s at most, MFU {t.mfu:.0%} at most",
-              f"  cost       {t.dollars_per_billion:.2f} dollars and {t.kwh_per_billion:.2f} kWh for a billion tokens at least "
+              f"  step       {t.step_seconds:.4f} s: the core works {t.core:.4f} and waits {t.waits:.4f} for communication" + (
+                  f", stages wait {t.bubble:.0%}" if t.bubble else ""),
+              f"  bounds     at their peaks compute takes {t.compute:.4f}, hbm {t.hbm:.4f}, ici {t.ici:.4f}, dcn {t.dcn:.4f} s: no less than "
+              f"{t.least_seconds:.4f} s, {t.bound} binds",
+              f"  speed      {t.tokens_per_second:,.0f} tokens/s, MFU {t.mfu:.0%}",
+              f"  cost       {t.dollars_per_billion:.2f} dollars and {t.kwh_per_billion:.2f} kWh for a billion tokens "
               f"({chip.dollars_per_hour:g} dollars and {chip.watts:g} W a chip{', watts assumed' if 'watts' in chip.assumed else ''}; change them with --prices)"]
+    if operations and verdict.operations:
+        lines.append("  operations of one step, longest first (communication as it takes, hidden or not)")
+        lines += [f"    {o.seconds:>9.5f} s {o.times:>6} x {o.kind:<8} {o.name[:36]:<36} {o.source[:70]}".rstrip() for o in verdict.operations[:operations]]
     return "\n".join(lines)
 
 
@@ -67,7 +72,7 @@ def table(verdicts: Sequence[Verdict], most: int = 12) -> str:
         lines.append(f"{rank:>4} {v.topology!s:<14} {v.method:<9} {gib(v.total):>7} {'yes' if v.fits else 'no':<5} {figures}  {describe(v)}")
     if len(verdicts) > most:
         lines.append(f"     and {len(verdicts) - most} more with --json")
-    return "\n".join([*lines, "     all predicted: the step's time is a lower bound, the rest follows from it"])
+    return "\n".join([*lines, "     all predicted: the step from the compiled schedule, or by formula from peaks and shares; the rest follows from it"])
 
 
 def chart(verdicts: Sequence[Verdict], path: pathlib.Path) -> None:
@@ -98,16 +103,43 @@ def chart(verdicts: Sequence[Verdict], path: pathlib.Path) -> None:
     upper.plot([], [], color="black", label="limit")
     upper.set(title="Memory of one device (predicted)", ylabel="GiB", xticks=list(places), xticklabels=names)
     timed = [(place, v.time) for place, v in zip(places, verdicts) if v.time]
-    for i, resource in enumerate(("compute", "hbm", "ici", "dcn")):
-        lower.bar([place + (i - 1.5) * 0.18 for place, _ in timed], [getattr(t, resource) for _, t in timed], 0.18, label=resource)
+    for i, resource in enumerate(("core", "waits", "compute", "hbm", "ici", "dcn")):
+        lower.bar([place + (i - 2.5) * 0.13 for place, _ in timed], [getattr(t, resource) for _, t in timed], 0.13, label=resource)
     for place, t in timed:
         lower.annotate(f"{t.tokens_per_second:,.0f} tokens/s\nMFU {t.mfu:.0%}", (place, t.step_seconds), ha="center", va="bottom")
-    lower.set(title="Roofline of one step (predicted: the longest bar is the least time)", ylabel="seconds", xticks=list(places),
+    lower.set(title="One step (predicted: core and waits make the step, the others are at their peaks)", ylabel="seconds", xticks=list(places),
               xticklabels=[str(v.topology) for v in verdicts])
     for axes in (upper, lower):
         axes.margins(y=0.15)
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=110, format="png")
+
+
+def scaling_chart(name: str, verdicts: Sequence[Verdict], path: pathlib.Path) -> None:
+    """Time and collectives of a step with the same work on each chip, a bar for each topology (.svg or .png).
+
+    Raises:
+      ValueError: matplotlib is absent.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    timed = [v for v in verdicts if v.time]
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    places, names = range(len(timed)), [f"{v.topology.chips} chips\n{v.topology}" for v in timed]
+    left.bar(places, [v.time.core for v in timed], 0.6, label="the core works")
+    left.bar(places, [v.time.waits for v in timed], 0.6, bottom=[v.time.core for v in timed], label="it waits for communication")
+    left.set(title=f"{name}: one step (predicted)", ylabel="seconds", xticks=list(places))
+    right.bar(places, [sum(c.bytes * c.times for c in v.collectives) / _GIB for v in timed], 0.6, color="tab:gray")
+    right.set(title="Collectives of a chip and step", ylabel="GiB", xticks=list(places))
+    for axes in (left, right):
+        axes.set_xticklabels(names, fontsize="small")
+    left.set_ylim(0, 1.35 * max(v.time.core + v.time.waits for v in timed))
+    left.legend(fontsize="small")
+    figure.savefig(path)
 
 
 def require_matplotlib() -> None:

@@ -14,8 +14,10 @@ For TPUs this needs libtpu (pip install 'jaxlm[tpu]', any x86 Linux machine, no 
   largest      the most rows of a batch that one device holds: extrapolated from two compilations, or, with --confirm, compiled itself.
   collectives  what goes between devices in one step: kind, mesh axis, how often, how large. Gathers of weights over fsdp are the price of splitting
                them; nothing should be larger than one layer's weights or one device's activations.
-  step         a roofline: the time that arithmetic, memory, links (ici) and network (dcn) take at their peaks. The longest is a lower bound of the
-               step; their sum is what it takes when nothing overlaps. MFU, tokens/s and cost follow, so they are bounds as well.
+  step         how long the core works, from the compiler's own cycles of each operation, and waits for communication that nothing hides. Beside it
+               the bounds: what arithmetic, memory, links (ici) and network (dcn) take at their peaks; no step is shorter than the longest. Checked
+               against published steps in docs/performance.md. By formula (GPUs, --search's first ranking) the time is coarser.
+  operations   with --operations=N, the N kinds of operations that take longest.
 
 All figures are predicted. Prices and watts come from a table (jaxlm/aot/chips.py, with sources); list prices change and the power of new TPUs is not
 published, so put in your own: --prices=FILE with {"v5e": {"dollars_per_hour": 0.6, "watts": 180}}.
@@ -41,6 +43,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("largest", True, "Find the largest batch that fits: one more compilation.", flag_values=values)
     flags.DEFINE_bool("confirm", False, "Compile the largest batch until the compiler agrees.", flag_values=values)
     flags.DEFINE_bool("quick", False, "Compile with less optimisation.", flag_values=values)
+    flags.DEFINE_integer("operations", 0, "Show so many kinds of operations, the longest first.", flag_values=values, lower_bound=0)
     flags.DEFINE_string("json", "", "Write everything here, sizes in bytes.", flag_values=values)
     flags.DEFINE_string("plot", "", "Write a bar chart here (.png; needs pip install 'jaxlm[plot]').", flag_values=values)
     flags.DEFINE_string("prices", "", "JSON file of figures that replace those of the table of chips.", flag_values=values)
@@ -82,7 +85,7 @@ def main(values: flags.FlagValues, overrides: list[tuple[str, str]]) -> int:
             verdict = plan.largest_batch(verdict, values.quick, values.confirm, say)
         fits &= verdict.fits
         verdicts.append(verdict)
-        print(show.report(verdict) + "\n", flush=True)
+        print(show.report(verdict, values.operations) + "\n", flush=True)
     if len(topologies) > 1 and not values.search:
         print(show.table(sorted(verdicts, key=plan.rank)))
     if values.json:

@@ -12,19 +12,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxlm import generate, sharding
+from jaxlm import sharding
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.evaluate import answers, definition, follow, results, score
 from jaxlm.evaluate.answers import Answer
 from jaxlm.evaluate.definition import Item, Task
 from jaxlm.evaluate.likelihood import Scorer
 from jaxlm.evaluate.sources import Read
-from jaxlm.models.decoder import Model
 
 
 class Subject(NamedTuple):
     """What is asked."""
-    model: Model
+    answer: Callable[[list[str], int, Sequence[str], float], list[str]]  # prompts, most tokens, texts that end an answer, temperature -> its answers
     params: Any
     mesh: Mesh
     tokenizer: Tokenizer
@@ -165,12 +164,10 @@ def written(of: Subject, prompts: Sequence[str], *, max_tokens: int, stop: Seque
     sizes = [len(ids) for ids in of.tokenizer.encode_batch(list(prompts))]
     left, ways = sorted(range(len(prompts)), key=lambda i: -sizes[i]), sharding.ways("batch", of.mesh)
     while left:
-        size = -(-min(max(1, of.batch_tokens // generate.bucket(sizes[left[0]] + max_tokens)), len(prompts)) // ways) * ways
+        size = -(-min(max(1, of.batch_tokens // (sizes[left[0]] + max_tokens)), len(prompts)) // ways) * ways
         some, left = left[:size], left[size:]
         filled = [prompts[i] for i in some] + [prompts[some[0]]] * (size - len(some))  # whole batches, so few shapes
-        texts = generate.complete(of.model, of.params, of.tokenizer, filled, max_tokens=max_tokens, context=of.context,
-                                  settings=generate.Settings(temperature=temperature), stop=stop)
-        yield dict(zip(some, texts))
+        yield dict(zip(some, of.answer(filled, max_tokens, stop, temperature)))
 
 
 def _result(ask: Ask, asked: Sequence[Item], rows: Sequence[dict], bootstrap: int, overlap) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxlm.config import TransformerConfig
 from jaxlm.models import axes
 from jaxlm.models.layers import Block, Slots, adapt
+from jaxlm.ops.attention import SAVED
 from jaxlm.sharding import ways
 
 View = Callable[[Any], Any]  # one layer's weights -> the weights to compute with (cast, dequantise, add LoRA)
@@ -134,7 +135,8 @@ def _rematerialised(remat: str, body: Callable) -> Callable:
     if remat == "full":
         return jax.checkpoint(body)
     if remat == "dots":
-        return jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        policies = jax.checkpoint_policies
+        return jax.checkpoint(body, policy=policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED)))
     if ways("embed") > 1:  # all is kept but weights that FSDP has gathered, which the backward pass gathers again
         return jax.checkpoint(body, policy=lambda primitive, *_, **__: primitive.name not in _MOVES, prevent_cse=False)
     return body

@@ -142,10 +142,18 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 def dot_product(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=None, causal: bool = True, softcap: float = 0.0, scale: float,
                 implementation: str) -> jax.Array:
-    """`jax.nn.dot_product_attention`: with "cudnn" the fused kernel of NVIDIA's library. No soft-cap."""
+    """`jax.nn.dot_product_attention`: with "cudnn" the fused kernel of NVIDIA's library, which skips what causality hides. No soft-cap.
+
+    Like `blocked` it needs slot order to be time order in each segment. The library knows no segments: they are a mask `[B, 1, T, S]` that it reads for
+    every head, unless all rows of a batch hold one document each, which is looked up at run time.
+    """
     assert not softcap
-    seen = mask(queries, keys, window, causal)[:, None]
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=seen, scale=scale, implementation=implementation)
+    attend = functools.partial(jax.nn.dot_product_attention, scale=scale, is_causal=causal, implementation=implementation)
+    masked = lambda q, k, v: attend(q, k, v, mask=mask(queries, keys, window, causal)[:, None])
+    if window is not None:
+        return masked(q_BTNH, k_BSKH, v_BSKH)
+    whole = (queries.segments == keys.segments[:, :1]).all() & (keys.segments == keys.segments[:, :1]).all()
+    return jax.lax.cond(whole, attend, masked, q_BTNH, k_BSKH, v_BSKH)
 
 
 def splash(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=None, windows: Sequence[int] = (0,), causal: bool = True, softcap: float = 0.0,
@@ -163,16 +171,19 @@ def splash(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=None
 
     assert causal
     heads, length = q_BTNH.shape[2], q_BTNH.shape[1]
-    order = lambda a: jnp.moveaxis(a, 2, 1)
+    # Heads of a multiple of 128: TPUs lay out others in as many lanes anyway, so that zeros cost no memory.
+    fill = -q_BTNH.shape[3] % 128
+    order = lambda a: jnp.moveaxis(jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, fill))), 2, 1)
 
     def of(size: int):
         shape = (length, length)
         one = masks.LocalMask(shape, (size - 1, 0), 0) if size else masks.CausalMask(shape)
-        block = math.gcd(length, 512)
-        blocks = kernels.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
-                                    block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block)
+        wide, block = math.gcd(length, 1024 if q_BTNH.shape[3] <= 128 else 512), math.gcd(length, 512)
+        # One kernel for the whole backward pass: 5 matrix products in place of 7, and the scores are computed anew once.
+        blocks = kernels.BlockSizes(block_q=wide, block_kv=wide, block_kv_compute=block, block_q_dkv=wide, block_kv_dkv=wide, block_kv_dkv_compute=block,
+                                    use_fused_bwd_kernel=True)
         run = kernels.make_splash_mha(masks.MultiHeadMask([one] * heads), head_shards=1, q_seq_shards=1, block_sizes=blocks,
-                                      attn_logits_soft_cap=softcap or None, interpret=interpret)
+                                      attn_logits_soft_cap=softcap or None, residual_checkpoint_name=SAVED, interpret=interpret)
         row = lambda q, k, v, a, b: run(q, k, v, segment_ids=kernels.SegmentIds(a, b))
         return lambda q, k, v: jax.vmap(row)(order(q * scale), order(k), order(v), queries.segments, keys.segments)
 
@@ -181,8 +192,10 @@ def splash(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=None
     else:
         number = jnp.argmax(jnp.array(windows) == window)
         out = jax.lax.switch(number, [of(size) for size in windows], q_BTNH, k_BSKH, v_BSKH)
-    return jnp.moveaxis(out, 1, 2).astype(q_BTNH.dtype)
+    return jnp.moveaxis(out, 1, 2)[..., :q_BTNH.shape[3]].astype(q_BTNH.dtype)
 
+
+SAVED = "attention"  # the name under which rematerialisation may keep a kernel's results, so that it does not run again
 
 KERNELS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference, "blocked": blocked, "xla": functools.partial(dot_product, implementation="xla"),
@@ -190,9 +203,15 @@ KERNELS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
+def _fuses() -> bool:
+    """Whether the GPU here, if there is one, is one that cuDNN's fused attention knows: others, of AMD too, have no such number."""
+    capability = str(getattr(jax.devices()[0], "compute_capability", "8.0"))
+    return capability.partition(".")[0].isdigit() and int(capability.partition(".")[0]) >= 8
+
+
 def choose(cfg: TransformerConfig, length: int, platform: str) -> str:
     """The kernel for training rows of `length` tokens on a "cpu", "gpu" or "tpu": the one `cfg.attention` names, or for "auto" the one for the platform
-    which can do what the model needs: blocked on CPUs (see tools/bench.py), splash on TPUs, else reference.
+    which can do what the model needs: blocked on CPUs (see tools/bench.py), splash on TPUs, cudnn on GPUs, else reference.
 
     Raises:
       ValueError: one line: a forced kernel that cannot.
@@ -202,17 +221,18 @@ def choose(cfg: TransformerConfig, length: int, platform: str) -> str:
         "reference": "",
         "blocked": "" if cfg.causal else "is for causal models",
         "xla": "has no soft-cap" if cfg.attention_softcap else "",
-        "cudnn": ("runs on NVIDIA GPUs" if platform != "gpu" else "has no soft-cap" if cfg.attention_softcap else
+        "cudnn": ("runs on NVIDIA GPUs" if platform != "gpu" else "needs a GPU of compute capability 8 (A100) or newer" if not _fuses() else
+                  "has no soft-cap" if cfg.attention_softcap else
                   "computes in bfloat16: set model.dtype=bfloat16" if cfg.dtype != "bfloat16" else
                   f"needs a head size that is a multiple of 8 and at most 128, not {size}" if size % 8 or size > 128 else ""),
         "splash": ("runs on TPUs" if platform != "tpu" else "is for causal models" if not cfg.causal else
-                   f"needs heads of a multiple of 128, not {size}" if size % 128 else f"needs rows of a multiple of 128 tokens, not {length}" if length % 128
+                   f"needs rows of a multiple of 128 tokens, not {length}" if length % 128
                    else ""),
     }
     if cfg.positions == "relative":
         obstacles = {name: "adds no bias to the scores, which relative positions are" if name != "reference" else "" for name in obstacles}
     if cfg.attention == "auto":
-        first = {"cpu": "blocked", "tpu": "splash"}.get(platform, "reference")
+        first = {"cpu": "blocked", "tpu": "splash", "gpu": "cudnn"}.get(platform, "reference")
         return "reference" if obstacles[first] else first
     if obstacles[cfg.attention]:
         able = [name for name, obstacle in obstacles.items() if not obstacle]

@@ -10,13 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import trees
+from jaxlm import generate, trees
 from jaxlm.data import contamination
 from jaxlm.data.shards import Corpus
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.evaluate import answers, benchmark, definition, likelihood, results, sources, verdict
 from jaxlm.evaluate import harness as harnesses
 from jaxlm.evaluate.benchmark import Ask, Subject
 from jaxlm.models import kinds
+from jaxlm.models.decoder import Model
 from jaxlm.train import saved
 
 WORDS = 13  # of the n-grams that are looked for in the training data
@@ -35,8 +37,15 @@ def subject(run: saved.Run, batch_size: int = 0) -> Subject:
         raise ValueError(f"{run.workdir} holds a model that does not continue text, and tasks are answered by one that does (model.kind=decoder)")
     rows = batch_size or config.eval.batch_size or config.data.batch_size
     about = {"workdir": str(run.workdir), "step": run.step, "fingerprint": run.fingerprint, "parameters": trees.count(run.params)}
-    return Subject(run.model, run.params, run.mesh, run.tokenizer, _scorer(config.model, run.mesh, config.objective.chunk_rows or _CHUNK),
+    answer = answerer(run.model, run.params, run.tokenizer, config.model.context)
+    return Subject(answer, run.params, run.mesh, run.tokenizer, _scorer(config.model, run.mesh, config.objective.chunk_rows or _CHUNK),
                    config.model.context, rows * min(config.data.sequence_length, config.model.context), about)
+
+
+def answerer(model: Model, params: Any, tokenizer: Tokenizer, context: int) -> Callable[[list[str], int, Sequence[str], float], list[str]]:
+    """`Subject.answer` of a model."""
+    return lambda prompts, max_tokens, stop, temperature: generate.complete(
+        model, params, tokenizer, prompts, max_tokens=max_tokens, context=context, settings=generate.Settings(temperature=temperature), stop=stop)
 
 
 @functools.lru_cache(1)

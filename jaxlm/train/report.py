@@ -12,10 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from clu import parameter_overview
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2, summary_pb2
 
 from jaxlm.config import TransformerConfig
 
@@ -40,6 +36,7 @@ class Reporter:
         self._file = open(self._path, "a", encoding="utf-8")
         self._board = _Board(workdir)
         if resume_step:  # TensorBoard forgets what an interrupted process showed from here on
+            from tensorboardX.proto import event_pb2
             self._board.write(resume_step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
         for name, text in facts.items():
             self.text(resume_step, name, "    " + text.replace("\n", "\n    "))  # Markdown shows it as code
@@ -51,6 +48,7 @@ class Reporter:
         self._board.scalars(step, values)
 
     def text(self, step: int, name: str, text: str) -> None:
+        from tensorboardX import summary
         self._board.write(step, summary=summary.text(name, text))
 
     def close(self) -> None:
@@ -62,14 +60,18 @@ class _Board:
     """A TensorBoard event file, written in the caller's thread: tensorboardX's own thread dies on a full disk, and its queue then blocks for ever."""
 
     def __init__(self, folder: pathlib.Path, suffix: str = ""):
+        from tensorboardX.event_file_writer import EventsWriter
         folder.mkdir(parents=True, exist_ok=True)
         self._writer = EventsWriter(str(folder / "events"), suffix)
 
     def write(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto import event_pb2
         self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
         self._writer.flush()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX import summary
+        from tensorboardX.proto import summary_pb2
         self.write(step, summary=summary_pb2.Summary(value=[v for name, value in values.items() for v in summary.scalar(name, value).value]))
 
     def close(self) -> None:
@@ -103,6 +105,7 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 def overview(params: Any) -> str:
     """A table of all parameters, their shapes and their total."""
+    from clu import parameter_overview
     return parameter_overview.get_parameter_overview(params, include_stats=False)
 
 

@@ -30,7 +30,7 @@ def train_step(state: State, batch: Mapping[str, jax.Array], *, objective: Calla
                rate: Callable[[jax.Array], jax.Array], trainable: Mapping[str, bool], microbatches: int = 1, ema: float = 0.0) -> tuple[State, dict[str, Any]]:
     """Gradient of the sum of losses over the sum of weights of the whole batch, however it is cut; then one update.
 
-    A loss or gradient that is not finite leaves parameters and moments as they are; only the step and the optimiser's counters go on.
+    A loss or gradient that is not finite leaves parameters and moments as they are; only the step and the optimiser's counters (whole scalars) go on.
 
     Args:
       batch: arrays `[B, T]`; see `data/tasks.py`.
@@ -48,7 +48,7 @@ def train_step(state: State, batch: Mapping[str, jax.Array], *, objective: Calla
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums["loss"][0]) & jnp.isfinite(norm)
     updates, opt = tx.update(grads, state.opt, train)
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o) if jnp.issubdtype(n.dtype, jnp.floating) else n, new, old)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o) if n.ndim or jnp.issubdtype(n.dtype, jnp.floating) else n, new, old)
     trained = keep(optax.apply_updates(train, updates), train)
     params = trees.merge(trained, frozen)
     average = None if state.ema is None else jax.tree.map(lambda a, p: a * ema + p * (1 - ema), state.ema, trained)

@@ -16,9 +16,9 @@ def collective(kind, axes, devices, size, times=1):
 
 def test_a_step_by_hand():
     """16 chips of 197 TFLOP/s: 98.5 TFLOP each take 0.5 s; 40.5 GB at 810 GB/s take 0.05 s; 2**20 tokens in 0.5 s."""
-    t = roofline.roofline(V5E, flops=98.5e12, useful=16 * 78.8e12, traffic=40.5e9, ici=0.2, dcn=0.0, tokens=2**20)
+    t = roofline.estimate(V5E, flops=98.5e12, useful=16 * 78.8e12, traffic=40.95e9, ici=0.2, dcn=0.0, tokens=2**20, schedule=(0.4, 0.1))
     assert (t.compute, t.hbm, t.ici, t.bound) == (pytest.approx(0.5), pytest.approx(0.05), 0.2, "compute")
-    assert t.step_seconds == pytest.approx(0.5) and t.serial_seconds == pytest.approx(0.75)
+    assert t.step_seconds == t.least_seconds == pytest.approx(0.5)
     assert t.mfu == pytest.approx(0.8)
     assert t.tokens_per_second == pytest.approx(2**21)
     hours = 1e9 / 2**21 / 3600
@@ -26,9 +26,14 @@ def test_a_step_by_hand():
     assert t.kwh_per_billion == pytest.approx(hours * 16 * 0.2)
 
 
-def test_the_longest_time_binds_and_a_bubble_stretches_it():
-    t = roofline.roofline(V5E, flops=1e12, useful=1e12, traffic=1e9, ici=0.3, dcn=0.4, tokens=1000, bubble=0.2)
-    assert t.bound == "dcn" and t.step_seconds == pytest.approx(0.5)
+def test_the_schedule_is_the_step_and_a_bubble_stretches_it():
+    t = roofline.estimate(V5E, flops=1e12, useful=1e12, traffic=1e9, ici=0.3, dcn=0.4, tokens=1000, bubble=0.2, schedule=(0.5, 0.1))
+    assert t.bound == "dcn" and t.least_seconds == pytest.approx(0.5) and t.step_seconds == pytest.approx(0.75)
+
+
+def test_no_step_is_shorter_than_its_bound():
+    t = roofline.estimate(V5E, flops=197e12, useful=1e12, traffic=1e9, ici=0.3, dcn=0.4, tokens=1000, schedule=(0.5, 0.1))
+    assert t.step_seconds == t.least_seconds == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("kind, expected", [("all-gather", 0.75), ("reduce-scatter", 0.75), ("all-reduce", 1.5), ("collective-permute", 1.0), ("all-to-all", 0.75)])

@@ -15,6 +15,7 @@ from jaxlm.config import MeshConfig
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.evaluate import benchmark, definition, follow, likelihood, results, score, sources, verdict
 from jaxlm.ops import losses
+from jaxlm.train import benchmarks
 from tests.evaluate.test_binaries import call, fails
 from tests.train.runs import environment
 
@@ -79,8 +80,9 @@ def subjects(model, params, corpus):
     for name, devices, sizes, tokens in (("one", 1, {}, 64), ("eight", 8, {}, 2048), ("tensor", 4, {"fsdp": 2, "tensor": 2}, 700)):
         mesh = sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:devices])
         places = sharding.params_shardings(mesh, model.axes, jax.eval_shape(model.init, jax.random.key(0)))
-        found[name] = benchmark.Subject(model, jax.device_put(params, places), mesh, tokenizer, likelihood.scorer(model, mesh, 0), 64, tokens,
-                                        {"fingerprint": "f", "step": 1})
+        placed = jax.device_put(params, places)
+        answer, scorer = benchmarks.answerer(model, placed, tokenizer, 64), likelihood.scorer(model, mesh, 0)
+        found[name] = benchmark.Subject(answer, placed, mesh, tokenizer, scorer, 64, tokens, {"fingerprint": "f", "step": 1})
     return found
 
 

@@ -121,6 +121,7 @@ def test_a_finished_run_begins_another_with_other_labels(trained, capsys):
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(origin)))
 
 
+@pytest.mark.slow
 def test_early_stopping(trained, capsys):
     cfg = recipe(trained, optim__lr=1e-9, optim__schedule="constant", checkpoint__metric="accuracy", train__patience=2, train__eval_every="4", checkpoint__every="4")
     assert loop.run(cfg, trained / "early") == 0
@@ -154,7 +155,7 @@ def test_heads_and_losses(name, model):
                             output="token_labels" if name == "token_classify" else "sequence_labels", **model)
     made = kinds.build(cfg)
     params = made.init(jax.random.key(0))
-    data = config.build({"data": {"label_key": "x", "batch_size": 8}, "objective": {"name": name}})
+    data = config.build({"data": {"label_key": "x", "batch_size": 8, "sequence_length": 16}, "objective": {"name": name}})
     batch = verify.labelled(verify.batch(0, 8, False, 16, 64), 0, config.Config(objective=data.objective, data=data.data, model=cfg))
     sums = OBJECTIVES[name](ObjectiveConfig(name=name), made, params, batch, None)
     hidden = made.apply(params, batch)[0]
