@@ -305,7 +305,7 @@ def _texts(value: Any) -> Iterator[str]:
 def _reuse(folder: Path, made_from: Mapping[str, Any], data: DataConfig, log: Callable[[str], None]) -> shards.Corpus:
     corpus = shards.open_corpus(folder)
     old = corpus.manifest["made_from"]
-    default = keys()  # of keys that came after the folder was prepared
+    default = json.loads(json.dumps(keys()))  # of keys that came after the folder was prepared
     changes = [f"{key}: {old.get(key, default[key])!r} -> {value!r}" for key, value in made_from.items() if old.get(key, default[key]) != value]
     file = Path(made_from["tokenizer.path"]).expanduser()
     if not changes and file.is_file() and tokenizer.load(file).fingerprint != corpus.manifest["tokenizer"]["sha256"]:

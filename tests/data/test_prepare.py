@@ -143,6 +143,13 @@ def test_a_prepared_folder_is_used_again_or_refused(corpus, data_config, tmp_pat
         prepare.prepare(changed, BYTES, folder, log=quiet)
     with pytest.raises(ValueError, match=r"\(tokenizer.kind: 'bytes' -> 'bpe'; tokenizer.vocab_size: 8192 -> 300\)"):
         prepare.prepare(data_config, TokenizerConfig(kind="bpe", vocab_size=300), folder, log=quiet)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]
+    older = {key: value for key, value in manifest["made_from"].items() if key not in ("data.slice_keys", "data.format")}  # of a version without these keys
+    manifest |= {"made_from": older}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": shards._canonical_sha256(manifest)}))
+    assert len(older) == len(manifest["made_from"]) - 2
+    prepare.prepare(data_config, BYTES, folder, log=quiet)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("precious")
     with pytest.raises(ValueError, match="other is there already and holds no prepared corpus"):
