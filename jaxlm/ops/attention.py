@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxlm.config import TransformerConfig
 
@@ -132,9 +131,8 @@ def _blocked_backward(block, softcap, kept, g_BTNH):
                                                            preferred_element_type=jnp.float32), rest)
         dv, dk = dv + back(weights, g_BtKGH), dk + back(d_scores, q_BtKGH)
         dq.append(jnp.transpose(jnp.einsum("bkhs,bksgt->bkhgt", k_BKHS[..., :end], d_scores), (0, 4, 1, 3, 2)))
-    none = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), (queries, keys, window))
     dk, dv = (jnp.swapaxes(a, 1, 2).astype(like.dtype) for a, like in ((dk, k_BSKH), (dv, v_BSKH)))
-    return jnp.concatenate(dq, 1).reshape(q_BTNH.shape), dk, dv, *none
+    return jnp.concatenate(dq, 1).reshape(q_BTNH.shape), dk, dv, None, None, None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)

@@ -13,16 +13,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from jaxlm import config as configs
-from jaxlm import lora, optim, sharding, trees
-from jaxlm.config import Config, LoraConfig, TransformerConfig
+from jaxlm import lora, sharding, trees
+from jaxlm.config import Config, TransformerConfig
 from jaxlm.data import chat, ledger
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.interop import gguf, hf
 from jaxlm.models import decoder, kinds
 from jaxlm.train import checkpoint
+from jaxlm.train.form import form
 
 BASE = "base.json"
 
@@ -93,6 +94,12 @@ def model(origin: str) -> tuple[TransformerConfig, tokenizers.Tokenizer]:
     return config.model, tokenizer
 
 
+def _config(origin: str) -> TransformerConfig:
+    """The model that lies there; a tokenizer need not."""
+    source = _foreign(origin)
+    return source.cfg if source else read_files(pathlib.Path(origin), step_of(origin))[0].model
+
+
 def template(origin: str) -> str:
     """The chat template that a run was trained with, as Jinja; "" where there is none but the tokenizer's."""
     return "" if _foreign(origin) else read_template(pathlib.Path(origin), step_of(origin))
@@ -123,7 +130,7 @@ def params(origin: str, target: Any, layers: Sequence[int] = (), *, step: int | 
       step: of a workdir; None: the newest whole one.
     """
     if layers:
-        whole = _shapes(model(origin)[0], target)
+        whole = _shapes(_config(origin), target)
         full = params(origin, whole, step=step, log=log)
         places = jax.tree.map(lambda leaf: leaf.sharding, target)
         return jax.jit(functools.partial(_take, tuple(layers)), out_shardings=places)(full)
@@ -135,7 +142,7 @@ def params(origin: str, target: Any, layers: Sequence[int] = (), *, step: int | 
 def headed(origin: str, target: Any, init: Callable[[jax.Array], Any], seed: int, layers: Sequence[int] = (), *, step: int | None = None,
            log: Callable[[str], None] = print) -> Any:
     """`params` for a model that may have another head: what the origin does not have comes from `init(key of seed)`, and its own head is left out."""
-    wanted, given = trees.flatten(target), trees.flatten(jax.eval_shape(kinds.build(model(origin)[0]).init, jax.random.key(0)))
+    wanted, given = trees.flatten(target), trees.flatten(jax.eval_shape(kinds.build(_config(origin)).init, jax.random.key(0)))
     common = {path for path in wanted if path in given and (wanted[path].shape == given[path].shape or layers and path.startswith("layers/"))}
     fresh = sorted(set(wanted) - common)
     if not any(path.startswith(("classifier/", "pooler/")) for path in wanted) or not fresh and len(common) == len(given):
@@ -159,23 +166,6 @@ def _shapes(cfg: TransformerConfig, like: Any) -> Any:
 
 def _take(layers: tuple[int, ...], tree: Any) -> Any:
     return trees.map_paths(lambda path, leaf: leaf[jnp.array(layers)] if path.startswith("layers/") else leaf, tree)
-
-
-def form(config: Config, cfg: TransformerConfig, mesh: Mesh, *, companion: bool = False) -> tuple[lora.Form, dict[str, Any]]:
-    """The form in which a run keeps a model, and its plain parameters as `jax.ShapeDtypeStruct` with shardings.
-
-    Args:
-      companion: the model is the frozen one of an objective.
-    """
-    built = kinds.build(cfg)
-    shapes = jax.eval_shape(built.init, jax.random.key(0))
-    axes = trees.match(built.axes, trees.flatten(shapes), "axes of the model")
-    places = sharding.params_shardings(mesh, built.axes, shapes)
-    adapters = LoraConfig() if companion else config.lora
-    still = companion or adapters.rank and not config.optim.trainable
-    trainable = dict.fromkeys(axes, False) if still else optim.trainable(config.optim, shapes)
-    found = lora.form(built, adapters, config.optim.frozen_dtype, axes, trainable, cfg.dtype)
-    return found, jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
 
 
 def saved(workdir: pathlib.Path, step: int, target: Any, *, log: Callable[[str], None] = print) -> Any:

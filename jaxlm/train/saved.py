@@ -18,6 +18,7 @@ from jaxlm.data import shards
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.models import decoder, kinds
 from jaxlm.train import best, checkpoint, origin
+from jaxlm.train.form import form
 
 
 class Run(NamedTuple):
@@ -83,7 +84,7 @@ def adapters(workdir: os.PathLike | str, step: int | None = None, *, log: Callab
     config, _, _ = origin.read_files(workdir, step)
     if not config.lora.rank:
         raise ValueError(f"{workdir} was trained without adapters (lora.rank=0): leave --adapter out")
-    kept, shapes = origin.form(config, config.model, sharding.make_mesh(MeshConfig(data=-1, fsdp=1)))
+    kept, shapes = form(config, config.model, sharding.make_mesh(MeshConfig(data=-1, fsdp=1)))
     mesh = jax.tree.leaves(shapes)[0].sharding.mesh
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     dressed = jax.eval_shape(kept.dress, shapes, jax.random.key(0))

@@ -14,7 +14,7 @@ from jaxlm import lora, optim, sharding, trees
 from jaxlm.config import LABELLED, Config, steps_of
 from jaxlm.models import attend, decoder, encdec, pipeline
 from jaxlm.objectives import COMPANION, KINDS, OBJECTIVES, distilled
-from jaxlm.train import initial, origin
+from jaxlm.train import form as forms
 from jaxlm.train.state import State
 from jaxlm.train.step import init_state, mean_gradient, train_step
 
@@ -122,7 +122,7 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
         raise ValueError(f"train.steps={config.train.steps!r} is no step at all; give at least one")
     steps = lambda key, duration: steps_of(key, duration, tokens_per_step=tokens_per_step, tokens_per_epoch=tokens_per_epoch, total=total)
 
-    form, plain = origin.form(config, config.model, mesh)
+    form, plain = forms.form(config, config.model, mesh)
     mate, model = _companion(config, mesh), form.model
     axes, trainable = form.axes, form.trainable
     if mate is not None:
@@ -171,7 +171,9 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
 def _companion(config: Config, mesh: Mesh) -> tuple[lora.Form, dict[str, Any]] | None:
     """The frozen model that an objective compares with: a teacher; or, of preferences without adapters, the model that training began with."""
     if config.objective.teacher:
-        return origin.form(config, initial.teacher(config), mesh, companion=True)
+        from jaxlm.train import initial  # reads files, for which more is imported than a step needs
+
+        return forms.form(config, initial.teacher(config), mesh, companion=True)
     if config.objective.name == "preference" and not config.lora.rank:
-        return origin.form(config, config.model, mesh, companion=True)
+        return forms.form(config, config.model, mesh, companion=True)
     return None

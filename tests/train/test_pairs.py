@@ -248,7 +248,7 @@ def test_impossible_runs(tmp_path, changes, words):
 
 @pytest.mark.parametrize("tree, words", [
     ({"objective": {"name": "seq2seq"}, "data": {"source": ("a",)}}, "objective.name=seq2seq needs data.input_key"),
-    ({"data": {"input_key": "q"}}, "data.input_key='q' goes with objective.name=seq2seq, not next_token"),
+    ({"data": {"input_key": "q"}}, "data.input_key='q' goes with objective.name=seq2seq or with labels, not next_token"),
     ({"objective": {"span_rate": 1.0}}, r"objective.span_rate=1.0 must be in \(0, 1\)"),
     ({"objective": {"span_length": 0.5}}, "objective.span_length=0.5 must be at least 1"),
     ({"tokenizer": {"kind": "bytes", "sentinels": 3}}, "tokenizer.kind=bytes has no room for tokenizer.sentinels"),
