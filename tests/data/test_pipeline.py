@@ -268,6 +268,7 @@ def test_work_on_something_else_starts_anew(planted, tmp_path, change, write_jso
 def test_ctrl_c_says_how_to_go_on(planted, whole, tmp_path):
     process = start(planted, tmp_path / "data", POINTS["a batch is tokenised"])
     process.stdout.readline()
+    time.sleep(0.5)  # it sleeps now; an interrupt at the moment of a clean-up by Python is lost
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130 and "interrupted: the same command goes on from here" in err and "Traceback" not in err
