@@ -225,9 +225,10 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
         for instruction in program.computations[name]:
             one = collective(instruction, name, loops, caller, mesh)
             # One that runs beside computation stands in the fusion that starts it, in those it runs beside and in the one that ends it.
-            if one is not None and (caller is None or caller.opcode != "fusion" or channel(instruction) not in counted):
+            again = caller is not None and caller.opcode == "fusion" and not name.startswith("all-reduce-scatter") and channel(instruction) in counted
+            if one is not None and not again:
                 found[one] += times
-                counted.add(channel(instruction))
+                counted |= {channel(instruction)} - {None}
     merged = [dataclasses.replace(one, times=times) for one, times in found.items()]
     return sorted(merged, key=lambda c: (-c.bytes * c.times, c.kind, c.axes, str(c.arrays[0]), c.source))
 

@@ -32,6 +32,8 @@ UNITS = {
     "seq2seq": {"loss": "nats per target token, given the input", "perplexity": "depends on the tokenizer", "accuracy": "of the next target token",
                 "exact_match": "of whole greedy outputs"},
     "sft": {"loss": "nats per token of the assistant", "perplexity": "depends on the tokenizer", "accuracy": "of the assistant's next token"},
+    "preference": {"preferred": "pairs whose chosen answer is likelier", "preferred_per_token": "likelier per token",
+                   "loss": "nats per token of the chosen answers", "rejected_loss": "nats per token of the rejected answers"},
 }
 
 

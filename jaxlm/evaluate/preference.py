@@ -10,10 +10,8 @@ from jaxlm import metrics, sharding
 from jaxlm.data.loader import evaluation_batches
 from jaxlm.data.rows import Task
 from jaxlm.data.shards import Corpus
-from jaxlm.evaluate.likelihood import Scorer, one_behind
-
-_UNITS = {"preferred": "pairs whose chosen answer is likelier", "preferred_per_token": "likelier per token", "loss": "nats per token of the chosen answers",
-          "rejected_loss": "nats per token of the rejected answers"}
+from jaxlm.evaluate import uncertainty
+from jaxlm.evaluate.likelihood import UNITS, Scorer, one_behind
 
 
 def score(scorer: Scorer, params: Any, mesh: Mesh, corpus: Corpus, split: str, task: Task, *, batch_size: int, bootstrap: int, limit: int = 0,
@@ -47,8 +45,8 @@ def score(scorer: Scorer, params: Any, mesh: Mesh, corpus: Corpus, split: str, t
     columns = np.stack([chosen < rejected, chosen / said < rejected / other, chosen, said, rejected, other, np.ones(len(said))], axis=1)
     found = _figures(columns.sum(axis=0))
     if len(columns) > 1:
-        for name, values in _figures(metrics.resample(columns, bootstrap)).items():
-            found[f"{name}_low"], found[f"{name}_high"] = metrics.interval(values)
+        for name, values in _figures(uncertainty.resample(columns, bootstrap)).items():
+            found[f"{name}_low"], found[f"{name}_high"] = uncertainty.interval(values)
     return {name: float(value) for name, value in found.items()} | {"documents": int(known.sum()), "tokens": int((said + other).sum())}
 
 
@@ -61,5 +59,5 @@ def _figures(sums: np.ndarray) -> dict[str, Any]:
 def table(summary: dict[str, float]) -> str:
     """The figures as lines to print."""
     between = lambda name: f"{summary[f'{name}_low']:.4f} to {summary[f'{name}_high']:.4f}" if f"{name}_low" in summary else ""
-    lines = [f"  {name.replace('_', ' '):<20} {summary[name]:>10.4f}   {between(name):<22} {unit}".rstrip() for name, unit in _UNITS.items()]
+    lines = [f"  {name.replace('_', ' '):<20} {summary[name]:>10.4f}   {between(name):<22} {unit}".rstrip() for name, unit in UNITS["preference"].items()]
     return "\n".join([f"  {'':<20} {'estimate':>10}   95 % interval", *lines, f"  {summary['documents']:,} pairs, {summary['tokens']:,} tokens of answers"])

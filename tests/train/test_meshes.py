@@ -18,7 +18,8 @@ from tests.train.test_step import batch, build
 
 KNOBS = dict(model__windows=(0, 7), model__attention_softcap=5.0, model__qk_norm="head", model__norm_position="sandwich", objective__z_loss=1e-3)
 MOE = dict(model__experts=4, model__expert_feedforward=32, model__shared_feedforward=32, model__shared_gate=True)
-KINDS = {"": {}, "knobs": KNOBS, "moe": MOE, "bf16": {"model__dtype": "bfloat16"}, "moe bf16": MOE | {"model__dtype": "bfloat16"}}
+KINDS = {"": {}, "knobs": KNOBS, "moe": MOE, "bf16": {"model__dtype": "bfloat16"}, "moe bf16": MOE | {"model__dtype": "bfloat16", "model__experts_per_token": 4}}
+# "moe bf16" takes all experts: which ones are chosen hangs, for some tokens, on less than a rounding of bfloat16, and one such token is a tenth of a gradient.
 SIZES = dict(model__layers=4, model__heads=8, model__kv_heads=4)  # what 4 stages and 4 parts of the key heads need
 
 LONG = dict(model__context=2048, data__sequence_length=2048, data__batch_size=1, model__remat="full", objective__chunk_rows=256)
