@@ -127,3 +127,14 @@ def test_huge_pages_are_asked_for_once_and_only_where_linux_gives_them_on_reques
     for _ in range(2):  # the second time as the process that was started anew
         cli.use_huge_pages()
     assert started == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])] and os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+
+
+@pytest.mark.parametrize("flags, threads", [("--xla_force_host_platform_device_count=4", "64"), ("", None)])
+def test_emulated_devices_get_threads_to_meet_in_collectives(monkeypatch, flags, threads):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setenv("PJRT_NPROC", "1")  # restored at the end
+    cli.let_emulated_devices_meet()
+    assert os.environ["PJRT_NPROC"] == "1"  # the user's wins
+    monkeypatch.delenv("PJRT_NPROC")
+    cli.let_emulated_devices_meet()
+    assert os.environ.get("PJRT_NPROC") == threads

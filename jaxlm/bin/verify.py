@@ -33,6 +33,7 @@ def main(values: flags.FlagValues, overrides: list[tuple[str, str]]) -> int:
         os.environ["JAX_PLATFORMS"] = "cpu"
         if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+        os.environ.setdefault("PJRT_NPROC", "64")  # jaxlm/cli.py, let_emulated_devices_meet, says why
 
     import jax
 
