@@ -55,7 +55,7 @@ def losses(workdir: pathlib.Path) -> dict[int, float]:
 
 def environment(optimised: bool = False) -> dict[str, str]:
     """One device, whatever the tests themselves have; machine code that compiles in half the time, unless `optimised`."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")}
     return env | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"} | ({} if optimised else {"XLA_FLAGS": "--xla_backend_optimization_level=0"})
 
 
