@@ -423,7 +423,7 @@ class OptimConfig:
     step_ratio: float = 0.1  # step: each drop multiplies lr by this
     weight_decay: float = 0.1
     decay_rules: Rules = ()  # (path regex, decays or not), strict; empty: every weight with two or more dimensions of its own decays
-    trainable: Rules = ()  # (path regex, trained or frozen), strict; empty: everything is trained, with lora.rank the adapters alone
+    trainable: Rules = ()  # (path regex, trained or frozen), strict; empty: everything is trained, with lora.rank the adapters and a head for labels
     frozen_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"  # how frozen matrices are kept: int8 and nf4 those of the layers, blockwise, and
     # the others in bfloat16; with lora.rank nf4 is QLoRA
     clip: float = 1.0  # global norm of the gradient; 0: off
@@ -551,8 +551,8 @@ class Config:
               f"objective.name={', '.join(LABELLED)}, not {self.objective.name}: set one of these, or leave the keys out")
         _need(not labelled or not source or bool(self.data.label_key), f"objective.name={self.objective.name} needs data.label_key: the field (JSONL) or "
               "column (CSV, Parquet) with the labels")
-        _need(not labelled or not self.lora.rank, f"objective.name={self.objective.name} trains a new head, which adapters do not have: set lora.rank=0, or train a "
-              "few layers with optim.frozen_layers")
+        _need(not self.lora.rank or not self.optim.frozen_layers, "with lora.rank all layers are frozen, and adapters lie in all of them: leave "
+              "optim.frozen_layers out")
         _need(not labelled or not self.model.encoder_layers, f"objective.name={self.objective.name} trains encoders and decoders, not an encoder-decoder")
         _need(self.objective.name != "token_classify" or not (self.clean.normalise or self.clean.repair or self.clean.pii or self.data.input_key),
               "objective.name=token_classify has a tag for each word, which data.input_key, clean.repair, clean.normalise and clean.pii would move: "

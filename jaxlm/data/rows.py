@@ -392,10 +392,11 @@ def cut_text(task: Task, tokens: np.ndarray, inputs: int) -> tuple[np.ndarray, i
         return tokens, inputs
     if not inputs:
         return np.append(tokens[:most - 1], task.eos), 0
-    first, second = tokens[:inputs - 1], tokens[inputs:-1]
-    room = most - 2
+    between = 2 if inputs > 2 and tokens[inputs - 2] == task.eos else 1
+    first, second = tokens[:inputs - between], tokens[inputs:-1]
+    room = most - between - 1
     keep = min(len(first), max(room - len(second), (room + 1) // 2))
-    return np.concatenate([first[:keep], [task.eos], second[:room - keep], [task.eos]]), keep + 1
+    return np.concatenate([first[:keep], [task.eos] * between, second[:room - keep], [task.eos]]), keep + between
 
 
 def fill_labelled(task: Task, rows: Sequence[Sequence[Piece]], corpus: Corpus, split: str, of: Targets, length: int, *, train: bool) -> Batch:

@@ -133,7 +133,7 @@ def start(config: Config, target: Any, companion: Any, *, log: Callable[[str], N
     else:
         found = jax.jit(kinds.build(config.model).init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, target))(jax.random.key(config.train.seed))
     if config.lora.rank:
-        notes["base"] = origins.note(origin, step, found)
+        notes["base"] = origins.note(origin, step, origins.body(found))
     mate = None
     if companion is not None and config.objective.teacher:
         mate = origins.params(config.objective.teacher, companion, log=log)
@@ -151,7 +151,7 @@ def borrowed(workdir: pathlib.Path, step: int, config: Config, target: Any, comp
       ValueError: one line: they are gone, or are others.
     """
     notes = json.loads(checkpoint.read_file(workdir, step, origins.BASE))
-    found = origins.base(workdir, step, config, target, log=log) if config.lora.rank else None
+    found = origins.base(workdir, step, config, target) if config.lora.rank else None
     if companion is None:
         return found, None
     told = notes["companion"]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import config as configs
-from jaxlm import sharding, trees
+from jaxlm import lora, sharding, trees
 from jaxlm import metrics as figures
 from jaxlm.config import Config
 from jaxlm.data import chat, ledger, loader, mixture, pack, prepare, rows, shards
@@ -180,8 +180,8 @@ def _start(parts: setup.Setup, corpus: shards.Corpus, task: rows.Task, workdir: 
         params, mate, notes, history = initial.start(parts.config, parts.plain, parts.companion, log=note)
         params = parts.dress(params) if mate is None else parts.dress(params, mate)
         if parts.config.lora.init_from:
-            own, rest = trees.split(params, parts.kept)
-            params = trees.merge(initial.adapter(parts.config, notes["base"], trees.split(parts.target.params, parts.kept)[0]), rest)
+            ours = {path: lora.is_adapter(path) for path in parts.kept}
+            params = trees.merge(initial.adapter(parts.config, notes["base"], trees.split(parts.target.params, ours)[0]), trees.split(params, ours)[1])
         return 0, parts.begin(params), history, {origin.BASE: json.dumps(notes).encode()} if notes else {}
     saved = json.loads(checkpoint.read_file(workdir, start, ledger.FILE))
     regrouped = task.mixture != mixture.Mixture() and saved["sources"] != ledger.sources_sha256(corpus)
@@ -316,14 +316,15 @@ def _finish(step: int, early: bool, subject: evaluation.Subject, chosen: tuple[A
 
 def _work(parts: setup.Setup) -> float:
     """Operations of a step as a share of those of training all weights: a third each for the forward pass, the gradients of activations and those of weights,
-    of which frozen ones have none; the frozen model beside it has a forward pass more."""
-    whole = trees.count(parts.plain)
-    if parts.config.lora.rank or parts.companion is not None:
-        trained = trees.count(trees.split(parts.target.params, parts.kept)[0]) / whole
-        beside = 1.0 if parts.config.objective.name == "preference" else 0.0
-        beside = trees.count(parts.companion) / whole if parts.companion is not None else beside
-        return (2 + min(trained, 1.0) + beside) / 3
-    return 1.0
+    of which frozen ones have none; the first layers, frozen, have a forward pass alone; the frozen model beside it has a forward pass more."""
+    whole, config = trees.count(parts.plain), parts.config
+    if parts.companion is not None:
+        beside = trees.count(parts.companion) / whole
+    else:
+        beside = 1.0 if config.objective.name == "preference" else 0.0
+    still = trees.count(parts.plain["layers"]) / whole * config.optim.frozen_layers / config.model.layers if config.optim.frozen_layers else 0.0
+    trained = trees.count(trees.split(parts.target.params, parts.kept)[0]) / whole
+    return (1 + (1 - still) + min(trained, 1 - still) + beside) / 3
 
 
 class _Log:

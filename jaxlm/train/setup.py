@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -163,9 +164,16 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
     return Setup(config, mesh, model, total, target, plain, mate and mate[1], {path: not borrowed(path) for path in axes}, batch,
                  lambda: jax.jit(init, out_shardings=state_places)(jax.random.key(config.train.seed)),
                  lambda params: jax.jit(init, out_shardings=state_places, donate_argnums=1)(jax.random.key(config.train.seed), params),
-                 functools.partial(jax.jit(dress, out_shardings=places, donate_argnums=1), jax.random.key(config.train.seed)),
+                 functools.partial(_without_warning, jax.jit(dress, out_shardings=places, donate_argnums=1), jax.random.key(config.train.seed)),
                  jax.jit(step, donate_argnums=0, out_shardings=(state_places, whole)),
                  jax.jit(gradient, out_shardings=(trained_places, whole)), steps)
+
+
+def _without_warning(function: Callable, *arguments: Any) -> Any:
+    """A jitted function whose donated arguments may have no result of their shape: of layers that are cut or quantised only some can be used again."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        return function(*arguments)
 
 
 def _companion(config: Config, mesh: Mesh) -> tuple[lora.Form, dict[str, Any]] | None:

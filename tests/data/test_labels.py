@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import pathlib
+import shutil
 
 import numpy as np
 import pytest
 
 from jaxlm import config
-from jaxlm.data import labels, loader, pack, prepare, rows, tasks, tokenizer
+from jaxlm.data import labels, loader, pack, prepare, rows, stages, tasks, tokenizer, tokenizer_json
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "tokenizers"
 
 
 def prepared(folder, lines, objective="classify", source=None, **data):
@@ -95,8 +99,25 @@ def test_pairs_types_and_truncation():
     cut, first = rows.cut_text(task, tokens, 12)
     assert cut.tolist() == [1, 10, 11, 12, 2, 30, 31, 32, 33, 2] and first == 5  # the longer text loses its end
     assert rows.cut_text(task, np.array([1, *range(5, 30), 2]), 0)[0].tolist() == [1, *range(5, 13), 2]
+    two = np.array([1, *range(10, 20), 2, 2, *range(30, 34), 2])  # RoBERTa's separators
+    assert rows.cut_text(task, two, 13)[0].tolist() == [1, 10, 11, 12, 2, 2, 30, 31, 32, 2] and rows.cut_text(task, two, 13)[1] == 6
     batch = tasks.text_batch([(cut, first), (np.zeros(0, int), 0)], np.array([3, -1]), 16, last=True, types=True)
     assert batch["types"][0].tolist() == [0] * 5 + [1] * 5 + [0] * 6 and batch["weights"][0].argmax() == 9 and not batch["weights"][1].any()
+
+
+def test_a_pair_is_framed_as_its_model_has_it(tmp_path):
+    special, of = lambda name: {"SpecialToken": {"id": name}}, lambda name: {"Sequence": {"id": name}}
+    template = lambda n: {"type": "TemplateProcessing", "pair": [special("<s>"), of("A"), *[special("</s>")] * n, of("B"), special("</s>")]}
+    assert [tokenizer_json.separators(step) for step in (None, template(1), template(2), {"type": "RobertaProcessing"}, {"type": "BertProcessing"},
+                                                        {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template(2)]})] == [1, 1, 2, 2, 1, 2]
+    folder = shutil.copytree(FIXTURES / "byte_level_legacy", tmp_path / "t")
+    vocab = json.loads((folder / "vocab.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(vocab | {"<s>": len(vocab), "</s>": len(vocab) + 1}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "RobertaTokenizer"}))
+    for name, count in ((folder, 2), (FIXTURES / "word_piece", 1)):
+        tok = tokenizer.load(name)
+        tokens, first = stages.pair_of(tok, np.array([7, 8]), np.array([9]))
+        assert tokens.tolist() == [tok.bos, 7, 8, *[tok.eos] * count, 9, tok.eos] and first == 3 + count
 
 
 def test_tags_stand_at_the_first_token_of_each_word(tmp_path):

@@ -3,13 +3,13 @@
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
 from jaxlm import cli, config, trees
 from jaxlm.interop import peft
 from jaxlm.train import checkpoint, evaluation, loop, origin, report, saved
+from tests.train import runs
 
 pytestmark = pytest.mark.slow
 MODEL = {"model.context": "64", "model.layers": "2", "model.width": "32", "model.heads": "2", "model.kv_heads": "1", "model.tied": "false",
@@ -41,9 +41,7 @@ def settings(folder, source, more):
 
 def run(folder, name, *, source, more, sample=False):
     """Trains on two devices; a sample, which compiles generation, is drawn only if asked for."""
-    two, real = jax.devices()[:2], jax.devices
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *kind: real(*kind) if kind else two)
+    with runs.devices(2), pytest.MonkeyPatch.context() as patch:
         if not sample:
             patch.setattr(evaluation, "sample", lambda *_: "")
         assert loop.run(settings(folder, source, more), folder / name) == 0
