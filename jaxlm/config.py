@@ -348,7 +348,8 @@ class ObjectiveConfig:
     # spans of documents (T5), and pairs of data.input_key and data.text_key; of decoders: what the assistant says in chats (data.format=chat), and which of
     # two answers is better (data.format=preference); of encoders and decoders with data.label_key: one class of a text, any number of them, a number, a
     # class of each word
-    class_weights: tuple[tuple[str, float], ...] = ()  # classify, token_classify: factors of the loss, (("spam", 5.0), ...); of classes not named 1
+    class_weights: tuple[tuple[str, float], ...] = ()  # classify, token_classify, multi_label (of texts that have the class): factors of the
+    # loss, (("spam", 5.0), ...); of classes not named 1
     class_balance: float = 0.0  # likewise: the loss of a class is multiplied by (an even share / its share in training)^this; 1 makes all classes count alike
     mask_rate: float = 0.15  # masked_token: share of the tokens to be told
     mask_random: float = 0.1  # of these, share that is replaced by any token; in BERT 80 % are masked, 10 % random, 10 % kept
@@ -390,8 +391,8 @@ class ObjectiveConfig:
         _need(0 <= self.class_balance <= 1, f"objective.class_balance={self.class_balance} must be in [0, 1]")
         _need(all(0 < weight < math.inf for _, weight in self.class_weights), f"objective.class_weights={self.class_weights} must be positive")
         weighed = bool(self.class_weights or self.class_balance)
-        _need(not weighed or self.name in ("classify", "token_classify"), "objective.class_weights and objective.class_balance go with objective.name=classify "
-              f"and token_classify, not {self.name}: leave them out")
+        _need(not weighed or self.name in LABELLED and self.name != "regress", "objective.class_weights and objective.class_balance go with "
+              f"objective.name=classify, multi_label and token_classify, not {self.name}: leave them out")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Task(NamedTuple):
     # Objectives with labels, whose rows hold one text each and are as long as the longest text of their batch needs (`lengths`):
     batch_size: int = 0
     label_names: tuple[str, ...] = ()
-    class_weights: np.ndarray = np.zeros(0, np.float32)  # [classes]; of regress and multi_label [0]
+    class_weights: np.ndarray = np.zeros(0, np.float32)  # [classes]; of regress [0]
     last: bool = False  # the label of a text is read from its last token (decoders), not its first
     types: bool = False  # the tokens of a pair's second text are of type 1
 
@@ -123,7 +123,7 @@ def _labelled(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> Task:
         if held_out and not set(held_out) <= set(train):
             labels.check(name, known, held_out, [f"{corpus.document_id(split, i)} ({split})" for i in range(len(held_out))], "the training split")
     factors = np.zeros(0, np.float32)
-    if name in ("classify", "token_classify"):
+    if name != "regress":
         often = dict.fromkeys(known, 0)
         for label in train:
             for one in labels.classes(name, label):
@@ -406,11 +406,13 @@ def fill_labelled(task: Task, rows: Sequence[Sequence[Piece]], corpus: Corpus, s
         tokens = corpus.read(split, row[0].document) if row else np.zeros(0, np.int32)
         texts.append(cut_text(task, tokens, int(index.inputs[row[0].document]) if row and index.inputs is not None else 0))
     documents = np.array([row[0].document if row else -1 for row in rows], np.int64)
-    factors = task.class_weights if train and len(task.class_weights) else None
+    factors, classes = task.class_weights if train and len(task.class_weights) else None, of.classes
+    if factors is not None and task.objective.name == "multi_label":
+        factors, classes = None, of.classes * factors
     batch = tasks.text_batch(texts, documents, length, last=task.last, types=task.types)
     if task.objective.name == "token_classify":
         return tasks.tag_words(batch, documents, of.words, of.tags, factors)
-    return tasks.label_texts(batch, documents, of.classes, factors)
+    return tasks.label_texts(batch, documents, classes, factors)
 
 
 def _chats(task: Task, rows: Sequence[Sequence[Piece]], corpus: Corpus, split: str) -> Batch:

@@ -65,6 +65,22 @@ def resolve(config: Config, workdir: pathlib.Path) -> Config:
     return config
 
 
+def sized(config: Config) -> Config:
+    """The config with the model that `train.init_from` names, of which no weight is read.
+
+    Raises:
+      ValueError: one line: nothing there, or a `model` key that asks for another model.
+    """
+    origin = config.train.init_from
+    try:
+        given, tokenizer = origins.model(origin)
+    except ValueError as error:
+        raise ValueError(f"train.init_from={origin}, whose sizes are needed: {error}; or say them: --config.train.init_from= "
+                         "--config.model.layers=12 ...") from None
+    model = _merge(config.model, _of_layers(given, config.train.init_layers), origin)
+    return dataclasses.replace(config, model=decoder.vocabulary(model, tokenizer.vocab_size))
+
+
 def teacher(config: Config) -> TransformerConfig:
     """The model that `objective.teacher` names, as the student's run computes it.
 

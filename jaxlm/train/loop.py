@@ -314,19 +314,6 @@ def _finish(step: int, early: bool, subject: evaluation.Subject, chosen: tuple[A
         f"  tensorboard --logdir={workdir}        (pip install tensorboard)"]))
 
 
-def _work(parts: setup.Setup) -> float:
-    """Operations of a step as a share of those of training all weights: a third each for the forward pass, the gradients of activations and those of weights,
-    of which frozen ones have none; the first layers, frozen, have a forward pass alone; the frozen model beside it has a forward pass more."""
-    whole, config = trees.count(parts.plain), parts.config
-    if parts.companion is not None:
-        beside = trees.count(parts.companion) / whole
-    else:
-        beside = 1.0 if config.objective.name == "preference" else 0.0
-    still = trees.count(parts.plain["layers"]) / whole * config.optim.frozen_layers / config.model.layers if config.optim.frozen_layers else 0.0
-    trained = trees.count(trees.split(parts.target.params, parts.kept)[0]) / whole
-    return (1 + (1 - still) + min(trained, 1 - still) + beside) / 3
-
-
 class _Log:
     """Reads a finished step's metrics, looks at their health, shows and writes them."""
 
@@ -336,7 +323,7 @@ class _Log:
         config = parts.config
         self._tokens, self._padding = config.data.batch_size * setup.row_tokens(config), epoch.padding / epoch.positions
         flops = report.flops_per_token(config.model, params, config.data.sequence_length, config.data.target_length)
-        self._load = self._tokens * flops * _work(parts) / peak  # seconds at the peak
+        self._load = self._tokens * flops * setup.work(parts) / peak  # seconds at the peak
 
     def __call__(self, step: int, metrics: dict[str, Any]) -> None:
         values = jax.device_get(metrics)

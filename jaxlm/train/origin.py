@@ -85,7 +85,7 @@ def step_of(origin: str, log: Callable[[str], None] = print) -> int:
     if step is not None and best.chooses(read_files(pathlib.Path(origin), step)[0]):
         step = best.step(pathlib.Path(origin)) or step
     if step is None:
-        raise ValueError(f"train.init_from={origin} holds no checkpoint: give the workdir of a run, hf:DIR for a Hugging Face directory, or gguf:FILE")
+        raise ValueError(f"{origin} holds no checkpoint: give the workdir of a run, hf:DIR for a Hugging Face directory, or gguf:FILE")
     return step
 
 

@@ -158,6 +158,19 @@ def test_class_weights(tmp_path):
         rows.build(wrong, tok, corpus)
 
 
+def test_class_weights_of_several_classes(tmp_path):
+    """They stand in place of 1 in training, so that the loss of a text that has the class is multiplied; evaluations know nothing of them."""
+    lines = texts(60, lambda i: ["rare", "usual"] if i % 4 == 0 else ["usual"] if i % 2 else [])
+    cfg, corpus, task = prepared(tmp_path, lines, "multi_label")
+    cfg = dataclasses.replace(cfg, objective=config.ObjectiveConfig(name="multi_label", class_weights=(("rare", 3.0),)))
+    task = rows.build(cfg, tokenizer.load(corpus.tokenizer_path), corpus)
+    assert task.class_weights.tolist() == [3, 1]
+    [(_, batch)] = loader.batches(corpus, "train", task, batch_size=36, seed=0, start_step=0, stop_step=1, threads=0)
+    assert set(np.unique(batch["labels"][:, 0])) == {0, 3} and set(np.unique(batch["labels"][:, 1])) == {0, 1} and batch["weights"].sum() == 36
+    [batch] = loader.evaluation_batches(corpus, "test", task, batch_size=12, overlap=0)
+    assert set(np.unique(batch["labels"])) == {0, 1}
+
+
 @pytest.mark.parametrize("change, words", [
     (lambda lines: [line.pop("label") for line in lines[3:4]], "texts.jsonl, line 4: no key 'label'; its keys: 'text', 'site'; set data.label_key"),
     (lambda lines: [line.update(label=1) for line in lines], "one class only \\('1'\\)"),
@@ -189,7 +202,7 @@ def test_what_cannot_be_read_is_passed_over_if_asked(tmp_path):
 @pytest.mark.parametrize("tree, words", [
     ({"objective": {"name": "classify"}, "data": {"source": ("a.csv",)}}, "needs data.label_key"),
     ({"data": {"label_key": "y"}}, "go with objective.name=classify"),
-    ({"objective": {"name": "multi_label", "class_balance": 1.0}, "data": {"label_key": "y"}}, "go with objective.name=classify and token_classify"),
+    ({"objective": {"name": "regress", "class_balance": 1.0}, "data": {"label_key": "y"}}, "go with objective.name=classify, multi_label and token_classify"),
     ({"objective": {"name": "classify"}, "data": {"label_key": "y"}, "dedup": {"line_length": 9}}, "set it to 0")])
 def test_config(tree, words):
     with pytest.raises(ValueError, match=words):

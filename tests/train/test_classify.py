@@ -232,6 +232,42 @@ def test_bad_input_is_one_line(trained, tmp_path, change, words):
         train(recipe(tmp_path, **change), tmp_path / "run")
 
 
+TEXTS = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(20)]
+CHATS = [{"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "yes"}]} for i in range(20)]
+
+
+@pytest.mark.parametrize("lines, flags, words", [
+    (TEXTS, ["data.label_key=sentiment"], "line 1: no key 'sentiment'; its keys: 'text', 'label'; set data.label_key"),
+    (TEXTS, ["data.text_key=body"], "no key 'body'"),
+    ([{**line, "label": "a"} for line in TEXTS], [], "has one class only ('a')"),
+    ([*TEXTS, {"text": "odd", "label": float("nan")}], [], ":21: the label 'label' is nan, not a class"),
+    ([*TEXTS, {"text": " ", "label": "a"}], [], "line 21: 'text' is empty"),
+    ([{**line, "label": "a b"} for line in TEXTS], ["objective.name=token_classify", "data.label_key=label", "data.text_key=text", "model.context=1"],
+     "is longer than model.context=1"),
+    ([{**line, "label": "O"} for line in TEXTS], ["objective.name=token_classify"], "2 words in 'text' and 1 tags in 'label'; each word needs one"),
+    ([{**line, "label": "high"} for line in TEXTS], ["objective.name=regress"], "is 'high', not a number"),
+    ([{"messages": chat["messages"][:1]} for chat in CHATS], ["objective.name=sft"], "line 1: the assistant says nothing in this chat: there is nothing to learn"),
+    (CHATS, ["objective.name=sft", "data.chat_template=PLAIN"], "plain.jinja writes nothing of what the assistant says"),
+    (CHATS, ["objective.name=sft", "data.sequence_length=2"], "nothing that an assistant says is left in rows of data.sequence_length=2 tokens"),
+    (TEXTS, ["train.init_from=nowhere"], "nowhere holds no checkpoint"),
+    (TEXTS, ["lora.rank=2"], "lora.rank needs a model to begin with"),
+    (TEXTS, ["lora.rank=2", "optim.frozen_layers=1"], "with lora.rank all layers are frozen"),
+])
+def test_bad_input_from_the_command_line(tmp_path, capsys, lines, flags, words):
+    """One line, exit code 2, and no checkpoint."""
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "plain.jinja").write_text("{% for m in messages if m.role == 'user' %}<u>{{ m.content }}\n{% endfor %}")
+    (tmp_path / "recipe.py").write_text("from ml_collections import ConfigDict\nget_config = ConfigDict\n")
+    chats = "messages" in lines[0]
+    usual = {"data.source": tmp_path / "data.jsonl", "tokenizer.kind": "bytes", "data.workers": 1, "data.sequence_length": 32, "model.layers": 1, "model.width": 16,
+             "model.heads": 2} | ({"data.format": "chat", "data.chat_template": "chatml"} if chats else
+                                  {"data.label_key": "label", "objective.name": "classify", "model.kind": "encoder", "model.causal": "false"})
+    usual |= dict(flag.replace("PLAIN", str(tmp_path / "plain.jinja")).split("=", 1) for flag in flags)
+    assert jaxlm("train", f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'run'}", *(f"--config.{key}={value}" for key, value in usual.items())) == 2
+    said = capsys.readouterr().err.strip()
+    assert words in said and "\n" not in said.removeprefix("jaxlm: ") and "Traceback" not in said and not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_factors_of_layers():
     axes = {"embed/tokens": ("vocab", "embed"), "layers/attn/q": ("layers", "embed", "heads", "head_size"), "classifier/kernel": ("embed", "labels")}
     found = optim.layer_factors(OptimConfig(layer_decay=0.5), axes, TransformerConfig(layers=3))
