@@ -4,6 +4,7 @@ import json
 import pathlib
 import random
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from jaxlm.evaluate import follow
 from jaxlm.interop import hf
 from jaxlm.models import kinds
 from jaxlm.objectives import OBJECTIVES, label_logits
-from jaxlm.train import best, checkpoint, loop, saved
+from jaxlm.train import best, checkpoint, loop, mistakes, saved
 from jaxlm.train import origin as origins
 from jaxlm.train.report import read_metrics
 from jaxlm.train.stop import StopRequest
@@ -208,7 +209,8 @@ def test_tags_of_words_from_the_command_line(tmp_path, capsys):
     for words in ("of entities, both ends and type right", "LOC", "PER", "commonest tag of each word", "confusion"):
         assert words in out
     [row] = follow.read(tmp_path / "run" / "eval.jsonl")
-    assert row["f1"] == metrics[-1]["test/f1"] and row["f1_low"] <= row["f1"] <= row["f1_high"] and "Worst mistakes" in (tmp_path / "run/report-test.html").read_text()
+    assert row["f1"] == metrics[-1]["test/f1"] and row["f1_low"] <= row["f1"] <= row["f1_high"] and "Worst mistakes" in (page := (tmp_path / "run/report-test.html").read_text())
+    assert f"{row['words']:,} words</h3>" in page
     assert jaxlm("generate", f"--workdir={tmp_path / 'run'}", "--classify", "--prompt=Anna left New York 3", "--json") == 0
     said = json.loads(capsys.readouterr().out)
     assert [(word, tag) for word, tag, _ in said["tags"]] == [("Anna", "B-PER"), ("left", "O"), ("New", "B-LOC"), ("York", "I-LOC"), ("3", "O")]
@@ -266,6 +268,21 @@ def test_bad_input_from_the_command_line(tmp_path, capsys, lines, flags, words):
     assert jaxlm("train", f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'run'}", *(f"--config.{key}={value}" for key, value in usual.items())) == 2
     said = capsys.readouterr().err.strip()
     assert words in said and "\n" not in said.removeprefix("jaxlm: ") and "Traceback" not in said and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_suspects_among_sets_and_tags():
+    """A class that a text lacks and a tag that is another's: each is found alone, by its name."""
+    sure = np.eye(2)[np.arange(12) % 2]
+    given = sure.copy()
+    given[3] = [1, 0]
+    here = types.SimpleNamespace(split="train", names=("a", "b"), probs=0.1 + 0.8 * sure, truth=given, texts=[f"text {i}" for i in range(12)],
+                                 ids=[f"f:{i}" for i in range(12)], row=np.arange(12), place=np.zeros(12, int), name="multi_label")
+    found = mistakes._suspects(here, None, None, "")
+    assert "train: 2 of 12 texts, class by class" in found and found.count("text 3<") == 2 and "not a" in found and "not b" in found
+    here.name, here.texts, here.ids = "token_classify", ["one two three four five six"] * 2, ["f:1", "f:2"]
+    here.row, here.place = np.repeat([0, 1], 6), np.tile(np.arange(6), 2)
+    found = mistakes._suspects(here, None, None, "")
+    assert "train: 1 of 12 words" in found and found.count("four: one two three four five six<small>f:1") == 1
 
 
 def test_factors_of_layers():
