@@ -131,7 +131,8 @@ def _labelled(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> Task:
         counts = np.maximum(np.array([often[one] for one in known], np.float64), 1)
         factors = labels.weights(known, counts, dict(config.objective.class_weights), config.objective.class_balance)
     return Task(data.sequence_length, config.objective, mixture=Mixture(data.weights, data.temperature, data.epochs), eos=tokenizer.eos,
-                batch_size=data.batch_size, label_names=known, class_weights=factors, last=model.kind == "decoder", types=bool(data.input_key) and model.token_types > 1)
+                batch_size=data.batch_size, label_names=known, class_weights=factors, last=model.kind == "decoder",
+                types=bool(data.input_key) and model.token_types > 1)
 
 
 def for_labels(config: Config, task: Task) -> Config:

@@ -30,8 +30,8 @@ def form(config: Config, cfg: TransformerConfig, mesh: Mesh, *, companion: bool 
         trainable = optim.trainable(config.optim, shapes)
     dtype, frozen = config.optim.frozen_dtype, 0 if companion else config.optim.frozen_layers
     if frozen and dtype != "float32" and mesh.shape["stage"] > 1:
-        raise ValueError(f"optim.frozen_dtype={dtype} with optim.frozen_layers={frozen} does not go with mesh.stage={mesh.shape['stage']}, whose layers are kept "
-                         "alike: set optim.frozen_dtype=float32, or mesh.stage=1")
+        raise ValueError(f"optim.frozen_dtype={dtype} with optim.frozen_layers={frozen} does not go with mesh.stage={mesh.shape['stage']}, whose layers "
+                         "are kept alike: set optim.frozen_dtype=float32, or mesh.stage=1")
     found = _upper(built, cfg, config.optim, axes, trainable) if frozen else lora.form(built, adapters, dtype, axes, trainable, cfg.dtype)
     return found, jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
 

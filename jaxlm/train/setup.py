@@ -175,7 +175,8 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
 def work(parts: Setup) -> float:
     """Operations of a step as a share of those of training all weights: a third each for the forward pass, the gradients of activations and those of weights,
     of which frozen ones have none; the first layers, frozen, have a forward pass alone; the frozen model beside it has a forward pass more."""
-    whole, config = trees.count(parts.plain), parts.config
+    config = parts.config  # of labels the embedding is no matrix that is multiplied by
+    whole = trees.count({name: part for name, part in parts.plain.items() if name != "embed" or config.objective.name not in LABELLED})
     beside = trees.count(parts.companion) / whole if parts.companion is not None else 1.0 if config.objective.name == "preference" else 0.0
     still = trees.count(parts.plain["layers"]) / whole * config.optim.frozen_layers / config.model.layers if config.optim.frozen_layers else 0.0
     trained = trees.count(trees.split(parts.target.params, parts.trainable)[0]) / whole

@@ -150,7 +150,8 @@ def test_frozen_layers_cost_a_forward_pass_alone():
         assert trees.nbytes(parts.target.opt) < 2 * trees.nbytes(found[frozen]) + 100
     assert not any(path.startswith(("frozen/", "embed")) for path in found[3]) and found[3]["layers/attn/q"].shape[0] == 1
     for path, leaf in found[3].items():
-        np.testing.assert_allclose(leaf, found[0][path][3:] if path.startswith("layers/") else found[0][path], atol=1e-6 * np.abs(leaf).max(), rtol=1e-4, err_msg=path)
+        expected = found[0][path][3:] if path.startswith("layers/") else found[0][path]
+        np.testing.assert_allclose(leaf, expected, atol=1e-6 * np.abs(leaf).max(), rtol=1e-4, err_msg=path)
     assert memory[3] < memory[0] / 2 and scans == {0: 2, 3: 3}  # forward and backward; of the frozen layers forward alone
 
 
@@ -159,8 +160,8 @@ def test_adapters_beside_a_head(trained, tmp_path, capsys):
     is begun anew, and the base is found again without it."""
     source = tmp_path / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": f"{('good', 'bad', 'fine')[i % 3]} cup {i}", "label": "abc"[i % 3], "site": "x"}) + "\n" for i in range(120)))
-    cfg = recipe(trained, data__source=(str(source),), train__init_from=str(trained / "run"), train__steps="6 steps", train__eval_every="3", checkpoint__every="3",
-                 data__sequence_length=16, model__dropout=0.0, optim__layer_decay=1.0)
+    cfg = recipe(trained, data__source=(str(source),), train__init_from=str(trained / "run"), train__steps="6 steps", train__eval_every="3",
+                 checkpoint__every="3", data__sequence_length=16, model__dropout=0.0, optim__layer_decay=1.0)
     tree = {**config.to_dict(cfg), "tokenizer": {}, "model": {}, "lora": {"rank": 2, "dropout": 0.1}}
     assert train(config.build(tree), tmp_path / "lora") == 0
     step = best.step(tmp_path / "lora")
@@ -209,7 +210,8 @@ def test_tags_of_words_from_the_command_line(tmp_path, capsys):
     for words in ("of entities, both ends and type right", "LOC", "PER", "commonest tag of each word", "confusion"):
         assert words in out
     [row] = follow.read(tmp_path / "run" / "eval.jsonl")
-    assert row["f1"] == metrics[-1]["test/f1"] and row["f1_low"] <= row["f1"] <= row["f1_high"] and "Worst mistakes" in (page := (tmp_path / "run/report-test.html").read_text())
+    page = (tmp_path / "run/report-test.html").read_text()
+    assert row["f1"] == metrics[-1]["test/f1"] and row["f1_low"] <= row["f1"] <= row["f1_high"] and "Worst mistakes" in page
     assert f"{row['words']:,} words</h3>" in page
     assert jaxlm("generate", f"--workdir={tmp_path / 'run'}", "--classify", "--prompt=Anna left New York 3", "--json") == 0
     said = json.loads(capsys.readouterr().out)
@@ -248,7 +250,8 @@ CHATS = [{"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assist
      "is longer than model.context=1"),
     ([{**line, "label": "O"} for line in TEXTS], ["objective.name=token_classify"], "2 words in 'text' and 1 tags in 'label'; each word needs one"),
     ([{**line, "label": "high"} for line in TEXTS], ["objective.name=regress"], "is 'high', not a number"),
-    ([{"messages": chat["messages"][:1]} for chat in CHATS], ["objective.name=sft"], "line 1: the assistant says nothing in this chat: there is nothing to learn"),
+    ([{"messages": chat["messages"][:1]} for chat in CHATS], ["objective.name=sft"], "line 1: the assistant says nothing in this chat: there is nothing to "
+     "learn"),
     (CHATS, ["objective.name=sft", "data.chat_template=PLAIN"], "plain.jinja writes nothing of what the assistant says"),
     (CHATS, ["objective.name=sft", "data.sequence_length=2"], "nothing that an assistant says is left in rows of data.sequence_length=2 tokens"),
     (TEXTS, ["train.init_from=nowhere"], "nowhere holds no checkpoint"),
@@ -261,11 +264,12 @@ def test_bad_input_from_the_command_line(tmp_path, capsys, lines, flags, words):
     (tmp_path / "plain.jinja").write_text("{% for m in messages if m.role == 'user' %}<u>{{ m.content }}\n{% endfor %}")
     (tmp_path / "recipe.py").write_text("from ml_collections import ConfigDict\nget_config = ConfigDict\n")
     chats = "messages" in lines[0]
-    usual = {"data.source": tmp_path / "data.jsonl", "tokenizer.kind": "bytes", "data.workers": 1, "data.sequence_length": 32, "model.layers": 1, "model.width": 16,
-             "model.heads": 2} | ({"data.format": "chat", "data.chat_template": "chatml"} if chats else
+    usual = {"data.source": tmp_path / "data.jsonl", "tokenizer.kind": "bytes", "data.workers": 1, "data.sequence_length": 32, "model.layers": 1,
+             "model.width": 16, "model.heads": 2} | ({"data.format": "chat", "data.chat_template": "chatml"} if chats else
                                   {"data.label_key": "label", "objective.name": "classify", "model.kind": "encoder", "model.causal": "false"})
     usual |= dict(flag.replace("PLAIN", str(tmp_path / "plain.jinja")).split("=", 1) for flag in flags)
-    assert jaxlm("train", f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'run'}", *(f"--config.{key}={value}" for key, value in usual.items())) == 2
+    keys = [f"--config.{key}={value}" for key, value in usual.items()]
+    assert jaxlm("train", f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'run'}", *keys) == 2
     said = capsys.readouterr().err.strip()
     assert words in said and "\n" not in said.removeprefix("jaxlm: ") and "Traceback" not in said and not (tmp_path / "run" / "checkpoints").exists()
 

@@ -110,7 +110,8 @@ def test_export_and_import(folder, tuned, tmp_path, capsys):
 
 def test_preferences_and_a_second_adapter(folder, tuned):
     dpo = run(folder, "dpo", source="pairs.json", more={"objective.name": "preference", "lora.rank": "4", "lora.alpha": "8",
-                                                       "train.init_from": str(folder / "base"), "optim.frozen_dtype": "int8", "lora.init_from": str(tuned)}, devices=2)
+                                                       "train.init_from": str(folder / "base"), "optim.frozen_dtype": "int8", "lora.init_from": str(tuned)},
+              devices=2)
     rows = [row for row in report.read_metrics(dpo) if "train/reward_margin" in row]
     assert rows[-1]["train/reward_margin"] > rows[0]["train/reward_margin"] and 0 <= rows[-1]["train/reward_accuracy"] <= 1
     assert any("eval/preferred" in row for row in report.read_metrics(dpo))
