@@ -152,7 +152,11 @@ def test_class_weights(tmp_path):
     even = dataclasses.replace(cfg, objective=config.ObjectiveConfig(name="classify", class_balance=1.0, class_weights=(("usual", 2.0),)))
     tok = tokenizer.load(corpus.tokenizer_path)
     train = corpus.examples("train").labels
-    assert rows.build(even, tok, corpus).class_weights == pytest.approx([len(train) / 2 / train.count("rare"), 2 * len(train) / 2 / train.count("usual")])
+    weighed = rows.build(even, tok, corpus)
+    assert weighed.class_weights == pytest.approx([len(train) / 2 / train.count("rare"), 2 * len(train) / 2 / train.count("usual")])
+    [(_, batch)] = loader.batches(corpus, "train", weighed, batch_size=36, seed=0, start_step=0, stop_step=1, threads=0)
+    assert batch["weights"].sum(axis=1) == pytest.approx(batch["labels"] @ weighed.class_weights)  # in training; evaluations count each text once
+    assert {float(w) for b in loader.evaluation_batches(corpus, "test", weighed, batch_size=4, overlap=0) for w in b["weights"].sum(axis=1)} == {1.0}
     wrong = dataclasses.replace(cfg, objective=config.ObjectiveConfig(name="classify", class_weights=(("spam", 2.0),)))
     with pytest.raises(ValueError, match="names the class 'spam'"):
         rows.build(wrong, tok, corpus)

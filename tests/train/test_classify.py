@@ -1,6 +1,7 @@
 """Classifiers from a table of texts to labels with probabilities, in this process: training, resuming, meshes, evaluation, answers, what is refused."""
 
 import json
+import math
 import pathlib
 import random
 import shutil
@@ -17,7 +18,7 @@ from jaxlm.evaluate import follow
 from jaxlm.interop import hf
 from jaxlm.models import kinds
 from jaxlm.objectives import OBJECTIVES, label_logits
-from jaxlm.train import best, checkpoint, loop, mistakes, saved
+from jaxlm.train import best, checkpoint, classified, loop, mistakes, saved
 from jaxlm.train import origin as origins
 from jaxlm.train.report import read_metrics
 from jaxlm.train.stop import StopRequest
@@ -102,6 +103,12 @@ def test_eval_report_and_answers(trained, capsys):
     assert jaxlm("generate", f"--workdir={trained / 'run'}", "--classify", "--prompt=good cup 7", "--prompt=awful book 8", "--json") == 0
     good, bad = map(json.loads, capsys.readouterr().out.splitlines())
     assert good["labels"][0][0] == "pos" and bad["labels"][0][0] == "neg" and good["calibrated"] and sum(good["probabilities"].values()) == pytest.approx(1, abs=2e-4)
+    with pytest.MonkeyPatch.context() as patch:  # a text of both kinds, whose probability is no rounded 0 or 1
+        run = saved.open_run(trained / "run")
+        odds = lambda: math.log((p := classified.label(run, ["good awful cup"])[0]["probabilities"])["pos"] / p["neg"])
+        calibrated = odds()
+        patch.setattr(classified, "temperature", lambda *_: 1.0)
+        assert calibrated == pytest.approx(odds() / row["temperature"], rel=0.02, abs=2e-3)
     assert jaxlm("generate", f"--workdir={trained / 'run'}", "--prompt=a") == 2 and "ask with --classify" in capsys.readouterr().err
     assert jaxlm("generate", f"--workdir={trained / 'run'}", "--classify", "--prompt= ") == 2 and "is empty" in capsys.readouterr().err
 
@@ -218,6 +225,13 @@ def test_tags_of_words_from_the_command_line(tmp_path, capsys):
     assert [(word, tag) for word, tag, _ in said["tags"]] == [("Anna", "B-PER"), ("left", "O"), ("New", "B-LOC"), ("York", "I-LOC"), ("3", "O")]
 
 
+def test_what_is_best_and_when_nothing_is_gained():
+    assert best.exhausted([3, 2, 2, 2], 2) and not best.exhausted([3, 2, 2, 1], 2) and not best.exhausted([3, 3, 3], 0) and not best.exhausted([1, 2], 2)
+    cost = lambda metric, value: best.cost(config.build({"checkpoint": {"metric": metric}}), {metric: value})
+    assert cost("loss", 0.3) == 0.3 and cost("accuracy", 0.9) == -0.9 < cost("accuracy", 0.8) and cost("brier", 0.2) == 0.2
+    assert cost("loss", float("nan")) is None and best.cost(config.Config(), None) is None
+
+
 @pytest.mark.slow
 def test_early_stopping(trained, capsys):
     cfg = recipe(trained, optim__lr=1e-9, optim__schedule="constant", checkpoint__metric="accuracy", train__patience=2, train__eval_every="4", checkpoint__every="4")
@@ -225,7 +239,6 @@ def test_early_stopping(trained, capsys):
     out = capsys.readouterr().out
     assert "2 evaluations without a better accuracy" in out and json.loads((trained / "early" / "FINISHED").read_text())["step"] == 12
     assert train(cfg, trained / "early") == 0 and "this run is finished" in capsys.readouterr().out
-    assert best.exhausted([3, 2, 2, 2], 2) and not best.exhausted([3, 2, 2, 1], 2) and not best.exhausted([3, 3, 3], 0) and not best.exhausted([1, 2], 2)
 
 
 @pytest.mark.parametrize("change, words", [
