@@ -120,7 +120,9 @@ def _sizes(parts) -> formula.Sizes:
     shapes = {path: leaf.shape for path, leaf in trees.flatten(parts.target.params).items()}
     found, params = formula.sizes(parts.config, shapes, compiler.state_bytes(parts)), parts.target.params
     trained = trees.count(trees.split(params, parts.trainable)[0]) / found.parameters
-    return dataclasses.replace(found, width=trees.nbytes(params) / found.parameters, trained=trained, plain=trees.count(parts.plain), work=setup.work(parts))
+    optimiser = (trees.nbytes(parts.target.opt) + trees.nbytes(parts.target.ema)) / trees.nbytes(params)
+    return dataclasses.replace(found, optimiser=optimiser, width=trees.nbytes(params) / found.parameters, trained=trained, plain=trees.count(parts.plain),
+                               work=setup.work(parts))
 
 
 def with_rows(verdict: Verdict, rows: int) -> Config:

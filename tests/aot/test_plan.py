@@ -248,11 +248,11 @@ def test_adapters_quantised_bases_and_frozen_layers_need_less():
     judged = lambda **parts: plan.judge(tiny(model=TINY["model"] | dict(width=256), **parts), H100)
     full, lora = judged(), judged(lora=dict(rank=4))
     nf4, frozen = judged(lora=dict(rank=4), optim=dict(frozen_dtype="nf4")), judged(optim=dict(frozen_layers=2))
-    assert lora.memory["optimiser"] < full.memory["optimiser"] / 10 and lora.memory["parameters"] == pytest.approx(full.memory["parameters"], rel=0.1)
+    assert lora.memory["optimiser"] < full.memory["optimiser"] / 8 and lora.memory["parameters"] == pytest.approx(full.memory["parameters"], rel=0.1)
     assert nf4.memory["parameters"] < full.memory["parameters"] / 4 and nf4.memory["optimiser"] == pytest.approx(lora.memory["optimiser"], rel=0.01)
     assert 0.6 < lora.useful / full.useful < 0.75 and 0.6 < frozen.useful / full.useful < 0.8 and frozen.memory["optimiser"] < 0.6 * full.memory["optimiser"]
     sent = lambda verdict: sum(c.bytes * c.times for c in verdict.collectives if c.kind == "reduce-scatter")
-    assert sent(lora) < sent(full) / 10
+    assert sent(lora) < sent(full) / 8
     pairs = judged(objective=dict(name="preference"), data=TINY["data"] | dict(format="preference"))  # the reference lies beside it
     assert pairs.memory["parameters"] == pytest.approx(2 * full.memory["parameters"], rel=0.01) and pairs.useful == pytest.approx(4 / 3 * full.useful, rel=0.01)
 
