@@ -265,8 +265,9 @@ CHATS = [{"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assist
     ([{**line, "label": "high"} for line in TEXTS], ["objective.name=regress"], "is 'high', not a number"),
     ([{"messages": chat["messages"][:1]} for chat in CHATS], ["objective.name=sft"], "line 1: the assistant says nothing in this chat: there is nothing to "
      "learn"),
-    (CHATS, ["objective.name=sft", "data.chat_template=PLAIN"], "plain.jinja writes nothing of what the assistant says"),
+    (CHATS, ["objective.name=sft", "data.chat_template=FOLDER/plain.jinja"], "plain.jinja writes nothing of what the assistant says"),
     (CHATS, ["objective.name=sft", "data.sequence_length=2"], "nothing that an assistant says is left in rows of data.sequence_length=2 tokens"),
+    (TEXTS, ["data.source=train=FOLDER/data.jsonl,test=FOLDER/other.jsonl"], "has the label 'c', which the training split does not have"),
     (TEXTS, ["train.init_from=nowhere"], "nowhere holds no checkpoint"),
     (TEXTS, ["lora.rank=2"], "lora.rank needs a model to begin with"),
     (TEXTS, ["lora.rank=2", "optim.frozen_layers=1"], "with lora.rank all layers are frozen"),
@@ -274,13 +275,14 @@ CHATS = [{"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assist
 def test_bad_input_from_the_command_line(tmp_path, capsys, lines, flags, words):
     """One line, exit code 2, and no checkpoint."""
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "other.jsonl").write_text(json.dumps({"text": "another", "label": "c"}) + "\n")
     (tmp_path / "plain.jinja").write_text("{% for m in messages if m.role == 'user' %}<u>{{ m.content }}\n{% endfor %}")
     (tmp_path / "recipe.py").write_text("from ml_collections import ConfigDict\nget_config = ConfigDict\n")
     chats = "messages" in lines[0]
     usual = {"data.source": tmp_path / "data.jsonl", "tokenizer.kind": "bytes", "data.workers": 1, "data.sequence_length": 32, "model.layers": 1,
              "model.width": 16, "model.heads": 2} | ({"data.format": "chat", "data.chat_template": "chatml"} if chats else
                                   {"data.label_key": "label", "objective.name": "classify", "model.kind": "encoder", "model.causal": "false"})
-    usual |= dict(flag.replace("PLAIN", str(tmp_path / "plain.jinja")).split("=", 1) for flag in flags)
+    usual |= dict(flag.replace("FOLDER", str(tmp_path)).split("=", 1) for flag in flags)
     keys = [f"--config.{key}={value}" for key, value in usual.items()]
     assert jaxlm("train", f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'run'}", *keys) == 2
     said = capsys.readouterr().err.strip()
