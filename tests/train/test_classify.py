@@ -103,12 +103,15 @@ def test_eval_report_and_answers(trained, capsys):
     assert jaxlm("generate", f"--workdir={trained / 'run'}", "--classify", "--prompt=good cup 7", "--prompt=awful book 8", "--json") == 0
     good, bad = map(json.loads, capsys.readouterr().out.splitlines())
     assert good["labels"][0][0] == "pos" and bad["labels"][0][0] == "neg" and good["calibrated"] and sum(good["probabilities"].values()) == pytest.approx(1, abs=2e-4)
-    with pytest.MonkeyPatch.context() as patch:  # a text of both kinds, whose probability is no rounded 0 or 1
-        run = saved.open_run(trained / "run")
-        odds = lambda: math.log((p := classified.label(run, ["good awful cup"])[0]["probabilities"])["pos"] / p["neg"])
-        calibrated = odds()
-        patch.setattr(classified, "temperature", lambda *_: 1.0)
-        assert calibrated == pytest.approx(odds() / row["temperature"], rel=0.02, abs=2e-3)
+    run = saved.open_run(trained / "run")
+    assert classified.temperature(run.workdir, run.step) == row["temperature"]
+    odds = []
+    for temperature in (40.0, 80.0):  # far from what rounds to 0 or 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(classified, "temperature", lambda *_, t=temperature: t)
+            said = classified.label(run, ["good cup 7"])[0]["probabilities"]
+        odds.append(math.log(said["pos"] / said["neg"]))
+    assert odds[0] > 0 and odds[0] == pytest.approx(2 * odds[1], rel=0.02)
     assert jaxlm("generate", f"--workdir={trained / 'run'}", "--prompt=a") == 2 and "ask with --classify" in capsys.readouterr().err
     assert jaxlm("generate", f"--workdir={trained / 'run'}", "--classify", "--prompt= ") == 2 and "is empty" in capsys.readouterr().err
 
