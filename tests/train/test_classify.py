@@ -85,6 +85,8 @@ def test_it_learns_and_resumes_bitwise(trained):
     assert pick("run", "train/loss") == pick("cut", "train/loss") and pick("run", "eval/loss") == pick("cut", "eval/loss")
     assert logs["run"][-1]["test/accuracy"] > 0.9 and logs["run"][-1]["test/accuracy"] == logs["cut"][-1]["test/accuracy"]
     losses = dict(zip((row["step"] for row in logs["run"] if "eval/loss" in row), pick("run", "eval/loss")))
+    first = next(row for row in logs["run"] if "perf/step_seconds" in row)  # speed counts the tokens of batches as long as they are
+    assert 8 * 16 < first["perf/tokens_per_second"] * first["perf/step_seconds"] < 8 * 32
     assert best.step(trained / "run") == min(losses, key=lambda step: (losses[step], -step)) == saved.open_run(trained / "run").step
 
 
