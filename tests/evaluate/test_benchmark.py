@@ -1,11 +1,11 @@
 """Tasks on a model: the same scores on any devices and in any batches, each request once whatever kills it, and what the command prints and writes."""
 
-import dataclasses
 import json
 import shutil
 import socket
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -273,16 +273,12 @@ def test_a_checkpoint_that_is_deleted_meanwhile(run_copy, task_file, monkeypatch
     assert call("eval", *flags) == 0 and results.read(run_copy / "results" / "step-4" / "choice-first6.json")["items"] == 6
 
 
-def test_other_models_are_refused_in_one_line(subjects, run_folder, task_file, monkeypatch, capsys):
+def test_other_models_are_refused_in_one_line(run_folder, task_file, monkeypatch, capsys):
     real = saved.open_run
-
-    def other(*args, **options):
-        run = real(*args, **options)
-        return run._replace(config=dataclasses.replace(run.config, model=dataclasses.replace(run.config.model, **changes)))
-
-    monkeypatch.setattr(saved, "open_run", other)
-    for changes, words in (({"encoder_layers": 2, "causal": True}, "holds an encoder-decoder, and tasks are answered by one that continues text"),
-                           ({"output": "sequence_labels", "labels": 2}, "holds a model with model.output=sequence_labels")):
+    for model, words in (({"encoder_layers": 2, "output": "tokens"}, "holds an encoder-decoder, and tasks are answered by one that continues text"),
+                         ({"encoder_layers": 0, "output": "sequence_labels"}, "holds a model with model.output=sequence_labels")):
+        other = types.SimpleNamespace(model=types.SimpleNamespace(**model))
+        monkeypatch.setattr(saved, "open_run", lambda *args, other=other, **options: real(*args, **options)._replace(config=other))
         assert words in fails(capsys, "eval", f"--workdir={run_folder}", f"--tasks={task_file}:choice")
 
 
@@ -295,7 +291,7 @@ def test_a_real_data_set_of_tfds_is_asked(run_copy, tmp_path, capsys):
     assert call("eval", *flags, f"--tfds_dir={tmp_path}") == 0
     found = results.read(run_copy / "results" / "step-4" / "quiz.json")
     assert found["items"] == 3 and found["source"]["tfds"] == "reviews:test"
-    assert "no data set" in fails(capsys, "eval", *flags, f"--tfds_dir={tmp_path / 'none'}")
+    assert "its data are not here (tfds:reviews is not prepared in" in fails(capsys, "eval", *flags, f"--tfds_dir={tmp_path / 'none'}")
 
 
 def test_watch_asks_tasks_and_judges(run_copy, task_file, capsys):
