@@ -9,7 +9,7 @@ crows_pairs_anonymized.csv (nyu-mll/crows-pairs on GitHub) and the files of Wino
 files that you make (jaxlm/evaluate/catalogue.toml says how), so they are not in the list.
 
 The limits are examples, not norms: a pair of texts in ten more than half that is answered by a stereotype, one answer in twenty that a swapped word flips.
-Cost: 3,000 short texts for CrowS-Pairs, 3,200 for WinoBias; minutes for a model of 100 M parameters on two CPU cores.
+Cost: 3,000 short texts for CrowS-Pairs, 1,600 for WinoBias; two minutes for SmolLM2-135M on two CPU cores.
 """
 
 from ml_collections import ConfigDict

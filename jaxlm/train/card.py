@@ -60,7 +60,8 @@ def commands(of: Summary) -> list[str]:
     """How to make the model again."""
     lines = [f"pip install jaxlm=={jaxlm.__version__}"]
     if of.imported:
-        return [*lines, f"jaxlm import --from={of.origins()[-1].partition(':')[2] if of.origins() else 'DIRECTORY'} --to={of.workdir}"]
+        place = re.sub("^(hf|gguf):", "", of.origins()[-1]) if of.origins() else "DIRECTORY"
+        return [*lines, f"jaxlm import --from={place} --to={of.workdir}-again"]
     return [*lines, f"jaxlm train --config=again.py --workdir={of.workdir}-again", "", "# again.py", *recipe(of.config).splitlines()]
 
 
@@ -79,7 +80,7 @@ def write(of: Summary, path: pathlib.Path, before: str | None = None) -> list[st
 def render(of: Summary, before: str = "") -> str:
     """The whole card."""
     parts = {"Intended use": "", "Model": _model(of), "Use": _use(of), "Training data": _data(of), "Training": _training(of), "Evaluation": _evaluation(of),
-             "Bias": _bias(of), "Limitations": "", "Reproduce": "```\n" + "\n".join(commands(of)) + f"\n```\n{PROMISE}", "Licence and contact": ""}
+             "Bias": _bias(of), "Limitations": "", "Reproduce": "```\n" + "\n".join(commands(of)) + "\n```" + ("" if of.imported else f"\n{PROMISE}"), "Licence and contact": ""}
     body = [f"## {name}\n\n{(_section(before, name) or _TODO + ' ' + PEOPLE[name]) if name in PEOPLE else text}" for name, text in parts.items()
             if text or name in PEOPLE]
     name = of.workdir.resolve().name

@@ -206,7 +206,7 @@ def _config(of: Summary) -> str:
 
 
 def _again(of: Summary) -> str:
-    return f"<pre>{page.text(chr(10).join(card.commands(of)))}</pre><p>{page.text(card.PROMISE)}</p>"
+    return f"<pre>{page.text(chr(10).join(card.commands(of)))}</pre>" + ("" if of.imported else f"<p>{page.text(card.PROMISE)}</p>")
 
 
 def _number(value: Any) -> str:

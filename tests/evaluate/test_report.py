@@ -145,6 +145,8 @@ def test_without_results_it_says_what_is_missing_and_how_to_get_it(run_folder):
     assert [what.partition(":")[0] for what, _ in found.missing] == ["the end of the run", "tasks", "an evaluation of held-out text", "an audit for bias"]
     assert all(str(run_folder) in how for _, how in found.missing[1:])
     Page(run_page.render(found))
+    imported = found._replace(ledger={"manifest": "", "history": [{"origin": "/x/m.gguf"}]})
+    assert f"jaxlm import --from=/x/m.gguf --to={run_folder}-again" in card.commands(imported) and card.PROMISE not in card.render(imported)
 
 
 def test_a_classifier(classifier, tmp_path):  # noqa: F811
