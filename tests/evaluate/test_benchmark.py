@@ -291,6 +291,7 @@ def test_a_real_data_set_of_tfds_is_asked(run_copy, tmp_path, capsys):
     assert call("eval", *flags, f"--tfds_dir={tmp_path}") == 0
     found = results.read(run_copy / "results" / "step-4" / "quiz.json")
     assert found["items"] == 3 and found["source"]["tfds"] == "reviews:test"
+    capsys.readouterr()  # TFDS shows its progress
     assert "its data are not here (tfds:reviews is not prepared in" in fails(capsys, "eval", *flags, f"--tfds_dir={tmp_path / 'none'}")
 
 
