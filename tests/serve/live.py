@@ -17,7 +17,7 @@ from jaxlm.serve.engine import Engine, Limits
 from jaxlm.serve.texts import Texts
 
 BYTES = tokenizers.from_bytes(b'{"kind": "bytes"}\n')
-DECODER = TransformerConfig(vocab_size=320, context=512, layers=2, width=32, heads=4, kv_heads=2)
+DECODER = TransformerConfig(vocab_size=320, context=512, layers=1, width=32, heads=4, kv_heads=2)
 LIMITS = Limits(rows=8, queue=30, page=16, chunk=64)
 
 
