@@ -23,7 +23,7 @@ class Page:
         os.close(theirs)
         os.close(ours)
         self._rest, self._count, self._session = b"", 0, None
-        self.problems: list[str] = []  # exceptions and what the console warns of
+        self.problems: list[str] = []  # exceptions, and warnings and errors of the console
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
@@ -35,7 +35,8 @@ class Page:
         message = {"id": self._count, "method": method, "params": params} | ({"sessionId": self._session} if self._session else {})
         os.write(self._out, json.dumps(message).encode() + b"\0")
         while (found := self._next()).get("id") != self._count:
-            if found.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+            told = found.get("method") == "Log.entryAdded" and found["params"]["entry"]["level"] in ("warning", "error")
+            if told or found.get("method") == "Runtime.exceptionThrown":
                 self.problems.append(json.dumps(found["params"]))
         assert "error" not in found, (method, found)
         return found["result"]
