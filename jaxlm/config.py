@@ -37,6 +37,8 @@ def _need(ok: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
+    """What turns text into tokens."""
+
     kind: Literal["unigram", "bpe", "bytes"] = "unigram"  # SentencePiece unigram or BPE with byte fallback, or plain UTF-8 bytes
     vocab_size: int = 8192  # pieces to learn, special tokens included; ignored by "bytes" (259)
     path: str = ""  # a tokenizer to use as it is: its file, or the folder that holds it (docs/interop.md); empty: train one on the training split
@@ -55,6 +57,8 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Which texts, how they are split and how they become batches."""
+
     source: tuple[str, ...] = ()  # files, folders, globs (.txt .jsonl .json .csv .tsv [.gz .zst], .html .warc[.gz] .parquet .arrow), folders of Hugging Face
     # `datasets`, tfds:NAME[/CONFIG][:SPLIT], or "python_docs", the text in every CPython; each may have a name: "web=crawl/"
     text_key: str = "text"  # the field (JSON) or column (tables) that holds the text
@@ -110,6 +114,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DedupConfig:
+    """Which repetitions are dropped from a corpus."""
+
     exact: bool = True  # documents whose text, as cleaned, occurred before are dropped
     line_length: int = 0  # lines of at least so many characters that occurred before, in any document, are dropped; 0: off
     near: float = 0.0  # near-duplicates are dropped: documents whose word shingles overlap (Jaccard) by at least this share; the longest stays; 0: off
@@ -199,6 +205,8 @@ class FilterConfig:
 
 @dataclass(frozen=True)
 class TransformerConfig:
+    """The transformer: its sizes, and what its blocks are made of."""
+
     kind: Literal["decoder", "encoder"] = "decoder"  # an encoder (BERT) sees all of its segment and norms its embeddings; set causal=false for it
     output: Literal["tokens", "hidden", "pooled", "sequence_labels", "token_labels"] = "tokens"  # encoder: tokens behind masks, states as they are,
     # one vector of a sequence (from its first token), or labels of a sequence or of each token; a decoder has labels too, of a sequence from its last token.
@@ -343,6 +351,8 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
+    """What is predicted and how the loss counts it."""
+
     name: Literal["next_token", "masked_token", "span_corruption", "seq2seq", "sft", "preference", "classify", "multi_label", "regress",
                   "token_classify"] = "next_token"  # of decoders; of encoders (BERT), with another mask in each step (RoBERTa); of encoder-decoders: hidden
     # spans of documents (T5), and pairs of data.input_key and data.text_key; of decoders: what the assistant says in chats (data.format=chat), and which of
@@ -396,6 +406,8 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
+    """How many devices along each axis of the mesh; -1 takes what is left."""
+
     slice: int = 1  # groups of devices with a slow network between them (TPU slices, GPU nodes): copies of the model, only gradients cross
     data: int = 1  # copies of the model, each with its share of the batch
     fsdp: int = -1  # likewise, with parameters and optimiser state split too; -1: the devices that are left (one axis may say so)
@@ -412,6 +424,8 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """Optimiser, schedule and which parameters they reach."""
+
     name: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
     lr: float = 1e-3  # the peak
     schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "wsd", "step", "inverse_sqrt"] = "cosine"
@@ -468,6 +482,8 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """What is saved and kept."""
+
     every: Duration = Duration("10%")  # a checkpoint is written every so often, and at the end
     keep_last: int = 2
     keep_best: int = 1  # the k with the lowest validation loss, or the best checkpoint.metric
@@ -481,6 +497,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """How long a run is, where it begins, and what it does on the way."""
+
     steps: Duration = Duration("1000 steps")
     seed: int = 0  # of the initial parameters and of dropout
     init_from: str = ""  # "hf:DIR", a Hugging Face directory, or a workdir: its model, parameters and tokenizer are the beginning; empty: from nothing
@@ -503,6 +521,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
+    """How evaluation is batched and its intervals are made."""
+
     batch_size: int = 0  # rows of one batch; 0: data.batch_size
     overlap: float = 0.5  # share of a window that a document longer than the context sees again as context, in [0, 1)
     bootstrap: int = 1000  # resamples of the documents behind each confidence interval
@@ -517,6 +537,8 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """All parts; `load` makes one of a recipe and overrides."""
+
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: TransformerConfig = field(default_factory=TransformerConfig)
@@ -648,10 +670,12 @@ def build(tree: Mapping[str, Any]) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """All keys as nested dicts."""
     return dataclasses.asdict(config)
 
 
 def to_json(config: Config) -> str:
+    """All keys as JSON text, which `from_json` reads back."""
     return json.dumps(to_dict(config), indent=2) + "\n"
 
 

@@ -44,6 +44,7 @@ class Task(NamedTuple):
 
     @property
     def labelled(self) -> bool:
+        """Whether documents carry labels instead of being predicted themselves."""
         return self.objective.name in LABELLED
 
     @property
@@ -379,6 +380,7 @@ class Targets(NamedTuple):
 
 
 def targets(task: Task, corpus: Corpus, split: str) -> Targets:
+    """Labels of a split as arrays: one row of numbers for each document, or tags of its words."""
     found = corpus.examples(split)
     if task.objective.name == "token_classify":
         return Targets(np.zeros((0, 0), np.float32), labels.tags(task.label_names, found.labels), found.words)

@@ -27,11 +27,14 @@ BATCH_BYTES = 4 << 20  # of text
 
 
 class Unit(NamedTuple):
+    """Input files that are read in one go."""
+
     number: int
     files: tuple[corpora.SourceFile, ...]
 
     @property
     def size(self) -> int:
+        """Bytes on the disk."""
         return sum(file.size for file in self.files)
 
 
@@ -65,6 +68,7 @@ def units(files: Iterable[corpora.SourceFile]) -> list[Unit]:
 
 
 def name(folder: Path, stage: str, unit: int, batch: int) -> Path:
+    """Where a stage leaves what it made of one batch."""
     return folder / stage / f"{unit:06d}-{batch:06d}.npz"
 
 
@@ -264,6 +268,7 @@ def bits(packed: bytes, count: int) -> np.ndarray:
 
 
 def strings(batch, key: str) -> Sequence[bytes]:
+    """Byte strings [n] that were stored as one array and their ends."""
     data, ends = batch[key].tobytes(), batch[f"{key}_ends"].tolist()
     return [data[start:end] for start, end in zip([0, *ends], ends)]
 

@@ -58,10 +58,12 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
+        """SHA-256 of the model's bytes, hex."""
         return hashlib.sha256(self.model).hexdigest()
 
     @property
     def filename(self) -> str:
+        """The name of its file, by its kind."""
         return "tokenizer.json" if self.kind == "bytes" else _HOLDER if self.model[:1] == b"{" else "tokenizer.model"
 
     @functools.cached_property

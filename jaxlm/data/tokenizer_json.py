@@ -301,6 +301,7 @@ def with_special(tree: dict[str, Any], ids: Iterable[int]) -> dict[str, Any]:
 
 
 def special_tokens(tree: Mapping[str, Any]) -> dict[str, int]:
+    """Special tokens of a tokenizer.json and their numbers."""
     return {token["content"]: token["id"] for token in tree.get("added_tokens") or () if token.get("special")}
 
 

@@ -36,6 +36,7 @@ class Plan(NamedTuple):
 
     @property
     def steps(self) -> int:
+        """Steps from the first microbatch in to the last one out."""
         return (self.repeats - 1) * self.period + self.microbatches + self.stages - 1
 
     @property

@@ -22,6 +22,8 @@ from jaxlm.train.form import form
 
 
 class Run(NamedTuple):
+    """A checkpoint with all that is needed to use it."""
+
     workdir: pathlib.Path
     step: int
     config: Config  # with the vocabulary filled in

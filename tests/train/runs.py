@@ -9,6 +9,7 @@ import sys
 
 from jaxlm import config
 from jaxlm.train.report import read_metrics
+from tests.conftest import QUICK
 
 RECIPE = """
 from ml_collections import ConfigDict
@@ -54,9 +55,9 @@ def losses(workdir: pathlib.Path) -> dict[int, float]:
 
 
 def environment(optimised: bool = False) -> dict[str, str]:
-    """One device, whatever the tests themselves have; machine code that compiles in half the time, unless `optimised`."""
+    """One device, whatever the tests themselves have; machine code that compiles in a quarter of the time, as theirs, unless `optimised`."""
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")}
-    return env | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"} | ({} if optimised else {"XLA_FLAGS": "--xla_backend_optimization_level=0"})
+    return env | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"} | ({} if optimised else {"XLA_FLAGS": " ".join(QUICK)})
 
 
 def start(*arguments: str, optimised: bool = False) -> subprocess.Popen:
