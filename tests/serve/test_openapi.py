@@ -70,7 +70,9 @@ def test_bodies_made_from_the_document(cfg, tmp_path):
                 check_answer(document, path, answer)
                 statuses.add(answer.status_code)
                 message = answer.json()["error"]["message"] if answer.status_code == 422 else ""
-                assert not any(text in message for text in ("is unknown;", " must be string", " must be integer", " must be number", " is missing")), (body, message)
+                if path != "/invocations":  # there the server has one of the endpoints only
+                    wrongly = ("is unknown;", " must be string", " must be integer", " must be number", " is missing")
+                    assert not any(text in message for text in wrongly), (body, message)
                 name, part = draw.choice(list(schema["properties"].items()))
                 allowed = {one.get("type") for one in choices(part)} | ({"integer"} if any(one.get("type") == "number" for one in choices(part)) else set())
                 if None in allowed or set(TYPES) - {"null"} <= allowed:
