@@ -358,7 +358,8 @@ class ObjectiveConfig:
     # spans of documents (T5), and pairs of data.input_key and data.text_key; of decoders: what the assistant says in chats (data.format=chat), and which of
     # two answers is better (data.format=preference); of encoders and decoders with data.label_key: one class of a text, any number of them, a number, a
     # class of each word
-    class_weights: tuple[tuple[str, float], ...] = ()  # classify, token_classify: factors of the loss, (("spam", 5.0), ...); of classes not named 1
+    class_weights: tuple[tuple[str, float], ...] = ()  # classify, token_classify, multi_label (of texts that have the class): factors of the
+    # loss, (("spam", 5.0), ...); of classes not named 1
     class_balance: float = 0.0  # likewise: the loss of a class is multiplied by (an even share / its share in training)^this; 1 makes all classes count alike
     mask_rate: float = 0.15  # masked_token: share of the tokens to be told
     mask_random: float = 0.1  # of these, share that is replaced by any token; in BERT 80 % are masked, 10 % random, 10 % kept
@@ -400,8 +401,8 @@ class ObjectiveConfig:
         _need(0 <= self.class_balance <= 1, f"objective.class_balance={self.class_balance} must be in [0, 1]")
         _need(all(0 < weight < math.inf for _, weight in self.class_weights), f"objective.class_weights={self.class_weights} must be positive")
         weighed = bool(self.class_weights or self.class_balance)
-        _need(not weighed or self.name in ("classify", "token_classify"), "objective.class_weights and objective.class_balance go with objective.name=classify "
-              f"and token_classify, not {self.name}: leave them out")
+        _need(not weighed or self.name in LABELLED and self.name != "regress", "objective.class_weights and objective.class_balance go with "
+              f"objective.name=classify, multi_label and token_classify, not {self.name}: leave them out")
 
 
 @dataclass(frozen=True)
@@ -437,7 +438,7 @@ class OptimConfig:
     step_ratio: float = 0.1  # step: each drop multiplies lr by this
     weight_decay: float = 0.1
     decay_rules: Rules = ()  # (path regex, decays or not), strict; empty: every weight with two or more dimensions of its own decays
-    trainable: Rules = ()  # (path regex, trained or frozen), strict; empty: everything is trained, with lora.rank the adapters alone
+    trainable: Rules = ()  # (path regex, trained or frozen), strict; empty: everything is trained, with lora.rank the adapters and a head for labels
     frozen_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"  # how frozen matrices are kept: int8 and nf4 those of the layers, blockwise, and
     # the others in bfloat16; with lora.rank nf4 is QLoRA
     clip: float = 1.0  # global norm of the gradient; 0: off
@@ -573,8 +574,8 @@ class Config:
               f"objective.name={', '.join(LABELLED)}, not {self.objective.name}: set one of these, or leave the keys out")
         _need(not labelled or not source or bool(self.data.label_key), f"objective.name={self.objective.name} needs data.label_key: the field (JSONL) or "
               "column (CSV, Parquet) with the labels")
-        _need(not labelled or not self.lora.rank, f"objective.name={self.objective.name} trains a new head, which adapters do not have: set lora.rank=0, or train a "
-              "few layers with optim.frozen_layers")
+        _need(not self.lora.rank or not self.optim.frozen_layers, "with lora.rank all layers are frozen, and adapters lie in all of them: leave "
+              "optim.frozen_layers out")
         _need(not labelled or not self.model.encoder_layers, f"objective.name={self.objective.name} trains encoders and decoders, not an encoder-decoder")
         _need(self.objective.name != "token_classify" or not (self.clean.normalise or self.clean.repair or self.clean.pii or self.data.input_key),
               "objective.name=token_classify has a tag for each word, which data.input_key, clean.repair, clean.normalise and clean.pii would move: "

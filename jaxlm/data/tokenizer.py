@@ -77,6 +77,11 @@ class Tokenizer:
         return tokenizer_json.special_tokens(self.tree())
 
     @functools.cached_property
+    def separators(self) -> int:
+        """How often `eos` stands between the two texts of a pair."""
+        return tokenizer_json.separators(self.tree().get("post_processor")) if self.kind == "huggingface" else 1
+
+    @functools.cached_property
     def chat_template(self) -> str:
         """The Jinja text that came with the tokenizer, empty if none did. It is carried, not run."""
         if "chat_template.jinja" in self.files:

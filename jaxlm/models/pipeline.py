@@ -70,6 +70,8 @@ def run(cfg: TransformerConfig, layers: dict, x_BTD: jax.Array, slots: Slots, ca
     stages = ways("layers")
     if stages == 1 or cache is not None:
         return stack.run(cfg, layers, x_BTD, slots, cache, key, view)
+    if isinstance(layers, list):
+        layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
     how = plan(cfg, stages, x_BTD.shape[0] // ways("batch"))
     own, per_layer = stack.rows(cfg, layers, key)
     params = {**own, "params": per_layer.pop("params")}

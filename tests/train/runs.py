@@ -1,11 +1,15 @@
 """Tiny real runs for the tests: a recipe, a corpus, the binary in a process of its own."""
 
+import contextlib
 import json
 import os
 import pathlib
 import random
 import subprocess
 import sys
+
+import jax
+import pytest
 
 from jaxlm import config
 from jaxlm.train.report import read_metrics
@@ -52,6 +56,15 @@ def load(folder: pathlib.Path, overrides=(), **options) -> config.Config:
 
 def losses(workdir: pathlib.Path) -> dict[int, float]:
     return {row["step"]: row["train/loss"] for row in read_metrics(workdir) if "train/loss" in row}
+
+
+@contextlib.contextmanager
+def devices(count: int):
+    """What runs in this process finds the first `count` devices only: programs for one compile and run in a fraction of the time."""
+    some, real = jax.devices()[:count], jax.devices
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *kind: real(*kind) if kind else some)
+        yield
 
 
 def environment(optimised: bool = False) -> dict[str, str]:
