@@ -68,6 +68,9 @@ def main(values: flags.FlagValues) -> int:
     from jaxlm.train import card, saved, summary
 
     run = saved.open_run(values.workdir, values.step)
+    if run.config.model.kind == "decoder" and run.config.model.labels:
+        raise ValueError(f"{values.workdir} holds a decoder with a head for labels, for which neither format has a place here (encoders with labels can be "
+                         "exported): use jaxlm generate --classify")
     tokenizer = run.tokenizer
     if run.chat_template:
         tokenizer = dataclasses.replace(tokenizer, files={**tokenizer.files, chat.FILE: run.chat_template.encode()})
