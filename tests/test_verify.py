@@ -42,6 +42,14 @@ def test_an_encoder_decoder_passes():
     assert row.ok and row.grads < 1e-5, row
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe, mesh", [("distill", "fsdp=2+tensor=2"), ("dpo:full", "sequence=2+fsdp=2"), ("sft_lora:qlora", "tensor=2+stage=2")])
+def test_frozen_models_beside_pass(recipe, mesh):
+    """A teacher, a reference, a base in four bits: each on a mesh that splits it."""
+    row = certificate(config.load(recipe), mesh)
+    assert row.ok, row
+
+
 def test_a_dropped_sum_is_caught(monkeypatch):
     monkeypatch.setattr(layers.jax.lax, "psum", lambda x, axis: x)
     row = certificate(SPARSE, "tensor=2")

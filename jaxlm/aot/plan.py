@@ -15,6 +15,7 @@ from jaxlm.aot.chips import Topology
 from jaxlm.aot.hlo import Collective
 from jaxlm.aot.schedule import Operation
 from jaxlm.config import Config
+from jaxlm.train import setup
 
 Say = Callable[[str], None]
 _NARROW = ("tensor", "sequence", "stage")  # axes whose traffic or bubble grows with their size
@@ -117,7 +118,11 @@ def on_slices(config: Config, topology: Topology) -> Config:
 
 def _sizes(parts) -> formula.Sizes:
     shapes = {path: leaf.shape for path, leaf in trees.flatten(parts.target.params).items()}
-    return formula.sizes(parts.config, shapes, compiler.state_bytes(parts))
+    found, params = formula.sizes(parts.config, shapes, compiler.state_bytes(parts)), parts.target.params
+    trained = trees.count(trees.split(params, parts.trainable)[0]) / found.parameters
+    optimiser = (trees.nbytes(parts.target.opt) + trees.nbytes(parts.target.ema)) / trees.nbytes(params)
+    return dataclasses.replace(found, optimiser=optimiser, width=trees.nbytes(params) / found.parameters, trained=trained, plain=trees.count(parts.plain),
+                               work=setup.work(parts))
 
 
 def with_rows(verdict: Verdict, rows: int) -> Config:

@@ -78,6 +78,7 @@ def init_embed(cfg: TransformerConfig, k_tokens: jax.Array, k_positions: jax.Arr
 
 
 def init_layers(cfg: TransformerConfig, key: jax.Array) -> dict:
+    """Parameters of all layers, stacked."""
     one = jnp.zeros((1, 1), jnp.int32)
     return stack.init(cfg, key, make_slots(cfg, {"positions": one, "segments": one}))
 

@@ -40,6 +40,7 @@ def masked(cfg: TransformerConfig, params: dict, table: jax.Array) -> Callable[[
 
 
 def init_linear(cfg: TransformerConfig, key: jax.Array, outputs: int) -> dict:
+    """`{kernel [width, outputs], bias [outputs]}`, float32."""
     return {"kernel": initialiser(cfg, cfg.width, outputs)(key, (cfg.width, outputs), jnp.float32), "bias": jnp.zeros(outputs)}
 
 

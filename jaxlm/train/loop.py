@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import config as configs
-from jaxlm import sharding, trees
+from jaxlm import lora, sharding, trees
 from jaxlm import metrics as figures
 from jaxlm.config import Config
 from jaxlm.data import chat, ledger, loader, mixture, pack, prepare, rows, shards
@@ -180,8 +180,8 @@ def _start(parts: setup.Setup, corpus: shards.Corpus, task: rows.Task, workdir: 
         params, mate, notes, history = initial.start(parts.config, parts.plain, parts.companion, log=note)
         params = parts.dress(params) if mate is None else parts.dress(params, mate)
         if parts.config.lora.init_from:
-            own, rest = trees.split(params, parts.kept)
-            params = trees.merge(initial.adapter(parts.config, notes["base"], trees.split(parts.target.params, parts.kept)[0]), rest)
+            ours = {path: lora.is_adapter(path) for path in parts.kept}
+            params = trees.merge(initial.adapter(parts.config, notes["base"], trees.split(parts.target.params, ours)[0]), trees.split(params, ours)[1])
         return 0, parts.begin(params), history, {origin.BASE: json.dumps(notes).encode()} if notes else {}
     saved = json.loads(checkpoint.read_file(workdir, start, ledger.FILE))
     regrouped = task.mixture != mixture.Mixture() and saved["sources"] != ledger.sources_sha256(corpus)
@@ -314,18 +314,6 @@ def _finish(step: int, early: bool, subject: evaluation.Subject, chosen: tuple[A
         f"  tensorboard --logdir={workdir}        (pip install tensorboard)"]))
 
 
-def _work(parts: setup.Setup) -> float:
-    """Operations of a step as a share of those of training all weights: a third each for the forward pass, the gradients of activations and those of weights,
-    of which frozen ones have none; the frozen model beside it has a forward pass more."""
-    whole = trees.count(parts.plain)
-    if parts.config.lora.rank or parts.companion is not None:
-        trained = trees.count(trees.split(parts.target.params, parts.kept)[0]) / whole
-        beside = 1.0 if parts.config.objective.name == "preference" else 0.0
-        beside = trees.count(parts.companion) / whole if parts.companion is not None else beside
-        return (2 + min(trained, 1.0) + beside) / 3
-    return 1.0
-
-
 class _Log:
     """Reads a finished step's metrics, looks at their health, shows and writes them."""
 
@@ -335,7 +323,7 @@ class _Log:
         config = parts.config
         self._tokens, self._padding = config.data.batch_size * setup.row_tokens(config), epoch.padding / epoch.positions
         flops = report.flops_per_token(config.model, params, config.data.sequence_length, config.data.target_length)
-        self._load = self._tokens * flops * _work(parts) / peak  # seconds at the peak
+        self._load = self._tokens * flops * setup.work(parts) / peak  # seconds at the peak
 
     def __call__(self, step: int, metrics: dict[str, Any]) -> None:
         values = jax.device_get(metrics)

@@ -48,10 +48,12 @@ class Reporter:
         self._board.scalars(step, values)
 
     def text(self, step: int, name: str, text: str) -> None:
+        """Shows a text in TensorBoard."""
         from tensorboardX import summary
         self._board.write(step, summary=summary.text(name, text))
 
     def close(self) -> None:
+        """Writes what is left."""
         self._file.close()
         self._board.close()
 
@@ -172,6 +174,7 @@ class Progress:
         self._live, self._every, self._last, self._width = sys.stdout.isatty(), seconds_between_lines, -math.inf, 0
 
     def show(self, line: str, *, final: bool = False) -> None:
+        """Shows a line in place of the last one on a terminal; elsewhere only now and then, and when `final`."""
         if self._live:
             print("\r" + line.ljust(self._width), end="\n" if final else "", flush=True)
             self._width = 0 if final else len(line)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import pathlib
+import shutil
 
 import pytest
 
@@ -240,3 +242,35 @@ def test_operations_of_splash_are_added():
     plain = tiny(model=wide | dict(remat="none"), data=dict(sequence_length=128, batch_size=8))
     assert formula.kernel_flops(plain, "tpu") == 9 * 4 * 8 * 128 * 128 * 512
     assert formula.kernel_flops(tiny(), "tpu") == 0  # heads of 16
+
+
+def test_adapters_quantised_bases_and_frozen_layers_need_less():
+    judged = lambda **parts: plan.judge(tiny(model=TINY["model"] | dict(width=256), **parts), H100)
+    full, lora = judged(), judged(lora=dict(rank=4))
+    nf4, frozen = judged(lora=dict(rank=4), optim=dict(frozen_dtype="nf4")), judged(optim=dict(frozen_layers=2))
+    assert lora.memory["optimiser"] < full.memory["optimiser"] / 8 and lora.memory["parameters"] == pytest.approx(full.memory["parameters"], rel=0.1)
+    assert nf4.memory["parameters"] < full.memory["parameters"] / 4 and nf4.memory["optimiser"] == pytest.approx(lora.memory["optimiser"], rel=0.01)
+    assert 0.6 < lora.useful / full.useful < 0.75 and 0.6 < frozen.useful / full.useful < 0.8 and frozen.memory["optimiser"] < 0.6 * full.memory["optimiser"]
+    sent = lambda verdict: sum(c.bytes * c.times for c in verdict.collectives if c.kind == "reduce-scatter")
+    assert sent(lora) < sent(full) / 8
+    pairs = judged(objective=dict(name="preference"), data=TINY["data"] | dict(format="preference"))  # the reference lies beside it
+    assert pairs.memory["parameters"] == pytest.approx(2 * full.memory["parameters"], rel=0.01) and pairs.useful == pytest.approx(4 / 3 * full.useful, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["classify", "regress", "token_classify"])
+def test_labels_have_a_verdict(name):
+    model = TINY["model"] | dict(kind="encoder", causal=False)
+    found = plan.judge(tiny(model=model, objective=dict(name=name), data=TINY["data"] | dict(label_key="label")), H100)
+    assert found.fits and found.config.model.labels in (0, 1, 2)
+
+
+def test_what_a_run_begins_from_is_read_for_its_sizes(tmp_path):
+    fixtures = pathlib.Path(__file__).parents[1] / "interop" / "fixtures"
+    folder = shutil.copytree(fixtures / "encoders" / "bert", tmp_path / "bert")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh"]) + "\n")
+    with pytest.raises(ValueError, match="train.init_from=hf:nowhere, whose sizes are needed: .*; or say them: --config.train.init_from= ") as caught:
+        plan.judge(config.load("sentiment", [("train.init_from", "hf:nowhere")]), H100)
+    assert "\n" not in str(caught.value)
+    parts = compiler.build(config.load("sentiment", [("train.init_from", f"hf:{folder}"), ("data.sequence_length", "16"),
+                                                     ("mesh.fsdp", "1"), ("mesh.data", "1")]), compiler.abstract_mesh(config.MeshConfig(fsdp=1), 1), "gpu")
+    assert parts.config.model.width == 16 and parts.config.model.output == "sequence_labels"
