@@ -41,8 +41,9 @@ def lent(w: jax.Array, dtype: jnp.dtype, *axes: str | None) -> Callable[[jax.Arr
     rows, parts = ways("batch"), ways("sequence")
     place = ("batch", "sequence", *(None if axis == "embed" else axis for axis in axes))
     copies = constrain(jnp.broadcast_to(jax.lax.stop_gradient(gathered(w.astype(dtype), *axes)), (rows, parts, *w.shape)), *place)
+    added = lambda gradient: _summed(constrain(gradient, *place).astype(dtype), *axes).astype(w.dtype)
     kept = jax.custom_vjp(lambda w: jnp.zeros(copies.shape, w.dtype))  # of which only the gradient counts
-    kept.defvjp(lambda w: (jnp.zeros(copies.shape, w.dtype), None), lambda _, gradient: (_summed(constrain(gradient, *place).astype(dtype), *axes).astype(w.dtype),))
+    kept.defvjp(lambda w: (jnp.zeros(copies.shape, w.dtype), None), lambda _, gradient: (added(gradient),))
     lend = jax.custom_vjp(lambda kept, copies: copies)
     lend.defvjp(lambda kept, copies: (copies, None), lambda _, gradient: (constrain(gradient, *place).astype(w.dtype), None))
     sums = kept(w)

@@ -118,8 +118,8 @@ def test_a_row_longer_than_one_device_holds():
 
 @pytest.mark.slow
 def test_a_run_goes_on_the_same_on_five_other_meshes(tmp_path):
-    """The checkpoint is read bit by bit, moments too, whatever the order in which stages and sequences lie; on two of them two more steps have the losses of the run
-    that was not cut: the first says that parameters, the second that moments and counters are the run's."""
+    """The checkpoint is read bit by bit, moments too, whatever the order in which stages and sequences lie; on two of them two more steps have the losses of
+    the run that was not cut: the first says that parameters, the second that moments and counters are the run's."""
     leaves = lambda state: {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
     def train(parts, state, steps):
