@@ -131,6 +131,8 @@ class _Walk:
         found, caller = one, None
         if one.opcode == "fusion":
             name = one.attribute("calls") or ""
+            if name.startswith("async_collective_fusion") and not one.name.startswith("async-collective"):
+                return None, None  # computation beside what another instruction started, perhaps outside of the loop that this one is in
             found, caller = next((i for i in self.program.computations.get(name, ()) if i.opcode in hlo.KINDS), None), one
         moved = None if found is None else hlo.collective(found, name, (), caller, self.mesh)
         if moved is None:

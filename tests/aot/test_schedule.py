@@ -46,6 +46,27 @@ def test_a_gather_fused_with_computation_counts_once():
     assert [(c.kind, c.times) for c in hlo.collectives(hlo.parse(text), MESH)] == [("all-gather", 1)]
 
 
+def test_a_gather_beside_a_loop_counts_once():
+    """It starts before the loop and ends after it; what runs beside it in the loop carries it too."""
+    inside = "".join(f"%{name} (q: bf16[8]) -> bf16[8] {{\n  %q.{at} = bf16[8]{{0}} parameter(0)\n  ROOT %g.{at} = bf16[{WHOLE}]{{0}} all-gather(%q.{at}), "
+                     f"{GATHER}\n}}\n\n" for at, name in enumerate(("f1", "async_collective_fusion.7", "f3")))
+    loop = f"""%body (p: bf16[8]) -> bf16[8] {{
+  %p.1 = bf16[8]{{0}} parameter(0)
+  ROOT %beside = bf16[8]{{0:S(1)}} fusion(%p.1), kind=kOutput, calls=%async_collective_fusion.7, backend_config={{{MILLISECOND}}}
+}}
+
+%condition (p: bf16[8]) -> pred[] {{
+  %p.2 = bf16[8]{{0}} parameter(0)
+  ROOT %c = pred[] constant(true)
+}}
+"""
+    body = "\n".join(["  %async-collective-start = (bf16[8]{0}, u32[]) fusion(%p), kind=kCustom, calls=%f1",
+                      '  %w = bf16[8]{0} while(%p), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}',
+                      "  %async-collective-done = bf16[8]{0} fusion(%w), kind=kCustom, calls=%f3"])
+    t = times(body, rest=inside + loop)
+    assert (t.compute, t.ici, t.ici_busy) == (pytest.approx(5e-3), 0.0, pytest.approx(2e-3))
+
+
 def test_a_loop_runs_as_often_as_it_does():
     rest = f"""%body (p: (s32[], bf16[8])) -> (s32[], bf16[8]) {{
   %p.1 = (s32[], bf16[8]{{0}}) parameter(0)
