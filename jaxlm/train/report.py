@@ -105,6 +105,26 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_texts(workdir: pathlib.Path, name: str) -> list[tuple[int, str]]:
+    """The texts that `Reporter.text` wrote under a name, by step; of a step that was done twice the last, and none where a file ends in the middle."""
+    from tensorboardX.proto import event_pb2
+    found: dict[int, str] = {}
+    for path in sorted(pathlib.Path(workdir).glob("events.out.tfevents.*")):
+        data, at = path.read_bytes(), 0
+        while at + 12 <= len(data):  # a record: its length, a sum of that, itself, a sum of that
+            size = int.from_bytes(data[at:at + 8], "little")
+            if at + size + 16 > len(data):
+                break
+            event = event_pb2.Event.FromString(data[at + 12:at + 12 + size])
+            at += size + 16
+            if event.session_log.status == event_pb2.SessionLog.START:  # an interrupted run went on before this step
+                found = {step: text for step, text in found.items() if step < event.step}
+            for value in event.summary.value:
+                if value.tag.split("/")[0] == name and value.tensor.string_val:
+                    found[event.step] = value.tensor.string_val[0].decode("utf-8", "replace")
+    return sorted(found.items())
+
+
 def overview(params: Any) -> str:
     """A table of all parameters, their shapes and their total."""
     from clu import parameter_overview
