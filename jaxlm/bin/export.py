@@ -4,9 +4,10 @@
   jaxlm export --workdir=runs/quickstart --to=exports/quickstart.gguf --dtype=q8_0
   jaxlm export --workdir=runs/qwen3 --step=2000 --to=exports/qwen3 --dtype=bfloat16
 
-It writes config.json, model.safetensors (shards of at most 5 GB with their index when it is larger) and the tokenizer's files, reads
-everything back and compares it; a name that ends in .gguf asks for one file for llama.cpp and Ollama instead, tokenizer inside. The moving average
-of the parameters is written where the run keeps one. float32 is exact; bfloat16 (directories) and float16 and q8_0 (GGUF) are smaller.
+It writes config.json, model.safetensors (shards of at most 5 GB with their index when it is larger), the tokenizer's files and the model card as
+README.md (see jaxlm report; what you wrote in WORKDIR/MODEL_CARD.md is in it), reads everything back and compares it; a name that ends in .gguf asks for
+one file for llama.cpp and Ollama instead, tokenizer inside. The moving average of the parameters is written where the run keeps one. float32 is exact;
+bfloat16 (directories) and float16 and q8_0 (GGUF) are smaller.
 
 The architecture is the plainest one that computes what the model does: Llama for most decoders with rotary positions. --architecture chooses
 another. It prints which parameter became which tensor.
@@ -64,9 +65,12 @@ def main(values: flags.FlagValues) -> int:
 
     from jaxlm.data import chat
     from jaxlm.interop import gguf, hf
-    from jaxlm.train import saved
+    from jaxlm.train import card, saved, summary
 
     run = saved.open_run(values.workdir, values.step)
+    if run.config.model.kind == "decoder" and run.config.model.labels:
+        raise ValueError(f"{values.workdir} holds a decoder with a head for labels, for which neither format has a place here (encoders with labels can be "
+                         "exported): use jaxlm generate --classify")
     tokenizer = run.tokenizer
     if run.chat_template:
         tokenizer = dataclasses.replace(tokenizer, files={**tokenizer.files, chat.FILE: run.chat_template.encode()})
@@ -82,6 +86,8 @@ def main(values: flags.FlagValues) -> int:
         source = hf.save(folder, run.config.model, run.params, dtype=values.dtype, architecture=values.architecture,
                          extra={"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad})
         tokenizer.write_huggingface(folder)
+        written = run.workdir / card.FILE
+        card.write(summary.gather(run.workdir, run.step), folder / "README.md", written.read_text(encoding="utf-8") if written.is_file() else "")
         if to.exists():
             to.rmdir()
         os.replace(folder, to)
