@@ -138,6 +138,7 @@ def test_sharded_parameters_and_batches_that_do_not_divide(monkeypatch):
     model, params = build(cfg)
     sampled = Settings(top_k=10, top_p=0.9, seed=1)
     want = generate(model, params, PROMPTS[:3], max_tokens=8, context=64, settings=sampled)
+    shares.clear()
     mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])
     spread = jax.device_put(params, params_shardings(mesh, model.axes, jax.eval_shape(model.init, jax.random.key(0))))
     assert generate(model, spread, PROMPTS[:3], max_tokens=8, context=64, settings=sampled) == want
