@@ -537,6 +537,14 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class AuditConfig:
+    """What `jaxlm eval --audit` asks, and how much bias a release may have."""
+    tasks: tuple[str, ...] = ()  # of models that continue text or fill in: tasks with metrics about bias, names of the catalogue or FILE.toml
+    swaps: tuple[str, ...] = ()  # of models with labels: words swapped in the run's own texts, lists of evaluate/swaps.toml or FILE.toml
+    limits: tuple[tuple[str, float], ...] = ()  # (("crows_pairs/stereotyped", 0.1), ...): the largest distance from an unbiased model's figure
+
+
+@dataclass(frozen=True)
 class Config:
     """All parts; `load` makes one of a recipe and overrides."""
 
@@ -550,6 +558,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
     clean: CleanConfig = field(default_factory=CleanConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)

@@ -49,7 +49,12 @@ def open_run(workdir: os.PathLike | str, step: int | None = None, *, mesh: MeshC
     """
     workdir = pathlib.Path(workdir)
     if step is not None and step in checkpoint.steps(workdir):
-        return _open(workdir, step, mesh)
+        try:
+            return _open(workdir, step, mesh)
+        except Exception:
+            if step in checkpoint.steps(workdir):
+                raise
+            raise ValueError(f"the checkpoint of step {step} in {workdir} was deleted while it was read: leave --step out for the newest one") from None
     if not checkpoint.steps(workdir):
         what = "has no checkpoint yet: wait for the first one" if workdir.is_dir() else "does not exist: give the folder of a run"
         raise ValueError(f"{workdir} {what}, or make one with jaxlm train --config=quickstart --workdir={workdir}")

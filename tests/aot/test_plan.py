@@ -271,6 +271,6 @@ def test_what_a_run_begins_from_is_read_for_its_sizes(tmp_path):
     with pytest.raises(ValueError, match="train.init_from=hf:nowhere, whose sizes are needed: .*; or say them: --config.train.init_from= ") as caught:
         plan.judge(config.load("sentiment", [("train.init_from", "hf:nowhere")]), H100)
     assert "\n" not in str(caught.value)
-    parts = compiler.build(config.load("sentiment", [("train.init_from", f"hf:{folder}"), ("data.sequence_length", "16"),
-                                                     ("mesh.fsdp", "1"), ("mesh.data", "1")]), compiler.abstract_mesh(config.MeshConfig(fsdp=1), 1), "gpu")
-    assert parts.config.model.width == 16 and parts.config.model.output == "sequence_labels"
+    asked = config.load("sentiment", [("train.init_from", f"hf:{folder}"), ("data.sequence_length", "16"), ("mesh.fsdp", "1")])
+    found = plan.largest_batch(plan.judge(asked, chips.topology("gpu:h100x1")))
+    assert found.fits and found.largest_rows > 16 and (found.config.model.width, found.config.model.output) == (16, "sequence_labels")
