@@ -210,7 +210,24 @@ def verify(config: Config, names: Sequence[str], steps: int, progress: Callable[
     too_many = [name for name in names if devices(name) > jax.device_count()]
     if too_many:
         raise ValueError(f"--meshes: {too_many[0]} needs {devices(too_many[0])} devices, and there are {jax.device_count()}")
-    alone = build(dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=1)), "fsdp=1")
+    known = reference(dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=1)), steps)
+    rows = []
+    for name in names:
+        rows.append(_compare(config, name, steps, known, chosen))
+        progress(rows[-1])
+    return rows
+
+
+class Reference(NamedTuple):
+    """What one device makes of the batches, and how much of a rounding shows in it."""
+    params: Any  # it begins with
+    run: Run
+    sensitivity: dict[str, dict[str, float]]  # by kind and leaf, see the module
+
+
+def reference(config: Config, steps: int) -> Reference:
+    """One device, with a config that `shrink` made."""
+    alone = build(config, "fsdp=1")
     params = jax.tree.map(np.asarray, alone.init().params)
     run = programs(alone)
     start, expected = trees.flatten(params), train(alone, run, steps, params)
@@ -222,15 +239,10 @@ def verify(config: Config, names: Sequence[str], steps: int, progress: Callable[
         for kind, errors in _errors(train(alone, run, steps, moved), expected, start).items():
             for path, error in errors.items():
                 sensitivity.setdefault(kind, {})[path] = max(error, sensitivity.get(kind, {}).get(path, 0.0))
-    rows = []
-    for name in names:
-        rows.append(_compare(config, name, steps, params, expected, start, sensitivity, chosen))
-        progress(rows[-1])
-    return rows
+    return Reference(params, expected, sensitivity)
 
 
-def _compare(config: Config, name: str, steps: int, params: Any, expected: Run, start: dict[str, np.ndarray], sensitivity: dict[str, dict[str, float]],
-             chosen: bool) -> Row:
+def _compare(config: Config, name: str, steps: int, known: Reference, chosen: bool) -> Row:
     try:
         parts = build(config, name)
         run = programs(parts)
@@ -238,11 +250,11 @@ def _compare(config: Config, name: str, steps: int, params: Any, expected: Run, 
         if chosen:
             raise ValueError(f"{name}: {error}") from error
         return Row(name, 0.0, 0.0, 0.0, "", 0.0, True, str(error))
-    found = train(parts, run, steps, params)
-    errors, shares = _errors(found, expected, start), {}
+    found = train(parts, run, steps, known.params)
+    errors, shares = _errors(found, known.run, trees.flatten(known.params)), {}
     for kind, leaves in errors.items():
         for path, error in leaves.items():
-            bound = 4 * devices(name) * (sensitivity[kind][path] + 4 * EPS)
+            bound = 4 * devices(name) * (known.sensitivity[kind][path] + 4 * EPS)
             bound = bound if kind == "params" else min(bound, CEILING)
             shares[f"{kind} {path}" if kind != "loss" else "loss"] = ((error if math.isfinite(error) else math.inf) / bound, bound)
     worst = max(shares, key=lambda leaf: shares[leaf][0])

@@ -16,7 +16,7 @@ LEVELS = {
 }
 
 HOMES = {
-    "sentencepiece": {"data/tokenizer.py"}, "tokenizers": {"data/tokenizer.py"}, "gguf": {"interop/gguf.py"}, "grain": {"data/loader.py"}, "array_record": {"data/shards.py"}, "pyarrow": {"data/readers.py"}, "tensorflow_datasets": {"data/tfds.py"},
+    "sentencepiece": {"data/tokenizer.py"}, "tokenizers": {"data/tokenizer.py"}, "gguf": {"interop/gguf.py"}, "flatbuffers": set(), "grain": {"data/loader.py"}, "array_record": {"data/shards.py"}, "pyarrow": {"data/readers.py"}, "tensorflow_datasets": {"data/tfds.py"},
     "zstandard": {"data/readers.py"}, "tensorboardX": {"train/report.py"}, "clu": {"train/report.py"}, "orbax": {"train/checkpoint.py"},
     "optax": {"optim.py", "moments.py", "train/step.py"}, "flax": {"models/layers.py"}, "ml_collections": {"config.py"}, "safetensors": {"interop/hf_files.py"},
     "absl": {"cli.py", "bin/prepare.py", "bin/tokenizer.py", "bin/train.py", "bin/eval.py", "bin/generate.py",

@@ -101,7 +101,6 @@ def build(config: Config, mesh: Mesh | AbstractMesh, platform: str) -> setup.Set
     """
     if config.train.init_from:
         config = initial.sized(config)
-        config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=config.tokenizer.path or config.train.init_from))
     if config.objective.name in LABELLED:  # how many classes there are, only the data know: what a head adds is next to nothing
         classes = 0 if config.objective.name == "regress" else config.model.labels or 2
         config = rows.for_labels(config, rows.Task(config.data.sequence_length, config.objective, label_names=tuple(f"LABEL_{i}" for i in range(classes))))

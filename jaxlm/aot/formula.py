@@ -100,12 +100,12 @@ def needs(config: Config, mesh: Mapping[str, int], size: Sizes, platform: str) -
 def kernel_flops(config: Config, platform: str) -> float:
     """Operations, all devices together, of the attention kernels that a traced program does not show: Pallas's splash.
 
-    Per pair of tokens of the causal half: two products forward (again when recomputed, which remat=dots does not), five backward.
+    Per pair of tokens of the causal half: two products forward (again when recomputed, which remat=dots does not), seven backward, of which five are needed.
     """
     model = config.model.filled()
     if attention.choose(config.model, config.data.sequence_length, platform) != "splash":
         return 0.0
-    products = 9 if model.remat == "full" else 7
+    products = 11 if model.remat == "full" else 9
     return products * model.layers * config.data.batch_size * config.data.sequence_length ** 2 * float(model.heads * model.head_size)
 
 

@@ -66,7 +66,7 @@ def resolve(config: Config, workdir: pathlib.Path) -> Config:
 
 
 def sized(config: Config) -> Config:
-    """The config with the model that `train.init_from` names, of which no weight is read.
+    """The config of a run from nothing with the model that `train.init_from` names, of which no weight is read.
 
     Raises:
       ValueError: one line: nothing there, or a `model` key that asks for another model.
@@ -78,7 +78,9 @@ def sized(config: Config) -> Config:
         raise ValueError(f"train.init_from={origin}, whose sizes are needed: {error}; or say them: --config.train.init_from= "
                          "--config.model.layers=12 ...") from None
     model = _merge(config.model, _of_layers(given, config.train.init_layers), origin)
-    return dataclasses.replace(config, model=decoder.vocabulary(model, tokenizer.vocab_size))
+    return dataclasses.replace(config, model=decoder.vocabulary(model, tokenizer.vocab_size),
+                               tokenizer=dataclasses.replace(config.tokenizer, path=config.tokenizer.path or origin),
+                               train=dataclasses.replace(config.train, init_from="", init_layers=()))
 
 
 def teacher(config: Config) -> TransformerConfig:

@@ -138,7 +138,7 @@ def flops_per_token(cfg: TransformerConfig, params: int, sequence_length: int, t
     cfg = cfg.filled()
     if cfg.encoder_layers:
         return _flops_of_pair(cfg, sequence_length, target_length) / (sequence_length + target_length)
-    looked_up = (0 if cfg.tied else cfg.vocab_size * cfg.width) + cfg.token_types * cfg.width
+    looked_up = (0 if cfg.tied and cfg.output == "tokens" else cfg.vocab_size * cfg.width) + cfg.token_types * cfg.width
     looked_up += (cfg.context + cfg.position_offset) * cfg.width if cfg.positions == "learned" else 0
     idle = len(cfg.sparse_layers) * (cfg.experts - cfg.experts_per_token) * 3 * cfg.width * cfg.expert_feedforward
     return 6 * (params - looked_up - idle) + (6 if cfg.causal else 12) * cfg.layers * sequence_length * cfg.heads * cfg.head_size

@@ -123,8 +123,13 @@ def test_a_pair_is_framed_as_its_model_has_it(tmp_path):
 def test_tags_stand_at_the_first_token_of_each_word(tmp_path):
     lines = [{"text": ["Anna", "lives", "in", f"Rome{i}"], "label": ["B-per", "O", "O", "B-loc"]} for i in range(30)]
     lines += [{"text": f"word {'long' * 20} end{i}", "label": "O B-loc O"} for i in range(10)]
-    _, corpus, task = prepared(tmp_path, lines, "token_classify")
+    cfg, corpus, task = prepared(tmp_path, lines, "token_classify")
     assert task.label_names == ("O", "B-loc", "B-per")
+    weighed = dataclasses.replace(cfg, objective=config.ObjectiveConfig(name="token_classify", class_weights=(("B-loc", 3.0), ("B-per", 0.5))))
+    weighed = rows.build(weighed, tokenizer.load(corpus.tokenizer_path), corpus)
+    _, batch = next(iter(loader.batches(corpus, "train", weighed, batch_size=8, seed=0, start_step=0, stop_step=1, threads=0)))
+    tagged = batch["weights"] > 0
+    assert np.array_equal(batch["weights"][tagged], np.array([1, 3, 0.5], np.float32)[batch["targets"][tagged]]) and len(set(batch["weights"][tagged])) > 1
     [batch] = loader.evaluation_batches(corpus, "test", task, batch_size=8, overlap=0)
     for row in range(8):
         example = corpus.examples("test")

@@ -85,6 +85,8 @@ def test_it_learns_and_resumes_bitwise(trained):
     assert pick("run", "train/loss") == pick("cut", "train/loss") and pick("run", "eval/loss") == pick("cut", "eval/loss")
     assert logs["run"][-1]["test/accuracy"] > 0.9 and logs["run"][-1]["test/accuracy"] == logs["cut"][-1]["test/accuracy"]
     losses = dict(zip((row["step"] for row in logs["run"] if "eval/loss" in row), pick("run", "eval/loss")))
+    first = next(row for row in logs["run"] if "perf/step_seconds" in row)  # speed counts the tokens of batches as long as they are
+    assert 8 * 16 < first["perf/tokens_per_second"] * first["perf/step_seconds"] < 8 * 32
     assert best.step(trained / "run") == min(losses, key=lambda step: (losses[step], -step)) == saved.open_run(trained / "run").step
 
 
@@ -103,12 +105,15 @@ def test_eval_report_and_answers(trained, capsys):
     assert jaxlm("generate", f"--workdir={trained / 'run'}", "--classify", "--prompt=good cup 7", "--prompt=awful book 8", "--json") == 0
     good, bad = map(json.loads, capsys.readouterr().out.splitlines())
     assert good["labels"][0][0] == "pos" and bad["labels"][0][0] == "neg" and good["calibrated"] and sum(good["probabilities"].values()) == pytest.approx(1, abs=2e-4)
-    with pytest.MonkeyPatch.context() as patch:  # a text of both kinds, whose probability is no rounded 0 or 1
-        run = saved.open_run(trained / "run")
-        odds = lambda: math.log((p := classified.label(run, ["good awful cup"])[0]["probabilities"])["pos"] / p["neg"])
-        calibrated = odds()
-        patch.setattr(classified, "temperature", lambda *_: 1.0)
-        assert calibrated == pytest.approx(odds() / row["temperature"], rel=0.02, abs=2e-3)
+    run = saved.open_run(trained / "run")
+    assert classified.temperature(run.workdir, run.step) == row["temperature"]
+    odds = []
+    for temperature in (40.0, 80.0):  # far from what rounds to 0 or 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(classified, "temperature", lambda *_, t=temperature: t)
+            said = classified.label(run, ["good cup 7"])[0]["probabilities"]
+        odds.append(math.log(said["pos"] / said["neg"]))
+    assert odds[0] > 0 and odds[0] == pytest.approx(2 * odds[1], rel=0.02)
     assert jaxlm("generate", f"--workdir={trained / 'run'}", "--prompt=a") == 2 and "ask with --classify" in capsys.readouterr().err
     assert jaxlm("generate", f"--workdir={trained / 'run'}", "--classify", "--prompt= ") == 2 and "is empty" in capsys.readouterr().err
 
@@ -265,8 +270,9 @@ CHATS = [{"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assist
     ([{**line, "label": "high"} for line in TEXTS], ["objective.name=regress"], "is 'high', not a number"),
     ([{"messages": chat["messages"][:1]} for chat in CHATS], ["objective.name=sft"], "line 1: the assistant says nothing in this chat: there is nothing to "
      "learn"),
-    (CHATS, ["objective.name=sft", "data.chat_template=PLAIN"], "plain.jinja writes nothing of what the assistant says"),
+    (CHATS, ["objective.name=sft", "data.chat_template=FOLDER/plain.jinja"], "plain.jinja writes nothing of what the assistant says"),
     (CHATS, ["objective.name=sft", "data.sequence_length=2"], "nothing that an assistant says is left in rows of data.sequence_length=2 tokens"),
+    (TEXTS, ["data.source=train=FOLDER/data.jsonl,test=FOLDER/other.jsonl"], "has the label 'c', which the training split does not have"),
     (TEXTS, ["train.init_from=nowhere"], "nowhere holds no checkpoint"),
     (TEXTS, ["lora.rank=2"], "lora.rank needs a model to begin with"),
     (TEXTS, ["lora.rank=2", "optim.frozen_layers=1"], "with lora.rank all layers are frozen"),
@@ -274,13 +280,14 @@ CHATS = [{"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assist
 def test_bad_input_from_the_command_line(tmp_path, capsys, lines, flags, words):
     """One line, exit code 2, and no checkpoint."""
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "other.jsonl").write_text(json.dumps({"text": "another", "label": "c"}) + "\n")
     (tmp_path / "plain.jinja").write_text("{% for m in messages if m.role == 'user' %}<u>{{ m.content }}\n{% endfor %}")
     (tmp_path / "recipe.py").write_text("from ml_collections import ConfigDict\nget_config = ConfigDict\n")
     chats = "messages" in lines[0]
     usual = {"data.source": tmp_path / "data.jsonl", "tokenizer.kind": "bytes", "data.workers": 1, "data.sequence_length": 32, "model.layers": 1,
              "model.width": 16, "model.heads": 2} | ({"data.format": "chat", "data.chat_template": "chatml"} if chats else
                                   {"data.label_key": "label", "objective.name": "classify", "model.kind": "encoder", "model.causal": "false"})
-    usual |= dict(flag.replace("PLAIN", str(tmp_path / "plain.jinja")).split("=", 1) for flag in flags)
+    usual |= dict(flag.replace("FOLDER", str(tmp_path)).split("=", 1) for flag in flags)
     keys = [f"--config.{key}={value}" for key, value in usual.items()]
     assert jaxlm("train", f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'run'}", *keys) == 2
     said = capsys.readouterr().err.strip()

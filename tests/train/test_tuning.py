@@ -98,8 +98,9 @@ def test_export_and_import(folder, tuned, tmp_path, capsys):
     other = run(folder, "other", source="text.jsonl", more={**MODEL, "tokenizer.kind": "bytes", "train.seed": "1", "train.steps": "1"})
     for start, words in (({"lora.init_from": str(tmp_path / "adapter")}, "another base"), ({"lora.init_from": str(tuned)}, "another base"),
                          ({"lora.init_from": str(tmp_path / "adapter"), "lora.rank": "2"}, "lora.rank=2, and the adapter")):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=words) as caught:
             run(folder, "refused", source="chats.json", more=LORA | {"train.init_from": str(other)} | start)
+        assert "\n" not in str(caught.value)
         shutil.rmtree(folder / "refused")
     # A base that has changed since is noticed when the run is opened.
     told_path = shutil.copytree(tuned, tmp_path / "moved")
