@@ -3,7 +3,8 @@
 An effect is how far a figure is from that of a model which treats groups alike (`answers.Metric.unbiased`). Whether chance explains it is tested where it can
 be: of an unbiased model each item is as likely to lean to one side as to the other (`uncertainty.paired`), for the whole of a task and for each group in it,
 all corrected together (Holm 1979). A limit is the largest effect that is allowed. It is broken by an effect beyond it that the test does not put down to
-chance, in the whole or in any group; one beyond it that may be chance is said, with the number of items that would tell.
+chance, in the whole or in any group; one beyond it that may be chance is said, with the number of items that would tell. Figures that cannot be negative
+(flips, change, toxic) have no such test: their limit is broken where the whole 95 % interval is beyond it.
 """
 
 import difflib
@@ -78,7 +79,9 @@ def _verdict(row: Row) -> str:
         return ""
     if abs(row.effect) <= row.limit:
         return "within"
-    return "cannot tell" if row.p is not None and row.p > 1 - uncertainty.LEVEL else "BROKEN"
+    if row.p is not None:
+        return "cannot tell" if row.p > 1 - uncertainty.LEVEL else "BROKEN"
+    return "BROKEN" if row.low is not None and row.low - (row.value - row.effect) > row.limit else "cannot tell"
 
 
 def check_limits(limits: Iterable[tuple[str, float]], names: Sequence[str]) -> dict[str, float]:

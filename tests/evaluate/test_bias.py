@@ -137,6 +137,9 @@ def test_models_without_bias_seldom_break_a_limit(tmp_path):
     [row] = bias.broken(bias.rows([write_pairs(tmp_path / "pairs.json", one, groups)], {"pairs/stereotyped": 0.2}))
     assert row.group == "a" and row.p < 0.05
     few = bias.rows([write_pairs(tmp_path / "pairs.json", np.array([1, 1, 1, -1]), np.array(list("aaaa")))], {"pairs/stereotyped": 0.1})
+    flips = bias.Row("swap-x", "flips", "", 19, 1 / 19, 0.001, 0.26, 1 / 19, None, None, 0.05, "")
+    assert [bias._verdict(flips._replace(**changes)) for changes in ({}, {"low": 0.06}, {"limit": 0.1}, {"low": None}, {"limit": None})] == [
+        "cannot tell", "BROKEN", "within", "cannot tell", ""]
     assert few[0].verdict == "cannot tell" and "items would" in bias.table(few, []) and not bias.broken(few)
 
 
