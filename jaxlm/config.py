@@ -37,6 +37,8 @@ def _need(ok: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
+    """What turns text into tokens."""
+
     kind: Literal["unigram", "bpe", "bytes"] = "unigram"  # SentencePiece unigram or BPE with byte fallback, or plain UTF-8 bytes
     vocab_size: int = 8192  # pieces to learn, special tokens included; ignored by "bytes" (259)
     path: str = ""  # a tokenizer to use as it is: its file, or the folder that holds it (docs/interop.md); empty: train one on the training split
@@ -55,6 +57,8 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Which texts, how they are split and how they become batches."""
+
     source: tuple[str, ...] = ()  # files, folders, globs (.txt .jsonl .json .csv .tsv [.gz .zst], .html .warc[.gz] .parquet .arrow), folders of Hugging Face
     # `datasets`, tfds:NAME[/CONFIG][:SPLIT], or "python_docs", the text in every CPython; each may have a name: "web=crawl/"
     text_key: str = "text"  # the field (JSON) or column (tables) that holds the text
@@ -110,6 +114,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DedupConfig:
+    """Which repetitions are dropped from a corpus."""
+
     exact: bool = True  # documents whose text, as cleaned, occurred before are dropped
     line_length: int = 0  # lines of at least so many characters that occurred before, in any document, are dropped; 0: off
     near: float = 0.0  # near-duplicates are dropped: documents whose word shingles overlap (Jaccard) by at least this share; the longest stays; 0: off
@@ -199,6 +205,8 @@ class FilterConfig:
 
 @dataclass(frozen=True)
 class TransformerConfig:
+    """The transformer: its sizes, and what its blocks are made of."""
+
     kind: Literal["decoder", "encoder"] = "decoder"  # an encoder (BERT) sees all of its segment and norms its embeddings; set causal=false for it
     output: Literal["tokens", "hidden", "pooled", "sequence_labels", "token_labels"] = "tokens"  # encoder: tokens behind masks, states as they are,
     # one vector of a sequence (from its first token), or labels of a sequence or of each token; a decoder has labels too, of a sequence from its last token.
@@ -343,12 +351,15 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
+    """What is predicted and how the loss counts it."""
+
     name: Literal["next_token", "masked_token", "span_corruption", "seq2seq", "sft", "preference", "classify", "multi_label", "regress",
                   "token_classify"] = "next_token"  # of decoders; of encoders (BERT), with another mask in each step (RoBERTa); of encoder-decoders: hidden
     # spans of documents (T5), and pairs of data.input_key and data.text_key; of decoders: what the assistant says in chats (data.format=chat), and which of
     # two answers is better (data.format=preference); of encoders and decoders with data.label_key: one class of a text, any number of them, a number, a
     # class of each word
-    class_weights: tuple[tuple[str, float], ...] = ()  # classify, token_classify: factors of the loss, (("spam", 5.0), ...); of classes not named 1
+    class_weights: tuple[tuple[str, float], ...] = ()  # classify, token_classify, multi_label (of texts that have the class): factors of the
+    # loss, (("spam", 5.0), ...); of classes not named 1
     class_balance: float = 0.0  # likewise: the loss of a class is multiplied by (an even share / its share in training)^this; 1 makes all classes count alike
     mask_rate: float = 0.15  # masked_token: share of the tokens to be told
     mask_random: float = 0.1  # of these, share that is replaced by any token; in BERT 80 % are masked, 10 % random, 10 % kept
@@ -390,12 +401,14 @@ class ObjectiveConfig:
         _need(0 <= self.class_balance <= 1, f"objective.class_balance={self.class_balance} must be in [0, 1]")
         _need(all(0 < weight < math.inf for _, weight in self.class_weights), f"objective.class_weights={self.class_weights} must be positive")
         weighed = bool(self.class_weights or self.class_balance)
-        _need(not weighed or self.name in ("classify", "token_classify"), "objective.class_weights and objective.class_balance go with objective.name=classify "
-              f"and token_classify, not {self.name}: leave them out")
+        _need(not weighed or self.name in LABELLED and self.name != "regress", "objective.class_weights and objective.class_balance go with "
+              f"objective.name=classify, multi_label and token_classify, not {self.name}: leave them out")
 
 
 @dataclass(frozen=True)
 class MeshConfig:
+    """How many devices along each axis of the mesh; -1 takes what is left."""
+
     slice: int = 1  # groups of devices with a slow network between them (TPU slices, GPU nodes): copies of the model, only gradients cross
     data: int = 1  # copies of the model, each with its share of the batch
     fsdp: int = -1  # likewise, with parameters and optimiser state split too; -1: the devices that are left (one axis may say so)
@@ -412,6 +425,8 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """Optimiser, schedule and which parameters they reach."""
+
     name: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
     lr: float = 1e-3  # the peak
     schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "wsd", "step", "inverse_sqrt"] = "cosine"
@@ -423,7 +438,7 @@ class OptimConfig:
     step_ratio: float = 0.1  # step: each drop multiplies lr by this
     weight_decay: float = 0.1
     decay_rules: Rules = ()  # (path regex, decays or not), strict; empty: every weight with two or more dimensions of its own decays
-    trainable: Rules = ()  # (path regex, trained or frozen), strict; empty: everything is trained, with lora.rank the adapters alone
+    trainable: Rules = ()  # (path regex, trained or frozen), strict; empty: everything is trained, with lora.rank the adapters and a head for labels
     frozen_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"  # how frozen matrices are kept: int8 and nf4 those of the layers, blockwise, and
     # the others in bfloat16; with lora.rank nf4 is QLoRA
     clip: float = 1.0  # global norm of the gradient; 0: off
@@ -468,6 +483,8 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """What is saved and kept."""
+
     every: Duration = Duration("10%")  # a checkpoint is written every so often, and at the end
     keep_last: int = 2
     keep_best: int = 1  # the k with the lowest validation loss, or the best checkpoint.metric
@@ -481,6 +498,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """How long a run is, where it begins, and what it does on the way."""
+
     steps: Duration = Duration("1000 steps")
     seed: int = 0  # of the initial parameters and of dropout
     init_from: str = ""  # "hf:DIR", a Hugging Face directory, or a workdir: its model, parameters and tokenizer are the beginning; empty: from nothing
@@ -503,6 +522,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
+    """How evaluation is batched and its intervals are made."""
+
     batch_size: int = 0  # rows of one batch; 0: data.batch_size
     overlap: float = 0.5  # share of a window that a document longer than the context sees again as context, in [0, 1)
     bootstrap: int = 1000  # resamples of the documents behind each confidence interval
@@ -516,7 +537,17 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class AuditConfig:
+    """What `jaxlm eval --audit` asks, and how much bias a release may have."""
+    tasks: tuple[str, ...] = ()  # of models that continue text or fill in: tasks with metrics about bias, names of the catalogue or FILE.toml
+    swaps: tuple[str, ...] = ()  # of models with labels: words swapped in the run's own texts, lists of evaluate/swaps.toml or FILE.toml
+    limits: tuple[tuple[str, float], ...] = ()  # (("crows_pairs/stereotyped", 0.1), ...): the largest distance from an unbiased model's figure
+
+
+@dataclass(frozen=True)
 class Config:
+    """All parts; `load` makes one of a recipe and overrides."""
+
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: TransformerConfig = field(default_factory=TransformerConfig)
@@ -527,6 +558,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
     clean: CleanConfig = field(default_factory=CleanConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
@@ -551,8 +583,8 @@ class Config:
               f"objective.name={', '.join(LABELLED)}, not {self.objective.name}: set one of these, or leave the keys out")
         _need(not labelled or not source or bool(self.data.label_key), f"objective.name={self.objective.name} needs data.label_key: the field (JSONL) or "
               "column (CSV, Parquet) with the labels")
-        _need(not labelled or not self.lora.rank, f"objective.name={self.objective.name} trains a new head, which adapters do not have: set lora.rank=0, or train a "
-              "few layers with optim.frozen_layers")
+        _need(not self.lora.rank or not self.optim.frozen_layers, "with lora.rank all layers are frozen, and adapters lie in all of them: leave "
+              "optim.frozen_layers out")
         _need(not labelled or not self.model.encoder_layers, f"objective.name={self.objective.name} trains encoders and decoders, not an encoder-decoder")
         _need(self.objective.name != "token_classify" or not (self.clean.normalise or self.clean.repair or self.clean.pii or self.data.input_key),
               "objective.name=token_classify has a tag for each word, which data.input_key, clean.repair, clean.normalise and clean.pii would move: "
@@ -648,10 +680,12 @@ def build(tree: Mapping[str, Any]) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """All keys as nested dicts."""
     return dataclasses.asdict(config)
 
 
 def to_json(config: Config) -> str:
+    """All keys as JSON text, which `from_json` reads back."""
     return json.dumps(to_dict(config), indent=2) + "\n"
 
 

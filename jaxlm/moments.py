@@ -28,6 +28,8 @@ class Blocks(NamedTuple):
 
 
 class Compressed(NamedTuple):
+    """State of an optimiser whose moments are stored small."""
+
     count: jax.Array  # int32: steps done, the seed of the rounding
     inner: Any  # the transformation's own state
 

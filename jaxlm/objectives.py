@@ -65,7 +65,8 @@ def label_logits(model: Model, params: Any, batch: Mapping[str, jax.Array], key:
 
 def labels(cfg: ObjectiveConfig, model: Model, params: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> Sums:
     """The loss of labelled texts: cross-entropy of the class (classify) or of each word's (token_classify), in both with the weights of classes; binary
-    cross-entropy, the mean over classes (multi_label); squared error (regress)."""
+    cross-entropy, the mean over classes, where a text that has a class counts with its weight, which stands for 1 in the batch (multi_label); squared error
+    (regress)."""
     logits, routing = label_logits(model, params, batch, key)
     if cfg.name == "token_classify":
         weights, target = batch["weights"], jax.nn.one_hot(batch["targets"], logits.shape[-1])
@@ -75,7 +76,7 @@ def labels(cfg: ObjectiveConfig, model: Model, params: Any, batch: Mapping[str, 
     if cfg.name == "regress":
         losses = jnp.square(logits[:, 0] - target[:, 0])
     elif cfg.name == "multi_label":
-        losses = (jax.nn.softplus(logits) - logits * target).mean(axis=-1)
+        losses = jnp.where(target > 0, target * jax.nn.softplus(-logits), jax.nn.softplus(logits)).mean(axis=-1)
     else:
         losses = -(jax.nn.log_softmax(logits) * target).sum(axis=-1)
     weight, loss = weights.sum(), (losses * weights).sum()

@@ -75,13 +75,13 @@ def build(cfg: OptimConfig, rate: Callable, axes: dict[str, tuple[str, ...]], mo
     Args:
       rate: learning rate by step.
       axes: path -> logical axes of each trained parameter.
-      model: for optim.layer_decay and optim.frozen_layers: how many layers there are.
+      model: for optim.layer_decay: how many layers there are.
     """
     decay = decays(cfg, axes)
     mask = lambda tree: trees.map_paths(lambda path, _: decay[path], tree)
     clip = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
     keep = (lambda tx: tx) if cfg.state_dtype == "float32" else (lambda tx: moments.compressed(tx, cfg.state_dtype, axes))
-    if cfg.layer_decay == 1 and not cfg.frozen_layers:
+    if cfg.layer_decay == 1:
         return keep(optax.chain(*clip, _method(cfg, rate, mask, axes)))
     factors = layer_factors(cfg, axes, model)
     scale = lambda updates, state, params=None: (trees.map_paths(lambda path, u: u * factors[path].astype(u.dtype).reshape(-1, *[1] * (u.ndim - 1))
@@ -90,20 +90,25 @@ def build(cfg: OptimConfig, rate: Callable, axes: dict[str, tuple[str, ...]], mo
 
 
 def layer_factors(cfg: OptimConfig, axes: dict[str, tuple[str, ...]], model: TransformerConfig) -> dict[str, jax.Array]:
-    """path -> what an update is multiplied by, weight decay included: of a stack of layers [layers], else a scalar. 1 above the layers,
-    layer_decay^(layers - i) in layer i = 0, 1, ..., layer_decay^(layers + 1) in the embedding (Clark et al. 2020, ELECTRA); 0 where frozen.
+    """path -> what an update is multiplied by, weight decay included: of a stack of the layers that are trained [layers], else a scalar. 1 above the
+    layers, layer_decay^(layers - i) in layer i = 0, 1, ..., layer_decay^(layers + 1) in the embedding (Clark et al. 2020, ELECTRA).
 
     Raises:
-      ValueError: one line: models whose layers are not one stack, or more frozen layers than there are.
+      ValueError: one line: see `alike`.
     """
+    alike(cfg, model)
+    layers = cfg.layer_decay ** np.arange(model.layers - cfg.frozen_layers, 0, -1)
+    kind = lambda path, names: layers if "layers" in names else cfg.layer_decay ** (model.layers + 1) if path.startswith("embed") else 1.0
+    return {path: jnp.asarray(kind(path, names), jnp.float32) for path, names in axes.items()}
+
+
+def alike(cfg: OptimConfig, model: TransformerConfig) -> None:
+    """Raises ValueError, one line, for optim.layer_decay or optim.frozen_layers of a model whose layers are not one stack, and for more frozen layers than
+    there are."""
     if model.encoder_layers or (model.experts and len(model.sparse_layers) < model.layers):
         raise ValueError("optim.layer_decay and optim.frozen_layers are for models whose layers are alike: leave them out, or use optim.trainable")
     if cfg.frozen_layers > model.layers:
         raise ValueError(f"optim.frozen_layers={cfg.frozen_layers} is more than the {model.layers} layers of the model")
-    layers = cfg.layer_decay ** np.arange(model.layers, 0, -1) * (np.arange(model.layers) >= cfg.frozen_layers)
-    bottom = cfg.layer_decay ** (model.layers + 1) * (cfg.frozen_layers == 0)
-    kind = lambda path, names: layers if "layers" in names else bottom if path.startswith("embed") else 1.0
-    return {path: jnp.asarray(kind(path, names), jnp.float32) for path, names in axes.items()}
 
 
 def _method(cfg: OptimConfig, rate: Callable, mask: Callable, axes: dict[str, tuple[str, ...]]) -> optax.GradientTransformation:

@@ -83,9 +83,8 @@ def shrink(config: Config, steps: int) -> Config:
 
     Width 32, 4 layers for each group of a stage, up to 4 key heads of 8 with up to 2 query heads each, up to 8 experts, 128 ids, rows of 32 tokens, 8 rows for
     each of up to 2 microbatches; windows become a few tokens. In float32, without dropout (its random numbers depend on how the batch is cut), with wider
-    initial weights, so that attention is not flat, a constant learning rate, the kernel that runs anywhere,
-    and no teacher. With microbatches the losses that balance
-    experts are off: their values are not sums over tokens.
+    initial weights, so that attention is not flat, a constant learning rate, and the kernel that runs anywhere. A teacher is a model like the student (see
+    `build`). With microbatches the losses that balance experts are off: their values are not sums over tokens.
     """
     old = config.model.filled()
     kv_heads = min(old.kv_heads, 4)
@@ -93,12 +92,13 @@ def shrink(config: Config, steps: int) -> Config:
     small = {size: 3 + 4 * i if size else 0 for i, size in enumerate(sorted(sizes))}
     layers = 4 * old.pipeline_repeats
     dense = tuple(i for i in old.dense_layers if i < layers)
+    inner = 256 if config.optim.frozen_dtype in ("int8", "nf4") else 0  # four blocks of quantised weights, so that mesh.tensor can divide them
     head_size = next(n for n in range(8, 65, 8) if int(n * old.rotary_fraction) % 2 == 0 and int(n * old.rotary_fraction) > 0)
     model = dataclasses.replace(
         old, vocab_size=VOCABULARY, context=32, layers=layers, width=32, kv_heads=kv_heads, heads=kv_heads * min(old.heads // old.kv_heads, 2),
-        head_size=head_size, feedforward=64, windows=tuple(small[size] for size in sizes), experts=min(old.experts, 8),
-        experts_per_token=min(old.experts_per_token, max(old.experts, 1), 2), expert_feedforward=32,
-        shared_feedforward=32 if old.shared_feedforward else 0, dense_layers=dense if len(dense) < layers else dense[:1],
+        head_size=head_size, feedforward=inner or 64, windows=tuple(small[size] for size in sizes), experts=min(old.experts, 8),
+        experts_per_token=min(old.experts_per_token, max(old.experts, 1), 2), expert_feedforward=inner or 32,
+        shared_feedforward=(inner or 32) if old.shared_feedforward else 0, dense_layers=dense if len(dense) < layers else dense[:1],
         dropout=0.0, attention_dropout=0.0, embedding_noise=0.0, dtype="float32", init="normal", init_std=0.1, attention="auto", pipeline_microbatches=0,
         encoder_layers=layers if old.encoder_layers else 0)
     if config.objective.name in LABELLED:
@@ -107,8 +107,8 @@ def shrink(config: Config, steps: int) -> Config:
                                     labels=labels, label_names=())
     parts = min(config.train.microbatches, 2)
     balance = {"moe_balance": 0.0, "moe_z": 0.0} if parts > 1 else {}
-    objective = dataclasses.replace(config.objective, chunk_rows=64 if config.objective.chunk_rows else 0, teacher="", **balance)
-    optim = dataclasses.replace(config.optim, schedule="constant", warmup="0")
+    objective = dataclasses.replace(config.objective, chunk_rows=64 if config.objective.chunk_rows else 0, **balance)
+    optim = dataclasses.replace(config.optim, schedule="constant", warmup="0", frozen_layers=min(config.optim.frozen_layers, layers // 2))
     return dataclasses.replace(
         config, model=model, objective=objective, optim=optim,
         data=dataclasses.replace(config.data, sequence_length=32, target_length=32 if model.encoder_layers else 0, batch_size=8 * parts),
@@ -146,7 +146,7 @@ def labelled(made: dict[str, np.ndarray], step: int, config: Config) -> dict[str
 
 
 def build(config: Config, name: str) -> setup.Setup:
-    return setup.build(config, sharding.make_mesh(_mesh(name), jax.devices()[:devices(name)]), VOCABULARY)
+    return setup.build(config, sharding.make_mesh(_mesh(name), jax.devices()[:devices(name)]), VOCABULARY, teacher=config.model)
 
 
 class Programs(NamedTuple):
@@ -210,7 +210,24 @@ def verify(config: Config, names: Sequence[str], steps: int, progress: Callable[
     too_many = [name for name in names if devices(name) > jax.device_count()]
     if too_many:
         raise ValueError(f"--meshes: {too_many[0]} needs {devices(too_many[0])} devices, and there are {jax.device_count()}")
-    alone = build(dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=1)), "fsdp=1")
+    known = reference(dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=1)), steps)
+    rows = []
+    for name in names:
+        rows.append(_compare(config, name, steps, known, chosen))
+        progress(rows[-1])
+    return rows
+
+
+class Reference(NamedTuple):
+    """What one device makes of the batches, and how much of a rounding shows in it."""
+    params: Any  # it begins with
+    run: Run
+    sensitivity: dict[str, dict[str, float]]  # by kind and leaf, see the module
+
+
+def reference(config: Config, steps: int) -> Reference:
+    """One device, with a config that `shrink` made."""
+    alone = build(config, "fsdp=1")
     params = jax.tree.map(np.asarray, alone.init().params)
     run = programs(alone)
     start, expected = trees.flatten(params), train(alone, run, steps, params)
@@ -222,15 +239,10 @@ def verify(config: Config, names: Sequence[str], steps: int, progress: Callable[
         for kind, errors in _errors(train(alone, run, steps, moved), expected, start).items():
             for path, error in errors.items():
                 sensitivity.setdefault(kind, {})[path] = max(error, sensitivity.get(kind, {}).get(path, 0.0))
-    rows = []
-    for name in names:
-        rows.append(_compare(config, name, steps, params, expected, start, sensitivity, chosen))
-        progress(rows[-1])
-    return rows
+    return Reference(params, expected, sensitivity)
 
 
-def _compare(config: Config, name: str, steps: int, params: Any, expected: Run, start: dict[str, np.ndarray], sensitivity: dict[str, dict[str, float]],
-             chosen: bool) -> Row:
+def _compare(config: Config, name: str, steps: int, known: Reference, chosen: bool) -> Row:
     try:
         parts = build(config, name)
         run = programs(parts)
@@ -238,11 +250,11 @@ def _compare(config: Config, name: str, steps: int, params: Any, expected: Run, 
         if chosen:
             raise ValueError(f"{name}: {error}") from error
         return Row(name, 0.0, 0.0, 0.0, "", 0.0, True, str(error))
-    found = train(parts, run, steps, params)
-    errors, shares = _errors(found, expected, start), {}
+    found = train(parts, run, steps, known.params)
+    errors, shares = _errors(found, known.run, trees.flatten(known.params)), {}
     for kind, leaves in errors.items():
         for path, error in leaves.items():
-            bound = 4 * devices(name) * (sensitivity[kind][path] + 4 * EPS)
+            bound = 4 * devices(name) * (known.sensitivity[kind][path] + 4 * EPS)
             bound = bound if kind == "params" else min(bound, CEILING)
             shares[f"{kind} {path}" if kind != "loss" else "loss"] = ((error if math.isfinite(error) else math.inf) / bound, bound)
     worst = max(shares, key=lambda leaf: shares[leaf][0])

@@ -30,17 +30,20 @@ def logits(model, params):
 def test_adapters(cfg, dtype):
     form = lora.form(MODEL, cfg, dtype, AXES, dict.fromkeys(AXES, False), "float32")
 
-    def compute(key):
+    def compute(key, moves):
+        """With adapters that have moved so far: the base, the same with adapters off, with them, and with them merged."""
         base = MODEL.init(key)
         first = form.dress(base, key)
         flat = trees.flatten(first)
-        moved = trees.unflatten({path: leaf + 0.1 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape) if lora.is_adapter(path) else leaf
+        moved = trees.unflatten({path: leaf + moves * jax.random.normal(jax.random.fold_in(key, i), leaf.shape) if lora.is_adapter(path) else leaf
                                  for i, (path, leaf) in enumerate(flat.items())})
         plain = lora.plain(lora.without(first), lora.compact(dtype, AXES, lambda path: True)[1])
-        return {"base": logits(MODEL, plain), "first": logits(form.model, first), "off": logits(form.model, lora.without(moved)),
-                "moved": logits(form.model, moved), "merged": logits(MODEL, form.plain(moved))}, plain, base
+        return {"base": logits(MODEL, plain), "off": logits(form.model, lora.without(moved)), "moved": logits(form.model, moved),
+                "merged": logits(MODEL, form.plain(moved))}, plain, base
 
-    found, plain, base = compiled(jax.jit(compute), jax.random.key(1))(jax.random.key(1))
+    run = compiled(jax.jit(compute), jax.random.key(1), 0.0)
+    (at_first, plain, base), (found, _, _) = run(jax.random.key(1), 0.0), run(jax.random.key(1), 0.1)
+    found["first"] = at_first["moved"]
     # DoRA divides a length by itself; what dequantises is fused with what follows. Else nothing may differ.
     exact = {"rtol": 0, "atol": 0} if dtype == "float32" else {"atol": 1e-5}
     np.testing.assert_allclose(found["first"], found["base"], **({"atol": 2e-5} if cfg.dora else exact))
@@ -107,12 +110,30 @@ def pairs_batch():
             "positions": np.zeros_like(segments), "weights": weights.astype(np.float32)}
 
 
-@pytest.mark.parametrize("options", [{}, {"preference_smoothing": 0.2, "preference_beta": 0.5}, {"preference_loss": "ipo"}, {"preference_per_token": True}])
-def test_preference_is_the_formula(options):
-    """TRL's formulas (trl/trainer/dpo_trainer.py) in float64, and their gradient by the logits."""
-    cfg = ObjectiveConfig(name="preference", **options)
+PREFERENCES = [ObjectiveConfig(name="preference", **options) for options in (
+    {}, {"preference_smoothing": 0.2, "preference_beta": 0.5}, {"preference_loss": "ipo"}, {"preference_per_token": True})]
+
+
+@pytest.fixture(scope="module")
+def preferences():
+    """Two tables of logits, a batch, and of each of `PREFERENCES` what the objective makes of them: loss and pairs, and the gradient. One program."""
     random = np.random.default_rng(1)
     policy, reference, batch = random.normal(size=(7, 7)), random.normal(size=(7, 7)), pairs_batch()
+
+    def loss(table_, cfg):
+        params = {"policy": table_, objectives.COMPANION: {"reference": jnp.asarray(reference, jnp.float32)}}
+        sums = objectives.preference(cfg, table("policy"), params, jax.tree.map(jnp.asarray, batch), None, companion=table("reference"))["loss"]
+        return sums[0], sums
+
+    both = lambda cfg: lambda table_: jax.value_and_grad(lambda t: loss(t, cfg), has_aux=True)(table_)
+    every = jax.jit(lambda table_: [both(cfg)(table_) for cfg in PREFERENCES])(jnp.asarray(policy, jnp.float32))
+    return policy, reference, batch, [(sums, gradient) for (_, sums), gradient in every]
+
+
+@pytest.mark.parametrize("number", range(len(PREFERENCES)))
+def test_preference_is_the_formula(preferences, number):
+    """TRL's formulas (trl/trainer/dpo_trainer.py) in float64, and their gradient by the logits."""
+    cfg, (policy, reference, batch, computed) = PREFERENCES[number], preferences
 
     def of(logits):
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -133,20 +154,15 @@ def test_preference_is_the_formula(options):
                 count += 1
         return total, count
 
-    def loss(table_):
-        params = {"policy": table_, objectives.COMPANION: {"reference": jnp.asarray(reference, jnp.float32)}}
-        return objectives.preference(cfg, table("policy"), params, jax.tree.map(jnp.asarray, batch), None, companion=table("reference"))["loss"]
-
-    value, pairs = loss(jnp.asarray(policy, jnp.float32))
+    (value, pairs), gradient = computed[number]
     assert expected(policy)[1] == float(pairs) == 3
     np.testing.assert_allclose(float(value), expected(policy)[0], rtol=1e-5)
-    gradient = np.asarray(jax.grad(lambda t: loss(t)[0])(jnp.asarray(policy, jnp.float32)))
     numeric = np.zeros((7, 7))
     for i in np.ndindex(7, 7):
         step = np.zeros((7, 7))
         step[i] = 1e-6
         numeric[i] = (expected(policy + step)[0] - expected(policy - step)[0]) / 2e-6
-    np.testing.assert_allclose(gradient, numeric, atol=1e-5 * max(1, np.abs(numeric).max()))
+    np.testing.assert_allclose(np.asarray(gradient), numeric, atol=1e-5 * max(1, np.abs(numeric).max()))
 
 
 def test_distillation_is_the_formula():
@@ -159,6 +175,6 @@ def test_distillation_is_the_formula():
     cosine = 1 - (student * teacher).sum(-1) / np.linalg.norm(student, axis=-1) / np.linalg.norm(teacher, axis=-1)
     per_token = 0.7 * kl[batch["tokens"]] + 0.3 * hard[batch["tokens"], batch["targets"]] + 0.2 * cosine[batch["tokens"]]
     params = {"s": jnp.asarray(student, jnp.float32), objectives.COMPANION: {"t": jnp.asarray(teacher, jnp.float32)}}
-    sums = objectives.distilled(objectives.next_token, cfg, table("s"), params, jax.tree.map(jnp.asarray, batch), None, companion=table("t"))
+    sums = jax.jit(lambda p, b: objectives.distilled(objectives.next_token, cfg, table("s"), p, b, None, companion=table("t")))(params, batch)
     np.testing.assert_allclose(float(sums["loss"][0]), (per_token * batch["weights"]).sum(), rtol=1e-5)
     assert float(sums["loss"][1]) == batch["weights"].sum()

@@ -51,6 +51,13 @@ def test_every_command_shown_parses(arguments):
         config.load(values.config, cli.take_overrides(rest))
 
 
+def test_tests_that_the_documents_name_exist():
+    """What a document says a test shows, a test shows."""
+    there = {name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+    named = {name: path.name for path in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"] for name in re.findall(r"`(test_\w+)`", path.read_text())}
+    assert len(named) > 20 and not {name: file for name, file in named.items() if name not in there}
+
+
 @pytest.mark.slow
 def test_quickstart_keeps_its_promise(tmp_path):
     """The real thing, from Python's own text to the sample: better than 2.2 bits per byte and than gzip."""

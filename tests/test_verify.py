@@ -18,11 +18,12 @@ PAIRS = config.build({"model": {"encoder_layers": 2, "positions": "relative"}, "
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_device_is_compiled_once():
+def one_device_is_compiled_and_trained_once():
     """The other meshes are built anew: they are what the tests spoil."""
-    alone = functools.cache(verify.build)
+    alone, reference = functools.cache(verify.build), functools.cache(verify.reference)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify, "build", lambda cfg, name, exact=verify.build: (alone if name == "fsdp=1" else exact)(cfg, name))
+        patch.setattr(verify, "reference", reference)
         yield
 
 
@@ -32,13 +33,21 @@ def certificate(cfg, mesh):
 
 
 def test_a_right_mesh_passes():
-    row = certificate(SPARSE, "sequence=2+tensor=2")
+    row = certificate(SPARSE, "sequence=2+tensor=2+expert=2")
     assert row.ok and row.loss < 1e-5 and row.grads < 1e-5 and verify.line(row).endswith("ok")
 
 
 def test_an_encoder_decoder_passes():
     row = certificate(PAIRS, "stage=2+sequence=2")
     assert row.ok and row.grads < 1e-5, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe, mesh", [("distill", "fsdp=2+tensor=2"), ("dpo:full", "sequence=2+fsdp=2"), ("sft_lora:qlora", "tensor=2+stage=2")])
+def test_frozen_models_beside_pass(recipe, mesh):
+    """A teacher, a reference, a base in four bits: each on a mesh that splits it."""
+    row = certificate(config.load(recipe), mesh)
+    assert row.ok, row
 
 
 def test_a_dropped_sum_is_caught(monkeypatch):

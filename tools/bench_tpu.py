@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
     values = flags.FlagValues()
     flags.DEFINE_list("config", list(MODELS), f"Which of {', '.join(MODELS)}.", flag_values=values)
     flags.DEFINE_list("topology", list(TOPOLOGIES), "Topologies, as of jaxlm fit.", flag_values=values)
-    flags.DEFINE_integer("top", 1, "Of the search, how many are compiled.", flag_values=values, lower_bound=1)
+    flags.DEFINE_integer("top", 3, "Of the search, how many are compiled.", flag_values=values, lower_bound=1)
     flags.DEFINE_bool("quick", False, "Compile with less optimisation.", flag_values=values)
     flags.DEFINE_bool("scaling", False, "Weak scaling.", flag_values=values)
     flags.DEFINE_bool("published", False, "The estimator against measured steps.", flag_values=values)

@@ -22,8 +22,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jaxlm import sharding
 from jaxlm.aot import formula, hlo, roofline, schedule
 from jaxlm.aot.chips import Topology
-from jaxlm.config import Config, MeshConfig
-from jaxlm.train import setup
+from jaxlm.config import LABELLED, Config, MeshConfig
+from jaxlm.data import rows
+from jaxlm.train import initial, setup
 
 # libtpu asks a metadata server who it is unless it is told; silence below errors.
 _ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_STDERR_LOG_LEVEL": "3",
@@ -98,6 +99,11 @@ def build(config: Config, mesh: Mesh | AbstractMesh, platform: str) -> setup.Set
     Raises:
       ValueError: as `setup.build`; or a tokenizer of unknown size.
     """
+    if config.train.init_from:
+        config = initial.sized(config)
+    if config.objective.name in LABELLED:  # how many classes there are, only the data know: what a head adds is next to nothing
+        classes = 0 if config.objective.name == "regress" else config.model.labels or 2
+        config = rows.for_labels(config, rows.Task(config.data.sequence_length, config.objective, label_names=tuple(f"LABEL_{i}" for i in range(classes))))
     if config.model.vocab_size == 0 and config.tokenizer.path:
         raise ValueError(f"tokenizer.path={config.tokenizer.path} is of unknown size here: set --config.model.vocab_size")
     pieces = 259 if config.tokenizer.kind == "bytes" else config.model.vocab_size if config.tokenizer.path else config.tokenizer.vocab_size

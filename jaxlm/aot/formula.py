@@ -26,6 +26,10 @@ class Sizes:
     experts: int  # of one layer's experts
     outside: int  # embedding and output
     optimiser: float  # bytes of optimiser state over bytes of parameters
+    width: float = 4.0  # bytes of a number, on average: frozen ones may be kept in less
+    trained: float = 1.0  # share of the numbers that have a gradient
+    plain: int = 0  # numbers of the model alone, without adapters and the frozen model of an objective; 0: `parameters`
+    work: float = 1.0  # see `setup.work`
 
 
 def sizes(config: Config, shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, int]) -> Sizes:
@@ -36,10 +40,12 @@ def sizes(config: Config, shapes: Mapping[str, tuple[int, ...]], state: Mapping[
       state: from `compiler.state_bytes` on any mesh.
     """
     count = {path: math.prod(shape) for path, shape in shapes.items()}
-    layers = sum(n for path, n in count.items() if path.startswith("layers/"))
+    in_stack = lambda path: path.removeprefix("frozen/").startswith("layers/")
+    layers = sum(n for path, n in count.items() if in_stack(path))
     experts = sum(n for path, n in count.items() if path.startswith("layers/moe/") and "shared" not in path and not path.endswith("router"))
     total = sum(count.values())
-    return Sizes(total, layers // config.model.layers, experts // max(1, len(config.model.sparse_layers)), total - layers,
+    return Sizes(total, layers // config.model.layers, experts // max(1, len(config.model.sparse_layers)),
+                 sum(n for path, n in count.items() if not in_stack(path) and not path.startswith("companion/")),
                  (state["optimiser"] + state["average"]) / state["parameters"])
 
 
@@ -74,18 +80,18 @@ def needs(config: Config, mesh: Mapping[str, int], size: Sizes, platform: str) -
     logits = min(tokens, (config.objective.chunk_rows or 10**12) / (batch_ways * at("sequence"))) * model.vocab_size / (tensor * stages) * (2 * 4 + c)
     saved = layers * block[config.model.remat]  # of a pipeline's parts together as much as of the whole batch
     working = (0 if config.model.remat == "none" else block["none"]) + block["gradients"] + 4 * layer_whole * (at("fsdp") > 1)  # two layers' weights, one's gradients
-    gradients = 4 * held * (1 if passes == 1 else 2)
-    memory = {"parameters": 4 * held, "optimiser": 4 * held * size.optimiser, "average": 0, "batch": 20 * tokens * passes, "padding and rest": 0,
+    gradients = 4 * held * size.trained * (1 if passes == 1 else 2)
+    memory = {"parameters": size.width * held, "optimiser": size.width * held * size.optimiser, "average": 0, "batch": 20 * tokens * passes, "padding and rest": 0,
               "activations and temporaries": gradients + saved + max(working, logits + 3 * outside_whole * (at("fsdp") > 1)), "program": 0}
 
-    per_token = report.flops_per_token(config.model, size.parameters, config.data.sequence_length)
+    per_token = report.flops_per_token(config.model, size.plain or size.parameters, config.data.sequence_length) * size.work
     useful = per_token * config.data.batch_size * config.data.sequence_length
     causal_half = 6 * model.layers * config.data.sequence_length * model.heads * model.head_size  # forward and backward
     executed = per_token + (causal_half if model.causal and kernel in ("reference", "xla") else 0)  # these compute the hidden half too
     executed *= 4 / 3 if config.model.remat == "full" else 1
     recomputed = config.model.remat != "none"
     traffic = passes * layers * ((2 + recomputed) * layer_whole + (3 + recomputed) * 2 * block["none"]) + passes * 6 * outside_whole
-    traffic += 3 * 2 * passes * tokens * model.vocab_size / (tensor * stages) * 4 + (3 + 2 * size.optimiser) * 4 * held
+    traffic += 3 * 2 * passes * tokens * model.vocab_size / (tensor * stages) * 4 + (1 + 2 * size.trained + 2 * size.optimiser) * size.width * held
     bubble = pipeline.plan(config.model, stages, max(1, int(rows))).bubble if stages > 1 else 0.0
     return Needs({name: int(n) for name, n in memory.items()}, executed * useful / per_token / chips, useful, traffic,
                  _collectives(config, mesh, size, tokens, c), bubble)
@@ -94,12 +100,12 @@ def needs(config: Config, mesh: Mapping[str, int], size: Sizes, platform: str) -
 def kernel_flops(config: Config, platform: str) -> float:
     """Operations, all devices together, of the attention kernels that a traced program does not show: Pallas's splash.
 
-    Per pair of tokens of the causal half: two products forward (again when recomputed, which remat=dots does not), five backward.
+    Per pair of tokens of the causal half: two products forward (again when recomputed, which remat=dots does not), seven backward, of which five are needed.
     """
     model = config.model.filled()
     if attention.choose(config.model, config.data.sequence_length, platform) != "splash":
         return 0.0
-    products = 9 if model.remat == "full" else 7
+    products = 11 if model.remat == "full" else 9
     return products * model.layers * config.data.batch_size * config.data.sequence_length ** 2 * float(model.heads * model.head_size)
 
 
@@ -132,17 +138,18 @@ def _collectives(config: Config, mesh: Mapping[str, int], size: Sizes, tokens: f
             found.append(Collective(kind, axis, at(axis), (Array("u8", (int(amount),), False),), int(times), "", source))
 
     add("all-gather", "fsdp", layer, 2 * layers * passes, "weights of a layer")
-    add("reduce-scatter", "fsdp", layer, layers * passes, "gradients of a layer")
+    add("reduce-scatter", "fsdp", layer * size.trained, layers * passes, "gradients of a layer")
     add("all-gather", "fsdp", size.outside / (tensor * stages) * c, 2 * passes, "embedding and output")
     add("reduce-scatter", "fsdp", size.outside / (tensor * stages) * c, passes, "gradients of embedding and output")
     for axis in ("data", "slice"):
-        add("all-reduce", axis, 4 * size.parameters / (at("fsdp") * tensor * stages), 1, "gradients")
+        add("all-reduce", axis, 4 * size.trained * size.parameters / (at("fsdp") * tensor * stages), 1, "gradients")
     add("all-reduce", "tensor", activation, (6 if config.model.remat == "full" else 4) * layers * passes, "activations of a layer")
     add("all-reduce", "tensor", activation, 2 * passes, "embedding and output")
     ring = at("sequence")
     add("collective-permute", "sequence", 2 * c * tokens * model.kv_heads * model.head_size / tensor, (ring - 1) * layers * passes * 3, "keys and values")
-    add("all-reduce", "sequence", 4 * size.parameters / (at("fsdp") * tensor * stages), 1, "gradients")
+    add("all-reduce", "sequence", 4 * size.trained * size.parameters / (at("fsdp") * tensor * stages), 1, "gradients")
     add("all-to-all", "expert", activation * model.experts_per_token, 4 * layers * passes, "tokens to experts and back")
-    add("all-reduce", "expert", 4 * (size.parameters - size.experts * model.layers) / (at("fsdp") * tensor * stages), 1, "gradients outside the experts")
+    add("all-reduce", "expert", 4 * size.trained * (size.parameters - size.experts * model.layers) / (at("fsdp") * tensor * stages), 1,
+        "gradients outside the experts")
     add("collective-permute", "stage", activation, 2 * passes, "activations between stages")
     return tuple(found)

@@ -15,6 +15,7 @@ from jaxlm.aot.chips import Topology
 from jaxlm.aot.hlo import Collective
 from jaxlm.aot.schedule import Operation
 from jaxlm.config import Config
+from jaxlm.train import setup
 
 Say = Callable[[str], None]
 _NARROW = ("tensor", "sequence", "stage")  # axes whose traffic or bubble grows with their size
@@ -71,7 +72,8 @@ class Verdict:
 
 
 def judge(config: Config, topology: Topology, quick: bool = False, text: Say = lambda program: None) -> Verdict:
-    """Compiles the step for TPUs, reckons it for GPUs.
+    """Compiles the step for TPUs, reckons it for GPUs. The schedule of a `quick` program is ten times as long as a real one's, and is not read: its time
+    goes by its operations, traffic and collectives.
 
     Raises:
       ValueError: a config that cannot run on the topology.
@@ -88,9 +90,9 @@ def judge(config: Config, topology: Topology, quick: bool = False, text: Say = l
         ici, dcn = roofline.communication(topology, found.collectives, found.links)
         time = roofline.estimate(topology, flops=found.flops, useful=need.useful, traffic=found.traffic, ici=ici, dcn=dcn,
                                  tokens=config.data.batch_size * config.data.sequence_length, bubble=need.bubble,
-                                 schedule=(found.schedule.compute, found.schedule.ici + found.schedule.dcn))
+                                 schedule=None if quick else (found.schedule.compute, found.schedule.ici + found.schedule.dcn))
     return Verdict(topology, config, "compiled", mesh, found.memory, found.fits, found.flops, need.useful, found.traffic, found.collectives, time,
-                   found.seconds, found.error, operations=found.schedule.operations if found.schedule else ())
+                   found.seconds, found.error, operations=found.schedule.operations if found.schedule and not quick else ())
 
 
 def by_formula(config: Config, topology: Topology, size: formula.Sizes | None = None) -> Verdict:
@@ -117,7 +119,11 @@ def on_slices(config: Config, topology: Topology) -> Config:
 
 def _sizes(parts) -> formula.Sizes:
     shapes = {path: leaf.shape for path, leaf in trees.flatten(parts.target.params).items()}
-    return formula.sizes(parts.config, shapes, compiler.state_bytes(parts))
+    found, params = formula.sizes(parts.config, shapes, compiler.state_bytes(parts)), parts.target.params
+    trained = trees.count(trees.split(params, parts.trainable)[0]) / found.parameters
+    optimiser = (trees.nbytes(parts.target.opt) + trees.nbytes(parts.target.ema)) / trees.nbytes(params)
+    return dataclasses.replace(found, optimiser=optimiser, width=trees.nbytes(params) / found.parameters, trained=trained, plain=trees.count(parts.plain),
+                               work=setup.work(parts))
 
 
 def with_rows(verdict: Verdict, rows: int) -> Config:

@@ -18,7 +18,7 @@ from jaxlm.aot.chips import Topology
 
 # Share of the peak at which splash attention's kernels run, an assumption; docs/performance.md has the check against published steps.
 _KERNEL_SHARE = 0.5
-_PRODUCTS = {"fwd": 2, "dkv": 5}  # matrix products of each kernel: the backward pass is one, named for the keys and values
+_PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3, "fused": 5}  # matrix products of each kernel: the backward pass is two, or one that is named for the keys and values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +131,8 @@ class _Walk:
         found, caller = one, None
         if one.opcode == "fusion":
             name = one.attribute("calls") or ""
+            if name.startswith("async_collective_fusion") and not one.name.startswith("async-collective"):
+                return None, None  # computation beside what another instruction started, perhaps outside of the loop that this one is in
             found, caller = next((i for i in self.program.computations.get(name, ()) if i.opcode in hlo.KINDS), None), one
         moved = None if found is None else hlo.collective(found, name, (), caller, self.mesh)
         if moved is None:
@@ -159,10 +161,11 @@ def _rendezvous(one: hlo.Instruction) -> str:
 
 
 def _kernel_flops(one: hlo.Instruction, inside: Mapping[str, hlo.Instruction]) -> float:
-    """Operations of one of splash attention's kernels over the causal half of `[B, N, T, H]`, by its name."""
-    kind = re.search(r"splash_m[hq]a_(fwd|dkv)", one.name)
-    queries = next((a for o in one.operands if o in inside for a in inside[o].arrays if len(a.shape) >= 4 and a.dtype == "bf16"), None)
+    """Operations of one of splash attention's kernels over the causal half of `[B, N, T, H]`, or `[N, T, H]` where B is 1, by its name."""
+    kind = re.search(r"splash_m[hq]a_(fwd|dkv|dq)", one.name)
+    queries = next((a for o in one.operands if o in inside for a in inside[o].arrays if len(a.shape) >= 3 and a.dtype == "bf16"), None)
     if kind is None or queries is None:
         return 0.0
-    products = _PRODUCTS[kind[1]]
+    fused = kind[1] == "dkv" and any(len(a.shape) > len(queries.shape) for a in one.arrays)  # it returns the gradient of the queries by blocks of keys
+    products = _PRODUCTS["fused" if fused else kind[1]]
     return products * math.prod(queries.shape) * queries.shape[-2]

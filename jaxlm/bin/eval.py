@@ -8,6 +8,7 @@
   jaxlm eval --workdir=runs/smollm2 --tasks=mine.toml --shots=5 --limit=200               your own (jaxlm/evaluate/definition.py has the form)
   jaxlm eval --compare runs/a runs/b                          which of two models is better, on what both were asked
   jaxlm eval --workdir=runs/smollm2 --lm_eval=hellaswag,my_task.yaml                      the real lm-evaluation-harness (pip install 'jaxlm[lm_eval]')
+  jaxlm eval --workdir=runs/smollm2 --audit=eval_bias --task_data=data/bias               is it biased; exit code 1 if a limit is broken
 
 Everything comes from the checkpoint: model, tokenizer, where the corpus lies, the moving average of the parameters if the run keeps one.
 Each document counts exactly once; one longer than data.sequence_length is read in overlapping windows (eval.overlap).
@@ -30,6 +31,10 @@ also writes one self-contained HTML page: worst mistakes, slices, suspected labe
 --tasks prints accuracy and what else belongs to each task with 95 % intervals, and how much of the items stands in the training data (13 words in a row).
 Every evaluation leaves WORKDIR/results/step-N/NAME.json and, beside it, NAME.items.jsonl with a line for each item; killed and started again it goes on
 where it was. --compare reads these and says better, worse or cannot tell (a paired test, 5 % false alarms in all), and how many items would be needed.
+
+--audit names a config (a recipe or FILE.py; configs/eval_bias.py is one) with tasks about bias, lists of words to swap in a classifier's own texts, and
+limits. It prints effects with 95 % intervals and p values corrected for their number, and ends with exit code 1 if an effect is beyond its limit and no
+accident: a gate for releases. --tasks names some of its tasks only; --limit also takes the first so many texts to swap words in.
 
 --watch also writes WORKDIR/verdict.json: the checkpoints ranked, the best --keep_best of them by paired tests (the run does not delete these), regressions,
 and how many evaluations brought no gain, at which train.patience ends the run. It needs nothing but the shared folder.
@@ -58,6 +63,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("limit", 0, "Ask the first so many items of each task; 0: all.", flag_values=values)
     flags.DEFINE_bool("contamination", None, "Search the training data for the tasks' items; without it, where that takes about a minute.", flag_values=values)
     flags.DEFINE_list("lm_eval", [], "Tasks of lm-evaluation-harness: names, or .yaml files.", flag_values=values)
+    flags.DEFINE_string("audit", "", "Audit for bias: a recipe or config file with config.audit, such as eval_bias.", flag_values=values)
     flags.DEFINE_string("compare", "", "--compare A B: two workdirs, WORKDIR/results/step-N folders or results.", flag_values=values)
     flags.DEFINE_integer("keep_best", 3, "With --watch: so many checkpoints are kept.", flag_values=values)
     flags.DEFINE_bool("watch", False, "Follow a run: evaluate each new checkpoint until the run has ended.", flag_values=values)
@@ -88,6 +94,8 @@ def main(values: flags.FlagValues, arguments: list[str]) -> int:
     workdir = pathlib.Path(values.workdir)
     if values.lm_eval:
         harness.check()
+    if values.audit:
+        return _audit(values, log)
     asked = benchmarks.asks(values.tasks, values.task_data, tfds_dir=values.tfds_dir, shots=values.shots, limit=values.limit)
     score = functools.partial(_tasks, values, log, asked) if asked else functools.partial(_harness, values, log) if values.lm_eval else (
         functools.partial(_evaluate, values, log))
@@ -119,6 +127,8 @@ def _check(values: flags.FlagValues, arguments: list[str]) -> None:
         raise ValueError("--watch evaluates every checkpoint: leave out --step, or --watch")
     if values.lm_eval and (values.tasks or values.watch):
         raise ValueError("--lm_eval goes alone: leave out --tasks and --watch")
+    if values.audit and (values.lm_eval or values.watch or values.report):
+        raise ValueError("--audit judges one checkpoint: leave out --lm_eval, --watch and --report")
 
 
 def _compare(a: str, b: str) -> int:
@@ -230,6 +240,32 @@ def _tasks(values: flags.FlagValues, log, asked, run) -> None:
     scalars = {f"{result['task']}/{name}": row["value"] for result in found for name, row in result["metrics"].items() if row["value"] is not None}
     report.write_scalars(run.workdir / "eval" / "tasks", run.step, scalars)
     follow.append(run.workdir / "eval.jsonl", {"step": run.step, "tasks": [ask.name for ask in asked], **scalars, **verdict})
+
+
+def _audit(values: flags.FlagValues, log) -> int:
+    """Audits one checkpoint for bias, prints the figures, and returns 1 if one breaks its limit."""
+    import jax
+
+    from jaxlm import config
+    from jaxlm.evaluate import bias, follow, results
+    from jaxlm.train import bias as audits
+    from jaxlm.train import benchmarks, report, saved
+
+    audit, limits = audits.check(config.load(values.audit).audit, values.tasks)
+    run = saved.open_run(values.workdir, values.step, log=log)
+    labelled = run.config.model.labels > 0
+    asked = [] if labelled else benchmarks.asks(audit.tasks, values.task_data, tfds_dir=values.tfds_dir, shots=values.shots, limit=values.limit)
+    progress = report.Progress()
+    found, left_out = audits.run(
+        run, asked, audit, limits, split=values.split, limit=values.limit, data=values.data, batch_size=values.batch_size, contaminated=values.contamination,
+        log=progress.note if jax.process_index() == 0 else log,
+        progress=(lambda done, total: progress.show(f"step {run.step}: {done:,} of {total:,} requests")) if jax.process_index() == 0 else None)
+    if jax.process_index() == 0:
+        progress.note(f"{run.workdir}, step {run.step}\n{bias.table(found, left_out)}\n  in {results.folder(run.workdir, run.step)}")
+        scalars = {row.name: row.value for row in found if not row.group}
+        report.write_scalars(run.workdir / "eval" / "audit", run.step, scalars)
+        follow.append(run.workdir / "eval.jsonl", {"step": run.step, "audit": values.audit, "passed": not bias.broken(found), **scalars})
+    return 1 if bias.broken(found) else 0
 
 
 def _harness(values: flags.FlagValues, log, run) -> None:

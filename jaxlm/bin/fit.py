@@ -23,7 +23,8 @@ All figures are predicted. Prices and watts come from a table (jaxlm/aot/chips.p
 published, so put in your own: --prices=FILE with {"v5e": {"dollars_per_hour": 0.6, "watts": 180}}.
 
 A compilation takes 1 to 3 minutes of one core for a model of 1 to 70 B parameters; --quick takes a third of it, with memory up to a tenth higher and
-some weights gathered in float32 that full effort gathers in bfloat16. Exits 1 when something does not fit.
+some weights gathered in float32 that full effort gathers in bfloat16; its step time is coarse, since such a program's schedule is far from a real one.
+Exits 1 when something does not fit.
 --search ranks every setting by formula and compiles the best --top of them. Batch sizes other than the config's change the training, the rest does not.
 Topologies: v5e and v6e 2x2 2x4 4x4 4x8 8x8 8x16 16x16; v4 and v5p 2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16; gpu:a100xN, h100xN, h200xN.
 """

@@ -17,6 +17,8 @@ _COMPARED = 1000  # ids that are compared letter by letter
 
 
 class Seen(NamedTuple):
+    """How often a training run has seen each document."""
+
     tokens: np.ndarray  # int64 [training documents]: of each, summed over all times that it was seen
     once: np.ndarray  # int64 [training documents]: in one pass of it; 0: it gives no row anything, or its source is not in the mixture
 
@@ -27,6 +29,8 @@ class Seen(NamedTuple):
 
 
 class Visit(NamedTuple):
+    """One step that had tokens of a document in its batch."""
+
     step: int  # counted from 1, as training prints them
     tokens: int  # of the document in all rows of the step
 

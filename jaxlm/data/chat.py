@@ -63,13 +63,19 @@ class Template:
         text of every assistant's turn is what comes to the text before it.
 
         Raises:
-          ValueError: one line: also, no assistant speaks, or the template writes earlier turns differently when others follow.
+          ValueError: one line: also, no assistant speaks, or the template writes nothing of that, or earlier turns differently when others follow.
         """
         if not any(message.get("role") == "assistant" for message in checked(messages)):
             raise ValueError("a chat without a turn of the assistant has nothing to learn from: its roles are "
                              f"{', '.join(str(message['role']) for message in messages)}")
-        if re.search(r"\{%-?\s*generation\b", self.jinja):
-            return _joined(self._run(messages, False))
+        marked = re.search(r"\{%-?\s*generation\b", self.jinja)
+        found = _joined(self._run(messages, False)) if marked else self._told(messages)
+        if not any(said for _, said in found) and any(message["content"].strip() for message in messages if message["role"] == "assistant"):
+            raise ValueError(f"{self.name} writes nothing of what the assistant says: mend it, or set data.chat_template=chatml, llama3 or gemma")
+        return found
+
+    def _told(self, messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
+        """The spans of a template that does not mark them."""
         whole, pieces, done = self.render(messages), [], 0
         for number, message in enumerate(messages):
             if message["role"] != "assistant":

@@ -9,6 +9,8 @@ from jaxlm.data.corpora import Document
 
 
 class Cleaned(NamedTuple):
+    """A document after cleaning and filtering, kept or not."""
+
     text: str  # as it goes on; or as it stood when it was removed
     removed_by: str  # "" kept, else the rule: "filter.min_words", "clean.languages", "decontaminate.hellaswag", "clean.extract" (nothing left)
     value: float  # the figure that broke the rule (0.0 when kept)

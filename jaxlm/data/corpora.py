@@ -27,6 +27,8 @@ _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
 
 class Document(NamedTuple):
+    """One document as its source gives it, before any cleaning."""
+
     id: str  # "path:line", "path:row" or "path:piece", counted from 1, or the value of data.id_key; unique in its corpus
     source: str  # the name in data.source ("web" of "web=crawl/"), else the entry as it is given
     text: str | bytes  # bytes: an HTML page, or a text file that is not UTF-8; of a pair (data.input_key) both sides, see `readers.PAIR`
@@ -37,12 +39,16 @@ class Document(NamedTuple):
 
 
 class Skipped(NamedTuple):
+    """A record that could not be read, and why."""
+
     id: str
     source: str
     reason: str  # one line, with the file's name
 
 
 class SourceFile(NamedTuple):
+    """One input: a file, or a named set."""
+
     source: str
     path: str  # of a file, or "python_docs", "tfds:name/config:split"
     size: int  # bytes on the disk; 0 where that is not known

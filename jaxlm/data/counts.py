@@ -31,6 +31,7 @@ class Counts:
 
     @property
     def bytes_read(self) -> int:
+        """Bytes of all documents that were read, as they were in their sources."""
         return sum(source["read"]["bytes"] for source in self.sources.values())
 
     def skipped(self, record) -> None:
@@ -59,19 +60,23 @@ class Counts:
         self.count(document.source, entry)
 
     def count(self, source: str, entry: Mapping[str, Any]) -> None:
+        """Adds nested numbers to those of one source."""
         add(self.sources.setdefault(source, {}), entry)
 
     def value(self, rule: str, value: float) -> None:
+        """Widens the range of values that a rule has removed."""
         low, high = self.values.get(rule, (value, value))
         self.values[rule] = [float(min(low, value)), float(max(high, value))]
 
     def example(self, rule: str, example: Mapping[str, Any]) -> None:
+        """Keeps the `EXAMPLES` examples of a rule that come first by "order": the same ones whichever worker saw them."""
         found = self.examples.setdefault(rule, [])
         found.append(dict(example))
         found.sort(key=lambda item: (item["order"], item["id"]))
         del found[EXAMPLES:]
 
     def to_dict(self) -> dict[str, Any]:
+        """As `merge` and JSON take it."""
         return {"sources": self.sources, "values": self.values, "examples": self.examples}
 
     def merge(self, other: Mapping[str, Any]) -> None:

@@ -121,6 +121,8 @@ def band_keys(signatures: np.ndarray, rows: int) -> np.ndarray:
 
 
 class Near(NamedTuple):
+    """Clusters of near-duplicates, and how much work they were."""
+
     cluster: np.ndarray  # int64 [documents]: the first document of the cluster that it belongs to
     candidates: int  # pairs that were compared
     verified: int  # of these, as similar as the threshold or more

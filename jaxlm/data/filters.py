@@ -34,6 +34,7 @@ class Features:
 
     @functools.cached_property
     def words(self) -> list[str]:
+        """What stands between white space."""
         return self.text.split()
 
     @functools.cached_property
@@ -58,10 +59,12 @@ class Features:
 
     @functools.cached_property
     def lines(self) -> list[str]:
+        """Lines that hold something, without white space around them."""
         return [line for line in map(str.strip, self.text.split("\n")) if line]
 
     @functools.cached_property
     def paragraphs(self) -> list[str]:
+        """What stands between empty lines, likewise."""
         return [paragraph for paragraph in map(str.strip, _PARAGRAPHS.split(self.text)) if paragraph]
 
     @functools.cached_property

@@ -45,4 +45,5 @@ def sources_sha256(corpus: Corpus) -> str:
 
 
 def ids_sha256(corpus: Corpus) -> str:
+    """Checksum (hex) of the training documents' ids in their order: equal corpora have equal ones."""
     return corpus.manifest["splits"]["train"]["ids"]["sha256"]

@@ -35,6 +35,8 @@ class Piece(NamedTuple):
 
 
 class EpochSize(NamedTuple):
+    """What one epoch comes to."""
+
     rows: int
     targets: int  # tokens to predict, in all rows together
     padding: int  # positions without a token, of both sides of an encoder-decoder; all in one row where rows are cut from a stream
@@ -42,6 +44,8 @@ class EpochSize(NamedTuple):
 
 
 class EpochPlan(NamedTuple):
+    """The order of an epoch whose rows are cut from one line of tokens."""
+
     sequence_length: int
     documents: np.ndarray  # int64 [documents with a target], shuffled
     ends: np.ndarray  # int64, likewise: targets up to the end of each
@@ -49,6 +53,8 @@ class EpochPlan(NamedTuple):
 
 
 class FittedPlan(NamedTuple):
+    """The order of an epoch whose rows hold whole pieces, best fit first."""
+
     pieces: np.ndarray  # int64 [pieces, 4]: the fields of `Piece`, row after row
     row_ends: np.ndarray  # int64 [rows]: pieces up to the end of each
     rows: np.ndarray  # int64 [rows]: which of them comes when

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 
 class Kind(NamedTuple):
+    """One kind of personal data: how it is found, checked and replaced."""
+
     placeholder: str
     pattern: re.Pattern
     accept: Callable[[re.Match], bool]

@@ -45,6 +45,8 @@ class Keys(NamedTuple):
 
 
 class Record(NamedTuple):
+    """One record of a file, whatever its format."""
+
     place: int | str  # line, row or piece, counted from 1; a WARC record's address and id
     text: str | bytes  # bytes: an HTML page, or text that is not UTF-8; of a pair the input, `PAIR` and the target
     id: str = ""  # of its own, where the file gives one

@@ -33,7 +33,7 @@ class Task(NamedTuple):
     # Objectives with labels, whose rows hold one text each and are as long as the longest text of their batch needs (`lengths`):
     batch_size: int = 0
     label_names: tuple[str, ...] = ()
-    class_weights: np.ndarray = np.zeros(0, np.float32)  # [classes]; of regress and multi_label [0]
+    class_weights: np.ndarray = np.zeros(0, np.float32)  # [classes]; of regress [0]
     last: bool = False  # the label of a text is read from its last token (decoders), not its first
     types: bool = False  # the tokens of a pair's second text are of type 1
 
@@ -44,6 +44,7 @@ class Task(NamedTuple):
 
     @property
     def labelled(self) -> bool:
+        """Whether documents carry labels instead of being predicted themselves."""
         return self.objective.name in LABELLED
 
     @property
@@ -123,7 +124,7 @@ def _labelled(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> Task:
         if held_out and not set(held_out) <= set(train):
             labels.check(name, known, held_out, [f"{corpus.document_id(split, i)} ({split})" for i in range(len(held_out))], "the training split")
     factors = np.zeros(0, np.float32)
-    if name in ("classify", "token_classify"):
+    if name != "regress":
         often = dict.fromkeys(known, 0)
         for label in train:
             for one in labels.classes(name, label):
@@ -131,7 +132,8 @@ def _labelled(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> Task:
         counts = np.maximum(np.array([often[one] for one in known], np.float64), 1)
         factors = labels.weights(known, counts, dict(config.objective.class_weights), config.objective.class_balance)
     return Task(data.sequence_length, config.objective, mixture=Mixture(data.weights, data.temperature, data.epochs), eos=tokenizer.eos,
-                batch_size=data.batch_size, label_names=known, class_weights=factors, last=model.kind == "decoder", types=bool(data.input_key) and model.token_types > 1)
+                batch_size=data.batch_size, label_names=known, class_weights=factors, last=model.kind == "decoder",
+                types=bool(data.input_key) and model.token_types > 1)
 
 
 def for_labels(config: Config, task: Task) -> Config:
@@ -379,6 +381,7 @@ class Targets(NamedTuple):
 
 
 def targets(task: Task, corpus: Corpus, split: str) -> Targets:
+    """Labels of a split as arrays: one row of numbers for each document, or tags of its words."""
     found = corpus.examples(split)
     if task.objective.name == "token_classify":
         return Targets(np.zeros((0, 0), np.float32), labels.tags(task.label_names, found.labels), found.words)
@@ -392,10 +395,11 @@ def cut_text(task: Task, tokens: np.ndarray, inputs: int) -> tuple[np.ndarray, i
         return tokens, inputs
     if not inputs:
         return np.append(tokens[:most - 1], task.eos), 0
-    first, second = tokens[:inputs - 1], tokens[inputs:-1]
-    room = most - 2
+    between = 2 if inputs > 2 and tokens[inputs - 2] == task.eos else 1
+    first, second = tokens[:inputs - between], tokens[inputs:-1]
+    room = most - between - 1
     keep = min(len(first), max(room - len(second), (room + 1) // 2))
-    return np.concatenate([first[:keep], [task.eos], second[:room - keep], [task.eos]]), keep + 1
+    return np.concatenate([first[:keep], [task.eos] * between, second[:room - keep], [task.eos]]), keep + between
 
 
 def fill_labelled(task: Task, rows: Sequence[Sequence[Piece]], corpus: Corpus, split: str, of: Targets, length: int, *, train: bool) -> Batch:
@@ -405,11 +409,13 @@ def fill_labelled(task: Task, rows: Sequence[Sequence[Piece]], corpus: Corpus, s
         tokens = corpus.read(split, row[0].document) if row else np.zeros(0, np.int32)
         texts.append(cut_text(task, tokens, int(index.inputs[row[0].document]) if row and index.inputs is not None else 0))
     documents = np.array([row[0].document if row else -1 for row in rows], np.int64)
-    factors = task.class_weights if train and len(task.class_weights) else None
+    factors, classes = task.class_weights if train and len(task.class_weights) else None, of.classes
+    if factors is not None and task.objective.name == "multi_label":
+        factors, classes = None, of.classes * factors
     batch = tasks.text_batch(texts, documents, length, last=task.last, types=task.types)
     if task.objective.name == "token_classify":
         return tasks.tag_words(batch, documents, of.words, of.tags, factors)
-    return tasks.label_texts(batch, documents, of.classes, factors)
+    return tasks.label_texts(batch, documents, classes, factors)
 
 
 def _chats(task: Task, rows: Sequence[Sequence[Piece]], corpus: Corpus, split: str) -> Batch:

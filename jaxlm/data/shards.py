@@ -241,6 +241,8 @@ def _fsync(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Split:
+    """Index of one split: where each document lies, and what is known of it."""
+
     tokens: np.ndarray  # int32 [documents], with bos and eos
     text_bytes: np.ndarray  # int64 [documents], of the text as UTF-8
     sources: np.ndarray  # int32 [documents], numbers into `Corpus.sources`
@@ -283,10 +285,12 @@ class Corpus:
 
     @property
     def tokenizer_path(self) -> Path:
+        """The tokenizer's file."""
         return self.folder / self.manifest["tokenizer"]["file"]
 
     @property
     def vocab_size(self) -> int:
+        """Pieces of the tokenizer."""
         return self.manifest["tokenizer"]["vocab_size"]
 
     def read(self, split: str, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:

@@ -27,11 +27,14 @@ BATCH_BYTES = 4 << 20  # of text
 
 
 class Unit(NamedTuple):
+    """Input files that are read in one go."""
+
     number: int
     files: tuple[corpora.SourceFile, ...]
 
     @property
     def size(self) -> int:
+        """Bytes on the disk."""
         return sum(file.size for file in self.files)
 
 
@@ -65,6 +68,7 @@ def units(files: Iterable[corpora.SourceFile]) -> list[Unit]:
 
 
 def name(folder: Path, stage: str, unit: int, batch: int) -> Path:
+    """Where a stage leaves what it made of one batch."""
     return folder / stage / f"{unit:06d}-{batch:06d}.npz"
 
 
@@ -200,10 +204,9 @@ def tokenise_batch(config: Config, folder: Path, fingerprint: str, living: Livin
     words: list[np.ndarray] = [np.zeros(0, np.int32)] * len(texts)
     if config.objective.name == "token_classify":
         sequences, words, inputs = *words_of(tok, texts), [0] * len(texts)
-    elif config.data.input_key and config.data.label_key:  # a pair is one sequence: bos, first text, eos, second text, eos
+    elif config.data.input_key and config.data.label_key:
         sides = tok.encode_batch([side for text in texts for side in text.split(PAIR)])
-        sequences = [np.concatenate([[tok.bos], a, [tok.eos], b, [tok.eos]]) for a, b in zip(sides[::2], sides[1::2])]
-        inputs = [len(a) + 2 for a in sides[::2]]
+        sequences, inputs = map(list, zip(*(pair_of(tok, a, b) for a, b in zip(sides[::2], sides[1::2])))) if sides else ([], [])
     elif config.data.format != "text":
         chats = [[_template(config, tok).encode_spans(tok, side) for side in conversations.sides(text)] for text in texts]
         sequences = [np.concatenate([ids for ids, _ in sides]) for sides in chats]
@@ -225,6 +228,12 @@ def tokenise_batch(config: Config, folder: Path, fingerprint: str, living: Livin
           turns=np.concatenate([np.zeros(0, np.int64), *turns]), turn_counts=np.array([len(places) for places in turns], np.int64),
           occurrences=np.bincount(tokens.astype(np.int64), minlength=tok.vocab_size))
     return len(texts), sum(sizes)
+
+
+def pair_of(tok: tokenizer.Tokenizer, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, int]:
+    """The tokens of two texts as one sequence, [bos] first [eos] second [eos], RoBERTa with two eos between, and how many come before the second."""
+    before = np.concatenate([[tok.bos], first, [tok.eos] * tok.separators])
+    return np.concatenate([before, second, [tok.eos]]).astype(np.int64), len(before)
 
 
 def words_of(tok: tokenizer.Tokenizer, texts: Sequence[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -264,6 +273,7 @@ def bits(packed: bytes, count: int) -> np.ndarray:
 
 
 def strings(batch, key: str) -> Sequence[bytes]:
+    """Byte strings [n] that were stored as one array and their ends."""
     data, ends = batch[key].tobytes(), batch[f"{key}_ends"].tolist()
     return [data[start:end] for start, end in zip([0, *ends], ends)]
 

@@ -15,12 +15,16 @@ from jaxlm.data.shards import Corpus
 
 
 class Part(NamedTuple):
+    """The documents of one source."""
+
     name: str  # of a source; "" without a mixture
     documents: np.ndarray | None  # int64, numbers of its documents; None: all of the split
     size: EpochSize  # of one epoch of its own
 
 
 class Stream(NamedTuple):
+    """The rows of a split in order: parts, and whose turn it is."""
+
     parts: tuple[Part, ...]
     turns: mixture.Turns  # numbers of parts
     size: EpochSize  # one pass: an epoch; of a mixture see `build`

@@ -28,11 +28,13 @@ class Tokens:
         self._occurrences += occurrences
 
     def document(self, source: str, licence: str, split: str, tokens: int, size: int) -> None:
+        """Counts a document of `tokens` tokens and `size` bytes under its source, licence and split."""
         self._lengths.append(tokens)
         entry = {"documents": 1, "bytes": size, "tokens": tokens}
         counts.add(self.sources, {source: {"kept": entry, "licences": {licence or "not given": entry}, "splits": {split: entry}}})
 
     def to_dict(self) -> dict[str, Any]:
+        """For the report, as JSON: lengths, totals, the most frequent pieces and those never used."""
         order = np.lexsort((np.arange(len(self._occurrences)), -self._occurrences))
         total = int(self._occurrences.sum())
         unused = np.flatnonzero(self._occurrences == 0)

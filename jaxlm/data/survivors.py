@@ -15,6 +15,8 @@ _TOP_LINES = 10
 
 
 class Batch(NamedTuple):
+    """The place of one batch among all documents."""
+
     unit: int
     number: int
     documents: slice  # of the corpus' documents

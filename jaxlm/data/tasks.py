@@ -83,20 +83,31 @@ class Masking(NamedTuple):
 
 
 def masking(cfg: ObjectiveConfig, tokenizer: Tokenizer) -> Masking | None:
-    """What `mask_batch` needs of a tokenizer; None if the objective hides nothing. Without a mask token, padding, which no text holds, stands for one.
+    """What `mask_batch` needs of a tokenizer; None if the objective hides nothing.
+
+    Raises:
+      ValueError: see `mask_token`.
+    """
+    if cfg.name != "masked_token":
+        return None
+    named, mask = tokenizer.special_tokens, mask_token(tokenizer)
+    special = np.zeros(tokenizer.vocab_size, bool)
+    special[[i for i in (*named.values(), tokenizer.bos, tokenizer.eos, tokenizer.pad, mask) if i < tokenizer.vocab_size]] = True
+    return Masking(cfg, mask, np.flatnonzero(~special).astype(np.int32), special, tokenizer.begins_word)
+
+
+def mask_token(tokenizer: Tokenizer) -> int:
+    """The id that hides a token. Without a mask token, padding, which no text holds, stands for one.
 
     Raises:
       ValueError: one line: the tokenizer has neither.
     """
-    if cfg.name != "masked_token":
-        return None
     named = tokenizer.special_tokens
     mask = next((named[name] for name in ("[MASK]", "<mask>") if name in named), tokenizer.pad)
     if mask in (tokenizer.bos, tokenizer.eos):
-        raise ValueError("objective.name=masked_token needs a tokenizer with the special token [MASK] or <mask>, or with one for padding: this one has neither")
-    special = np.zeros(tokenizer.vocab_size, bool)
-    special[[i for i in (*named.values(), tokenizer.bos, tokenizer.eos, tokenizer.pad, mask) if i < tokenizer.vocab_size]] = True
-    return Masking(cfg, mask, np.flatnonzero(~special).astype(np.int32), special, tokenizer.begins_word)
+        raise ValueError("hiding tokens (objective.name=masked_token) needs a tokenizer with the special token [MASK] or <mask>, or with one for padding: "
+                         "this one has neither")
+    return mask
 
 
 def mask_batch(batch: Batch, how: Masking, numbers: np.ndarray, *key: object) -> Batch:

@@ -58,10 +58,12 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
+        """SHA-256 of the model's bytes, hex."""
         return hashlib.sha256(self.model).hexdigest()
 
     @property
     def filename(self) -> str:
+        """The name of its file, by its kind."""
         return "tokenizer.json" if self.kind == "bytes" else _HOLDER if self.model[:1] == b"{" else "tokenizer.model"
 
     @functools.cached_property
@@ -73,6 +75,11 @@ class Tokenizer:
             sp = self._processor
             return {sp.id_to_piece(i): i for i in range(sp.vocab_size()) if sp.is_control(i)}
         return tokenizer_json.special_tokens(self.tree())
+
+    @functools.cached_property
+    def separators(self) -> int:
+        """How often `eos` stands between the two texts of a pair."""
+        return tokenizer_json.separators(self.tree().get("post_processor")) if self.kind == "huggingface" else 1
 
     @functools.cached_property
     def chat_template(self) -> str:

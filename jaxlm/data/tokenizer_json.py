@@ -292,6 +292,19 @@ def framing(tree: Mapping[str, Any], names: Mapping[str, Any]) -> Framing:
     return Framing(bos, eos, pad, adds if isinstance(adds, bool) else first is not None)
 
 
+def separators(step: Mapping[str, Any] | None) -> int:
+    """How many tokens a post-processor puts between the two texts of a pair: RoBERTa two, BERT one; 1 where it does not say."""
+    kind = step.get("type") if isinstance(step, Mapping) else None
+    if kind == "Sequence":
+        return max((separators(part) for part in step.get("processors", ())), default=1)
+    if kind == "RobertaProcessing":
+        return 2
+    if kind == "TemplateProcessing":
+        texts = [i for i, part in enumerate(step.get("pair") or ()) if "Sequence" in part]
+        return max(1, texts[1] - texts[0] - 1) if len(texts) == 2 else 1
+    return 1
+
+
 def with_special(tree: dict[str, Any], ids: Iterable[int]) -> dict[str, Any]:
     """The tree with these pieces among its special tokens, as older files expect of whoever reads them."""
     texts = {i: text for text, i in vocabulary(tree).items()}
@@ -301,6 +314,7 @@ def with_special(tree: dict[str, Any], ids: Iterable[int]) -> dict[str, Any]:
 
 
 def special_tokens(tree: Mapping[str, Any]) -> dict[str, int]:
+    """Special tokens of a tokenizer.json and their numbers."""
     return {token["content"]: token["id"] for token in tree.get("added_tokens") or () if token.get("special")}
 
 

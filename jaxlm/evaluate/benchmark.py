@@ -1,7 +1,9 @@
 """Runs one task on one model: each item is asked exactly once, however often the evaluation is killed and started again."""
 
 import hashlib
+import itertools
 import json
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +33,7 @@ class Subject(NamedTuple):
     context: int  # longest sequence that the model may see
     batch_tokens: int  # of a batch, about
     about: dict[str, Any]  # which model this is: its fingerprint decides whether a result is its own
+    encoder: bool = False  # it is asked by hiding tokens
 
 
 class Ask(NamedTuple):
@@ -46,7 +49,8 @@ class Ask(NamedTuple):
 
 
 def evaluate(of: Subject, ask: Ask, folder: pathlib.Path, *, bootstrap: int, log: Callable[[str], None] = print,
-             progress: Callable[[int, int], None] | None = None, overlap: Callable[[list[str]], dict[str, Any]] | None = None) -> dict[str, Any] | None:
+             progress: Callable[[int, int], None] | None = None, overlap: Callable[[list[str]], dict[str, Any]] | None = None,
+             judge: Callable[[list[str]], Sequence[float]] | None = None) -> dict[str, Any] | None:
     """The result of a task (see `results`), on file in `folder`: read from there if this model has answered these items before, else continued or begun.
     In several processes all call this together; process 0 alone writes, and returns the result.
 
@@ -54,13 +58,18 @@ def evaluate(of: Subject, ask: Ask, folder: pathlib.Path, *, bootstrap: int, log
       bootstrap: resamples behind the intervals that are not exact.
       progress: called with requests done and requests in all.
       overlap: the items' texts -> how much of them is in the training data: {"shares": one per item or None, ...}, for the result.
+      judge: of Task.judge: texts -> 1 for each that it calls toxic, else 0. Called in process 0 alone.
 
     Raises:
-      ValueError: one line: a continuation longer than the model, too few examples.
+      ValueError: one line: a continuation longer than the model, too few examples, an encoder that is asked to continue text.
     """
+    if of.encoder and ask.task.kind != "pair":
+        raise ValueError(f"task {ask.task.name} is answered by a model that continues text (model.kind=decoder), and this is an encoder: it can be asked "
+                         "tasks of kind 'pair', such as crows_pairs")
     path = folder / f"{ask.name}.json"
     asked = definition.with_examples(ask.task, ask.read.items[:ask.limit or None], ask.read.examples, ask.shots)
     header = {"definition": ask.task.fingerprint(), "items_sha256": _sha256(asked), "model": of.about["fingerprint"], "context": of.context}
+    header |= {"judge": ask.read.origin["judge"]} if ask.task.judge else {}
     before, part = results.read(path), folder / f"{ask.name}.part.jsonl"
     complete = before is not None and all(before.get(key) == value for key, value in header.items() if key != "model") and before["model"] == of.about
     if _agreed(complete):
@@ -73,6 +82,8 @@ def evaluate(of: Subject, ask: Ask, folder: pathlib.Path, *, bootstrap: int, log
     rows, cut = work(of, ask.task, asked, kept, lambda new: follow.append(part, *new) if jax.process_index() == 0 else None, progress)
     if jax.process_index() > 0:
         return None
+    if judge is not None:
+        rows = [row | {"score": float(said)} for row, said in zip(rows, judge([row["text"] for row in rows]), strict=True)]
     result, items = _result(ask, asked, rows, bootstrap, overlap)
     notes = [f"{cut:,} of {len(rows):,} requests were longer than the model's context of {of.context}: their beginnings were cut"] * bool(cut)
     result |= header | {"model": of.about, "cut": cut, "notes": notes + result["notes"], "seconds": round(time.monotonic() - started, 1)}
@@ -110,7 +121,12 @@ def _left(keys: Sequence[tuple[int, int]], kept: Sequence[dict[str, Any]]) -> li
 def _score(of: Subject, task: Task, items: Sequence[Item], kept: list[dict], note: Callable[[list[dict]], None], progress) -> tuple[list[dict], int]:
     """A row per request: part 0, 1, ... are the continuations (or windows of a text), -1, -2, ... the same after nothing."""
     keys, requests, cut = [], [], 0
-    if task.kind == "loss":
+    if of.encoder:
+        for item in items:
+            for side, some in enumerate(score.hidden(of.tokenizer, item.continuations, of.context)):
+                keys += [(item.number, 2 * i + side) for i in range(len(some))]
+                requests += some
+    elif task.kind == "loss":
         for item in items:
             parts = score.windows(of.tokenizer, item.continuations[0], of.context)
             keys += [(item.number, i) for i in range(len(parts))]
@@ -177,10 +193,14 @@ def _result(ask: Ask, asked: Sequence[Item], rows: Sequence[dict], bootstrap: in
         assert (row["item"], row["part"]) not in by, "an item was scored twice"
         by[row["item"], row["part"]] = row
     found = [_answer(task, item, by) for item in asked]
+    groups = dict.fromkeys(item.about["group"] for item in asked if "group" in item.about)
+    of_group = {name: np.array([item.about.get("group") == name for item in asked]) for name in groups}
     columns = {metric: np.array([answers.METRICS[metric].columns(task, item, answer) for item, answer in zip(asked, found)], np.float64)
                for metric in task.metrics}
     result = {"task": task.name, "kind": task.kind, "metric": task.metrics[0], "items": len(asked), "shots": ask.shots, "limit": ask.limit,
               "metrics": {metric: answers.figures(values, metric, bootstrap) for metric, values in columns.items()}, "notes": [],
+              "by_group": {name: {metric: answers.figures(values[rows], metric, bootstrap) for metric, values in columns.items()} | {"items": int(rows.sum())}
+                           for name, rows in of_group.items()} if len(of_group) > 1 else {},
               "licence": task.licence, "get": task.get, "source": ask.read.origin}
     bare = ask.read.items[:ask.limit or None]  # without examples, which all items share
     shares = None
@@ -196,15 +216,20 @@ def _result(ask: Ask, asked: Sequence[Item], rows: Sequence[dict], bootstrap: in
     items = []
     for i, (item, answer) in enumerate(zip(bare, found)):
         row = {"item": item.number, "context": item.contexts[max(item.right, 0)] if item.contexts else "", "continuations": item.continuations,
-               "right": item.right, "references": item.references, **answer._asdict(), "columns": {metric: values[i] for metric, values in columns.items()}}
-        items.append({key: value for key, value in row.items() if value not in ((), "")} if shares is None else
-                     {key: value for key, value in row.items() if value not in ((), "")} | {"overlap": shares[i]})
+               "right": item.right, "references": item.references, "about": item.about, **answer._asdict(),
+               "columns": {metric: values[i] for metric, values in columns.items()}}
+        row = {key: value for key, value in row.items() if value is not None and value not in ((), "", {})}
+        items.append(row if shares is None else row | {"overlap": shares[i]})
     return result, items
 
 
 def _answer(task: Task, item: Item, by: dict[tuple[int, int], dict]) -> Answer:
     if task.kind == "generate":
-        return Answer(text=by[item.number, 0]["text"])
+        return Answer(text=by[item.number, 0]["text"], score=by[item.number, 0].get("score"))
+    if (item.number, len(item.continuations)) in by and task.kind == "pair":  # an encoder's: a request for each token, the two texts in turn
+        parts = [[by[item.number, part] for part in itertools.takewhile(lambda part: (item.number, part) in by, itertools.count(side, 2))] for side in (0, 1)]
+        merge = {"logprob": math.fsum, "tokens": sum, "greedy": all}
+        return Answer(*(tuple(reduce(row[key] for row in some) for some in parts) for key, reduce in merge.items()))
     if task.kind == "loss":
         parts = []
         while (item.number, len(parts)) in by:
@@ -220,4 +245,5 @@ def _whole(item: Item) -> str:
     if not item.contexts:
         return item.continuations[0]
     right = max(item.right, 0)
-    return f"{item.contexts[right]} {item.references[0] if item.references else item.continuations[right]}"
+    said = item.references[0] if item.references else item.continuations[right] if item.continuations else ""
+    return f"{item.contexts[right]} {said}".strip()

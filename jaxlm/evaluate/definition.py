@@ -13,9 +13,10 @@
   examples = "training.jsonl"                where --shots come from, in the same form
 
 An item's own fields are `choices` (texts) and `target` (number of the right choice, its letter, or its text; of the other kinds the text, or several that
-are right) of "choice", `target` of "cloze" and "generate", `text` of "loss". A field is named by its place in the record, "question.stem" or
-"choices.*.text"; [a, b] makes a list of several; {at = "text", find = "(.*) end", all = false, replace = [["from", "to"]]} takes the first group of a regular
-expression's first match (all = true: of every match, a list) and replaces.
+are right) of "choice", `target` of "cloze" and "generate" (not for the metric toxic), `text` of "loss", `more` and `less` (the text that says the stereotype
+and the one that does not) of "pair". `group` is optional: figures are also given for each. The metrics about bias of "choice" need BIAS_FIELDS. A field is
+named by its place in the record, "question.stem" or "choices.*.text"; [a, b] makes a list of several; {at = "text", find = "(.*) end", all = false, replace =
+[["from", "to"]]} takes the first group of a regular expression's first match (all = true: of every match, a list) and replaces.
 """
 
 import dataclasses
@@ -33,12 +34,17 @@ CATALOGUE = pathlib.Path(__file__).with_name("catalogue.toml")
 
 # Kind -> what it is, the fields that an item must have, and its metrics.
 KINDS = {
-    "choice": ("the likeliest of some continuations", ("choices", "target"), ("acc", "acc_norm", "acc_bytes", "acc_pmi")),
+    "choice": ("the likeliest of some continuations", ("choices", "target"), ("acc", "acc_norm", "acc_bytes", "acc_pmi",
+               "acc_ambiguous", "acc_disambiguated", "bias_ambiguous", "bias_disambiguated")),
     "cloze": ("a continuation, whether the model would say it, and how likely it is", ("target",), ("acc", "perplexity")),
     "generate": ("the model's own answer, compared with what is right", ("target",),
-                 ("exact_match", "normalised_match", "f1", "bleu", "chrf", "rouge_l")),
+                 ("exact_match", "normalised_match", "f1", "bleu", "chrf", "rouge_l", "toxic")),
+    "pair": ("which of two texts that differ in a group is likelier", ("more", "less"), ("stereotyped", "log_ratio", "effect_size")),
     "loss": ("how likely whole texts are", ("text",), ("bits_per_byte", "byte_perplexity", "word_perplexity")),
 }
+# Of questions as in BBQ: the groups that each choice names (a list of texts a choice; "unknown" among them for the one that does not say), those that the
+# stereotype is about, "neg" or "nonneg" (the stereotyped group is the expected answer, or the other one), and "ambig" or "disambig".
+BIAS_FIELDS = ("groups", "stereotyped", "polarity", "condition")
 _NAME = re.compile(r"[\w.-]+")
 _HOLE = re.compile(r"\{(\w+)\}")
 
@@ -47,6 +53,7 @@ _HOLE = re.compile(r"\{(\w+)\}")
 class Source:
     """One place where a task's items may lie, and how a record becomes fields."""
     file: str = ""
+    beside: str = ""  # a second file of the same form, whose item N is the field "beside" of item N
     tfds: str = ""  # "NAME[/CONFIG]:SPLIT" of TensorFlow Datasets
     lines: int = 0  # an item is so many lines of a text file, which are its fields "0", "1", ...; 0: JSON, CSV or TSV
     split: str = ""  # a text file is divided where this regular expression matches; each part that is not blank is an item, its field "text"
@@ -62,7 +69,7 @@ class Task:
     """See the module's text; `where` is the TOML file."""
     name: str
     where: str
-    kind: Literal["choice", "cloze", "generate", "loss"]
+    kind: Literal["choice", "cloze", "generate", "loss", "pair"]
     metrics: tuple[str, ...]
     licence: str
     get: str
@@ -74,6 +81,7 @@ class Task:
     max_tokens: int = 0  # generate
     stop: tuple[str, ...] = ()  # generate: texts that end an answer
     answer: str = ""  # generate: a regular expression; its last match (first group, if any) in an output, and in a target, is what exact_match compares
+    judge: str = ""  # toxic: a file of words, one a line, or the folder of a run with labels, "FOLDER:CLASS"; as a task's files are found
 
     def fingerprint(self) -> str:
         """sha256 of what decides the scores."""
@@ -88,6 +96,7 @@ class Item(NamedTuple):
     choices: tuple[str, ...]  # texts of the choices, whose lengths normalise
     right: int  # number of the right choice; -1 for other kinds
     references: tuple[str, ...]  # generate: answers that are right
+    about: Mapping[str, Any] = {}  # "group", and of BBQ's questions "condition", "biased" (the choice that says the stereotype, -1: none) and "unknown"
 
 
 def find(names: Sequence[str]) -> list[Task]:
@@ -143,7 +152,7 @@ def _task(path: pathlib.Path, name: str, table: Any) -> Task:
     _need("kind" in table, f"{where}: no key 'kind'; one of {', '.join(KINDS)}")
     kind = table["kind"]
     _need(kind in KINDS, f"{where}: kind={kind!r} is not known; one of {', '.join(KINDS)}")
-    needed = ["metrics", "licence", "get", "from", *(["prompt"] if kind != "loss" else []), *(["max_tokens"] if kind == "generate" else [])]
+    needed = ["metrics", "licence", "get", "from", *(["prompt"] if kind not in ("loss", "pair") else []), *(["max_tokens"] if kind == "generate" else [])]
     known = {f.name: f for f in dataclasses.fields(Task)} | {"from": None}
     for key in table:
         _need(key in known and key not in ("name", "where", "sources"), f"{where}: the key {key!r} does not exist{_near(key, known)}")
@@ -153,6 +162,7 @@ def _task(path: pathlib.Path, name: str, table: Any) -> Task:
     _need(isinstance(metrics, list) and bool(metrics), f"{where}: metrics must be a list such as {list(KINDS[kind][2])}")
     for metric in metrics:
         _need(metric in KINDS[kind][2], f"{where}: metric {metric!r} does not go with kind={kind}; its metrics: {', '.join(KINDS[kind][2])}")
+    _need("toxic" not in metrics or "judge" in table, f"{where}: no key 'judge', which the metric toxic needs: a file of words or the workdir of a classifier")
     _need(isinstance(table["from"], list) and bool(table["from"]), f"{where}: 'from' must be one or more tables [[{name}.from]]")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items() if key != "from"}
     values.setdefault("continuation", " {choice}" if kind == "choice" else " {target}")
@@ -184,10 +194,17 @@ def _source(where: str, kind: str, task: Mapping[str, Any], table: Any) -> Sourc
         for part in spec if isinstance(spec, list) else [spec]:
             _check_field(f"{where}, field {name}", part)
     if fields:
-        needed = {*KINDS[kind][1], *_HOLE.findall(table.get("prompt") or task.get("prompt", "")), *_HOLE.findall(task["continuation"] * (kind != "loss"))}
+        needed = {*needs(kind, task["metrics"]), *_HOLE.findall(table.get("prompt") or task.get("prompt", "")),
+                  *_HOLE.findall(task["continuation"] * (kind in ("choice", "cloze")))}
         for name in sorted(needed - {"choice"} - ({"choices"} if task.get("choices") else set()) - set(fields)):
             _need(False, f"{where}: no field {name!r}, which the task's prompt or kind needs; its fields: {', '.join(fields)}")
     return Source(**table)
+
+
+def needs(kind: str, metrics: Sequence[str]) -> tuple[str, ...]:
+    """The fields that each item of a task must have."""
+    found = tuple(name for name in KINDS[kind][1] if not (kind == "generate" and tuple(metrics) == ("toxic",)))
+    return found + BIAS_FIELDS * any(metric.endswith("ambiguous") or metric.endswith("disambiguated") for metric in metrics)
 
 
 def _check_field(where: str, spec: Any) -> None:
@@ -233,9 +250,14 @@ def _item(task: Task, source: Source, record: Mapping[str, Any], number: int, wh
     fields = {name: _value(record, spec, where) for name, spec in source.fields.items()} if source.fields else dict(record)
     if task.choices:
         fields["choices"] = list(task.choices)
-    for name in KINDS[task.kind][1]:
+    for name in needs(task.kind, task.metrics):
         _need(name in fields, f"{where}: no field {name!r}; its fields: {', '.join(fields)}")
+    about = {"group": str(fields["group"])} if isinstance(fields.get("group"), (str, int)) else {}
     prompt = source.prompt or task.prompt
+    if task.kind == "pair":
+        texts = tuple(_text(fields[name], where, name) for name in ("more", "less"))
+        _need(texts[0] != texts[1] and all(text.strip() for text in texts), f"{where}: 'more' and 'less' must be two different texts")
+        return Item(number, ("", ""), texts, (), 0, (), about)
     if task.kind == "loss":
         return Item(number, (), (_text(fields["text"], where, "text"),), (), -1, ())
     if task.kind == "choice":
@@ -246,14 +268,34 @@ def _item(task: Task, source: Source, record: Mapping[str, Any], number: int, wh
         continuations = tuple(_fill(task.continuation, values, where) for values in filled)
         for choice, continuation in zip(choices, continuations):
             _need(bool(continuation.strip()), f"{where}: the choice {choice!r} is empty")
-        return Item(number, tuple(_fill(prompt, values, where) for values in filled), continuations, choices, right, ())
+        about |= _biased(fields, where) if "condition" in needs(task.kind, task.metrics) else {}
+        return Item(number, tuple(_fill(prompt, values, where) for values in filled), continuations, choices, right, (), about)
+    context = _fill(prompt, fields, where)
+    if "target" not in needs(task.kind, task.metrics):
+        return Item(number, (context,), (), (), -1, (), about)
     target = fields["target"]
     references = tuple(_text(one, where, "target") for one in (target if isinstance(target, (list, tuple)) else [target]))
     _need(bool(references), f"{where}: no target")
-    context = _fill(prompt, fields, where)
     continuation = _fill(task.continuation, fields | {"target": references[0]}, where)
     _need(bool(continuation.strip()), f"{where}: the target is empty")
-    return Item(number, (context,), (continuation,), (), -1, references if task.kind == "generate" else ())
+    return Item(number, (context,), (continuation,), (), -1, references if task.kind == "generate" else (), about)
+
+
+def _biased(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Which choice of a question as in BBQ says the stereotype (Parrish et al. 2022). A group is told by any of its names or their parts: "F-Black" by "Black",
+    "lowSES" by "low SES". Where not exactly one choice names a stereotyped group none is known to, and the item counts for accuracy alone."""
+    groups, stereotyped = fields["groups"], fields["stereotyped"]
+    stereotyped = [stereotyped] if isinstance(stereotyped, str) else stereotyped
+    _need(isinstance(groups, list) and len(groups) == len(fields["choices"]), f"{where}: 'groups' must be a list with the groups of each choice")
+    _need(fields["condition"] in ("ambig", "disambig") and fields["polarity"] in ("neg", "nonneg"),
+          f"{where}: condition={fields['condition']!r} and polarity={fields['polarity']!r} must be ambig or disambig, and neg or nonneg")
+    plain = lambda name: re.sub(r"\W+", "", str(name).lower())
+    names = [{plain(part) for name in ([group] if isinstance(group, str) else group) for part in [str(name), *str(name).split("-")]} for group in groups]
+    unknown = next((i for i, some in enumerate(names) if "unknown" in some), -1)
+    told = [i for i, some in enumerate(names) if some & {plain(name) for name in stereotyped} and i != unknown]
+    others = [i for i in range(len(names)) if i != unknown and i not in told]
+    biased = -1 if len(told) != 1 or len(others) != 1 else told[0] if fields["polarity"] == "neg" else others[0]
+    return {"condition": fields["condition"], "biased": biased, "unknown": unknown}
 
 
 def _value(record: Any, spec: Any, where: str) -> Any:
@@ -323,7 +365,8 @@ def with_examples(task: Task, asked: Sequence[Item], examples: Sequence[Item], s
     """
     if not shots:
         return list(asked)
-    _need(task.kind != "loss", f"task {task.name} asks for nothing, so examples mean nothing to it: leave --shots out")
+    _need(task.kind not in ("loss", "pair") and "target" in needs(task.kind, task.metrics),
+          f"task {task.name} asks for nothing, so examples mean nothing to it: leave --shots out")
     _need(len(examples) >= shots, f"task {task.name} has {len(examples)} examples and --shots={shots} needs more: give 'examples' in its [[{task.name}.from]]")
     shown = "".join(f"{one.contexts[max(one.right, 0)]}{one.continuations[max(one.right, 0)]}\n\n" for one in examples[:shots])
     return [one._replace(contexts=tuple(shown + context for context in one.contexts)) for one in asked]

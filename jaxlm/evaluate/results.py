@@ -31,7 +31,11 @@ def write(path: pathlib.Path, result: Mapping[str, Any], items: Sequence[Mapping
     beside = items_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(beside, "".join(json.dumps(clean(item), ensure_ascii=False) + "\n" for item in items))
-    replace(path, json.dumps(clean({"format": FORMAT, **result, "files": {"items": beside.name}}), indent=1, ensure_ascii=False) + "\n")
+    replace(path, json_text({"format": FORMAT, **result, "files": {"items": beside.name}}))
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    return json.dumps(clean(value), indent=1, ensure_ascii=False) + "\n"
 
 
 def replace(path: pathlib.Path, text: str) -> None:
@@ -63,11 +67,16 @@ def clean(value: Any) -> Any:
 
 def read(path: pathlib.Path) -> dict[str, Any] | None:
     """A result; None where there is none, or what is there is none of ours."""
+    found = read_json(path)
+    return found if isinstance(found, dict) and found.get("format") == FORMAT and "metrics" in found else None
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """A JSON file's value; None where there is none, or half of one."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and found.get("format") == FORMAT and "metrics" in found else None
 
 
 def found(place: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -3,6 +3,7 @@
 Requests are sorted by length, longest first, and each batch holds about as many tokens as any other, so little of it is padding and few shapes are compiled.
 """
 
+import difflib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm import sharding
+from jaxlm.data import tasks
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.evaluate.likelihood import Scorer, one_behind
 
@@ -18,6 +20,8 @@ from jaxlm.evaluate.likelihood import Scorer, one_behind
 class Request(NamedTuple):
     tokens: np.ndarray  # int32, what is read and then what is scored
     targets: int  # how many of the last tokens are scored
+    place: int = -1  # of an encoder: of `tokens`, which are all read, the one that is scored alone
+    mask: int = 0  # and what it is read as
 
 
 class Score(NamedTuple):
@@ -60,6 +64,25 @@ def pairs(tokenizer: Tokenizer, contexts: Sequence[str], continuations: Sequence
     return found, cut
 
 
+def hidden(tokenizer: Tokenizer, texts: tuple[str, str], context: int) -> list[list[Request]]:
+    """Requests to an encoder for two texts: their scores add up to the pseudo-log-likelihood of what the two have in common, in each of them. Every shared
+    token is hidden once and scored, given all others (Nangia et al. 2020). What the texts do not share is never scored, so a name that is rarer does not
+    count against its group.
+
+    Raises:
+      ValueError: one line: a text is longer than the model, the two share no token, or the tokenizer has no token that hides.
+    """
+    mask, both = tasks.mask_token(tokenizer), [ids.astype(np.int32) for ids in tokenizer.encode_batch(texts)]
+    if (longest := max(map(len, both)) + 2) > context:
+        raise ValueError(f"the text {texts[0][:40]!r}... has {longest} tokens, and the model's context holds {context}: leave that item out, or use another "
+                         "model")
+    blocks = difflib.SequenceMatcher(None, *(ids.tolist() for ids in both), autojunk=False).get_matching_blocks()
+    if not blocks[0].size:
+        raise ValueError(f"the texts {texts[0][:40]!r} and {texts[1][:40]!r} have no token in common, which is what an encoder is asked for")
+    framed = [np.concatenate([[tokenizer.bos], ids, [tokenizer.eos]]).astype(np.int32) for ids in both]
+    return [[Request(ids, 1, 1 + block[side] + i, mask) for block in blocks for i in range(block.size)] for side, ids in enumerate(framed)]
+
+
 def windows(tokenizer: Tokenizer, text: str, context: int) -> list[Request]:
     """Requests that together score each token of a text once, after the begin-of-sequence token: the first sees `context` tokens, each other one those that it
     scores and, the last above all, as many before them as the model holds (as lm-evaluation-harness does)."""
@@ -79,7 +102,8 @@ def likelihoods(score: Scorer, params: Any, mesh: Mesh, requests: Sequence[Reque
     ways, parts = sharding.ways("batch", mesh), 2 * mesh.shape["sequence"]
     batches = []
     while order:
-        width = -(-_bucket(len(requests[order[0]].tokens) - 1) // parts) * parts if mesh.shape["sequence"] > 1 else _bucket(len(requests[order[0]].tokens) - 1)
+        longest = _bucket(len(requests[order[0]].tokens) - (requests[order[0]].place < 0))
+        width = -(-longest // parts) * parts if mesh.shape["sequence"] > 1 else longest
         rows = -(-min(max(1, batch_tokens // width), len(requests)) // ways) * ways
         batches.append((order[:rows], rows, width))
         order = order[rows:]
@@ -112,10 +136,14 @@ def _fill(requests: Sequence[Request], numbers: Sequence[int], rows: int, width:
     batch = {key: np.zeros((rows, width), np.int32) for key in ("tokens", "targets", "positions", "segments")}
     batch |= {"weights": np.zeros((rows, width), np.float32), "documents": np.full((rows, width), -1, np.int32)}
     for row, number in enumerate(numbers):
-        tokens, targets = requests[number]
-        size = len(tokens) - 1
-        batch["tokens"][row, :size], batch["targets"][row, :size] = tokens[:-1], tokens[1:]
+        tokens, targets, place, mask = requests[number]
+        size = len(tokens) - (place < 0)
+        if place < 0:
+            batch["tokens"][row, :size], batch["targets"][row, :size] = tokens[:-1], tokens[1:]
+            batch["weights"][row, size - targets:size] = 1
+        else:
+            batch["tokens"][row, :size], batch["targets"][row, :size] = tokens, tokens
+            batch["tokens"][row, place], batch["weights"][row, place] = mask, 1
         batch["positions"][row, :size], batch["segments"][row, :size] = np.arange(size), 1
-        batch["weights"][row, size - targets:size] = 1
         batch["documents"][row, :size] = number
     return batch

@@ -21,6 +21,7 @@ class Read(NamedTuple):
     items: list[Item]
     examples: list[Item]
     origin: dict[str, Any]  # for the result: where from, sha256, and who vouches for it
+    judge: str = ""  # path of Task.judge
 
 
 def read(task: Task, folders: Sequence[pathlib.Path], tfds_dir: str = "", shots: int = 0) -> Read:
@@ -35,6 +36,7 @@ def read(task: Task, folders: Sequence[pathlib.Path], tfds_dir: str = "", shots:
       ValueError: one line: nothing is here, a file is not the one that was recorded, or its content (see `definition.items`).
     """
     places = [pathlib.Path(task.where).parent, *folders]
+    judge = _judge(task, places)
     missing = []
     for source in task.sources:
         if source.tfds:
@@ -46,21 +48,58 @@ def read(task: Task, folders: Sequence[pathlib.Path], tfds_dir: str = "", shots:
                 continue
             shown = definition.items(task, source, tfds.examples(f"tfds:{name}:{source.examples}", tfds_dir), f"tfds:{name}:{source.examples}") if (
                 shots and source.examples) else []
-            return Read(definition.items(task, source, records, f"tfds:{source.tfds}"), shown, {"tfds": source.tfds, "checked": "by TFDS when it was fetched"})
+            origin = {"tfds": source.tfds, "checked": "by TFDS when it was fetched"} | _judge_origin(judge)
+            return Read(definition.items(task, source, records, f"tfds:{source.tfds}"), shown, origin, judge)
         path = next((folder / source.file for folder in places if (folder / source.file).is_file()), None)
         if path is None:
             missing.append(f"{source.file} is not in {' or '.join(map(str, places[1:] if task.where == str(definition.CATALOGUE) else places)) or 'a folder'}")
             continue
         data = path.read_bytes()
-        origin = {"file": path.name, **_checked(path, data, source.sha256)}
+        origin = {"file": path.name, **_checked(path, data, source.sha256)} | _judge_origin(judge)
         shown = []
         if shots and source.examples:
             beside = path.with_name(source.examples)
             if not beside.is_file():
                 raise ValueError(f"task {task.name}: the examples {beside} are missing, which --shots={shots} needs; get them: {task.get}")
             shown = definition.items(task, source, records_of(beside, beside.read_bytes(), source), str(beside))
-        return Read(definition.items(task, source, records_of(path, data, source), str(path)), shown, origin)
+        records = records_of(path, data, source)
+        if source.beside:
+            records, origin = _beside(task, source, path, records, origin)
+        return Read(definition.items(task, source, records, str(path)), shown, origin, judge)
     raise ValueError(f"task {task.name}: its data are not here ({'; '.join(missing)}). Get them: {task.get}; then --task_data=FOLDER")
+
+
+def _beside(task: Task, source: Source, path: pathlib.Path, records: list, origin: dict[str, Any]) -> tuple[list, dict[str, Any]]:
+    """Records with those of the second file in them."""
+    other = path.with_name(source.beside)
+    if not other.is_file():
+        raise ValueError(f"task {task.name}: {other} is missing, which belongs to {path.name}; get it: {task.get}")
+    data = other.read_bytes()
+    seconds = records_of(other, data, source)
+    if len(seconds) != len(records):
+        raise ValueError(f"task {task.name}: {path} has {len(records)} items and {other} has {len(seconds)}: each must have its pair")
+    return [dict(one) | {"beside": second} for one, second in zip(records, seconds)], origin | {
+        "beside": other.name, "beside_sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _judge(task: Task, places: Sequence[pathlib.Path]) -> str:
+    """Where a task's judge lies; "" for a task without one."""
+    name, _, label = task.judge.partition(":")
+    if not name:
+        return ""
+    path = next((folder / name for folder in [*places, pathlib.Path()] if (folder / name).exists()), None)
+    if path is None:
+        raise ValueError(f"task {task.name}: its judge {name} is not in {' or '.join(map(str, places))}: put a file of words there, one a line, or name the "
+                         "workdir of a classifier, FOLDER:CLASS")
+    if path.is_dir() and not label:
+        raise ValueError(f"task {task.name}: judge={task.judge!r} is a folder: write which class of that classifier counts, {name}:CLASS")
+    return f"{path}:{label}" if label else str(path)
+
+
+def _judge_origin(judge: str) -> dict[str, str]:
+    """What decides its verdicts: a list's own sum, a classifier's place."""
+    path = pathlib.Path(judge)
+    return {} if not judge else {"judge": f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else judge}
 
 
 def _checked(path: pathlib.Path, data: bytes, recorded: str) -> dict[str, str]:

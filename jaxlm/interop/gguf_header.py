@@ -18,6 +18,8 @@ _MOST_ITEMS = 1 << 24  # of one array; the largest published vocabulary has some
 
 
 class Tensor(NamedTuple):
+    """A tensor of a GGUF file: where it lies."""
+
     shape: tuple[int, ...]  # the slowest first, as in numpy
     type: int  # ggml's number
     offset: int  # in the file, bytes
@@ -25,6 +27,8 @@ class Tensor(NamedTuple):
 
 
 class Header(NamedTuple):
+    """What a GGUF file says before its tensors."""
+
     metadata: dict[str, Any]  # numbers, texts, and arrays: numpy for numbers, lists for texts
     tensors: dict[str, Tensor]
 

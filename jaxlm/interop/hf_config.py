@@ -25,6 +25,8 @@ _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decode
 
 
 class Family(NamedTuple):
+    """One architecture of transformers: its names, and its config in both directions."""
+
     architecture: str  # the class in transformers
     model_type: str
     table: str  # in hf_names.TABLES

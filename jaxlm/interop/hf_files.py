@@ -24,6 +24,8 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 class Tensor(NamedTuple):
+    """A tensor of a safetensors file: where it lies."""
+
     path: pathlib.Path
     dtype: str  # as in the header: "F32", "BF16" ...
     shape: tuple[int, ...]

@@ -53,6 +53,8 @@ FORMS: dict[str, Form] = {
 
 
 class Entry(NamedTuple):
+    """One tensor's name there and its parameters here."""
+
     theirs: str  # with {layer} and {expert}
     ours: tuple[str, ...]
     form: str

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from jaxlm import trees
 from jaxlm.config import TransformerConfig
-from jaxlm.sharding import constrain
+from jaxlm.models.layers import project
+from jaxlm.sharding import constrain, ways
 
 Axes = tuple[tuple[str, tuple[str, ...]], ...]
 
@@ -30,13 +31,38 @@ def gathered(w: Any, *axes: str) -> Any:
     return gather(constrain(w, *axes))
 
 
-def lent(w: jax.Array, dtype: jnp.dtype, *axes: str | None) -> Callable[[], jax.Array]:
-    """`gathered(w.astype(dtype), *axes)`, gathered here, once, for all the loop bodies in which what is returned is called: gathered in the body of a loop a
-    weight would travel once for each turn. The gradient of each turn is split again and added to the others in the dtype of `w`, as it would be there."""
-    once = jax.lax.stop_gradient(gathered(w.astype(dtype), *axes))
-    lend = jax.custom_vjp(lambda w, once: once)
-    lend.defvjp(lambda w, once: (once, None), lambda _, gradient: (constrain(gradient, *axes).astype(w.dtype), None))
-    return lambda: lend(w, once)
+def lent(w: jax.Array, dtype: jnp.dtype, *axes: str | None) -> Callable[[jax.Array], jax.Array]:
+    """`hidden @ gathered(w.astype(dtype), *axes)` for hidden `[..., D]`, with one gather and one sum over devices for all loop bodies in which it is called.
+
+    In the body of a loop the weight would be gathered, and its gradient, which is of all devices' tokens, be summed over them, at each turn. Here the weight
+    is gathered where `lent` is called, and has as many copies as there are devices that share the tokens, each on its own: what each adds to the gradient of
+    its copy, in the dtype of `w`, stays there until the loop is over; then the copies' gradients are added up and split, in `dtype`, as those of layers are.
+    """
+    rows, parts = ways("batch"), ways("sequence")
+    place = ("batch", "sequence", *(None if axis == "embed" else axis for axis in axes))
+    copies = constrain(jnp.broadcast_to(jax.lax.stop_gradient(gathered(w.astype(dtype), *axes)), (rows, parts, *w.shape)), *place)
+    added = lambda gradient: _summed(constrain(gradient, *place).astype(dtype), *axes).astype(w.dtype)
+    kept = jax.custom_vjp(lambda w: jnp.zeros(copies.shape, w.dtype))  # of which only the gradient counts
+    kept.defvjp(lambda w: (jnp.zeros(copies.shape, w.dtype), None), lambda _, gradient: (added(gradient),))
+    lend = jax.custom_vjp(lambda kept, copies: copies)
+    lend.defvjp(lambda kept, copies: (copies, None), lambda _, gradient: (constrain(gradient, *place).astype(w.dtype), None))
+    sums = kept(w)
+
+    def multiply(hidden: jax.Array) -> jax.Array:
+        if rows * parts == 1:
+            return project(hidden, lend(sums, copies)[0, 0])
+        if hidden.ndim != 3 or hidden.shape[0] % rows or hidden.shape[1] % parts:  # a few tokens of generation
+            return project(hidden, gathered(w.astype(dtype), *axes))
+        batch, length, width = hidden.shape
+        apart = hidden.reshape(rows, batch // rows, parts, length // parts, width)
+        return jnp.einsum("brstd,bsdv->brstv", apart, lend(sums, copies)).reshape(batch, length, -1)
+
+    return multiply
+
+
+def _summed(copies: jax.Array, *axes: str | None) -> jax.Array:
+    """The sum over the first two axes, in the dtype of `copies` (`jnp.sum` would send float32), split as the weight is."""
+    return constrain(jax.lax.reduce(copies, jnp.zeros((), copies.dtype), jax.lax.add, (0, 1)), *axes)
 
 
 def encoder_axes(cfg: TransformerConfig) -> Axes:

@@ -78,6 +78,7 @@ def init_embed(cfg: TransformerConfig, k_tokens: jax.Array, k_positions: jax.Arr
 
 
 def init_layers(cfg: TransformerConfig, key: jax.Array) -> dict:
+    """Parameters of all layers, stacked."""
     one = jnp.zeros((1, 1), jnp.int32)
     return stack.init(cfg, key, make_slots(cfg, {"positions": one, "segments": one}))
 
@@ -149,11 +150,11 @@ def _projection(cfg: TransformerConfig, params: dict) -> Callable[[jax.Array], j
         classifier = params["classifier"]["kernel"]
         first = (lambda hidden: hidden[..., 0, :]) if cfg.output == "sequence_labels" else lambda hidden: hidden
         return lambda hidden: project(first(hidden), classifier.astype(hidden.dtype)).astype(jnp.float32)
-    kernel = lent(params["embed"]["tokens"].T if cfg.tied else params["head"]["kernel"], jnp.dtype(cfg.dtype), "embed", "vocab")
+    multiply = lent(params["embed"]["tokens"].T if cfg.tied else params["head"]["kernel"], jnp.dtype(cfg.dtype), "embed", "vocab")
 
     def head(hidden: jax.Array) -> jax.Array:
         hidden = hidden if cfg.logit_scale == 1 else hidden * jnp.asarray(cfg.logit_scale, hidden.dtype)
-        logits = project(hidden, kernel()).astype(jnp.float32)
+        logits = multiply(hidden).astype(jnp.float32)
         return cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap) if cfg.final_softcap else logits
 
     return head

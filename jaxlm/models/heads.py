@@ -26,20 +26,21 @@ def init_masked(cfg: TransformerConfig, key: jax.Array) -> dict:
 
 def masked(cfg: TransformerConfig, params: dict, table: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """Hidden states `[..., D]` -> logits `[..., V]` float32; `table` is the token embedding `[V, D]`."""
-    kernel = lent(table.T if cfg.tied else params["kernel"], jnp.dtype(cfg.dtype), "embed", "vocab")
+    multiply = lent(table.T if cfg.tied else params["kernel"], jnp.dtype(cfg.dtype), "embed", "vocab")
 
     def head(hidden: jax.Array) -> jax.Array:
         x = project(hidden, params["dense"].astype(hidden.dtype))
         if cfg.bias:
             x = x + params["dense_bias"].astype(x.dtype)
         x = Norm(cfg).apply({"params": params["norm"]}, ACTIVATIONS[cfg.activation](x))
-        logits = project(x, kernel()).astype(jnp.float32)
+        logits = multiply(x).astype(jnp.float32)
         return logits + params["bias"] if cfg.bias else logits
 
     return head
 
 
 def init_linear(cfg: TransformerConfig, key: jax.Array, outputs: int) -> dict:
+    """`{kernel [width, outputs], bias [outputs]}`, float32."""
     return {"kernel": initialiser(cfg, cfg.width, outputs)(key, (cfg.width, outputs), jnp.float32), "bias": jnp.zeros(outputs)}
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import TransformerConfig
 from jaxlm.models.attend import attend
@@ -178,6 +179,8 @@ class Attention(nn.Module):
             q, key = positions.rotate(q, angles), positions.rotate(key, angles)
         q = constrain(q, "batch", "sequence", "heads", "head_size")
         key, value = (constrain(a, "batch", "sequence", "kv_heads", "head_size") for a in (key, value))
+        # What remat=dots keeps of them: as attention takes them, so that they are not rotated again.
+        q, key, value = (checkpoint_name(a, attention.SAVED) for a in (q, key, value))
         if cache is not None:
             cache, key, value = slots.store(cache, key, value)
         if self.is_initializing():  # only shapes count, of rows that a kernel for training may refuse

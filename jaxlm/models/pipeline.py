@@ -36,6 +36,7 @@ class Plan(NamedTuple):
 
     @property
     def steps(self) -> int:
+        """Steps from the first microbatch in to the last one out."""
         return (self.repeats - 1) * self.period + self.microbatches + self.stages - 1
 
     @property
@@ -69,6 +70,8 @@ def run(cfg: TransformerConfig, layers: dict, x_BTD: jax.Array, slots: Slots, ca
     stages = ways("layers")
     if stages == 1 or cache is not None:
         return stack.run(cfg, layers, x_BTD, slots, cache, key, view)
+    if isinstance(layers, list):
+        layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
     how = plan(cfg, stages, x_BTD.shape[0] // ways("batch"))
     own, per_layer = stack.rows(cfg, layers, key)
     params = {**own, "params": per_layer.pop("params")}

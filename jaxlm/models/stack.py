@@ -41,7 +41,8 @@ def run(cfg: TransformerConfig, layers: dict, x_BTD: jax.Array, slots: Slots, ca
     """All layers one after the other.
 
     Args:
-      layers: leaves `[L, ...]`, see `init`; with a cache better a tuple of layers, see `unstack`.
+      layers: leaves `[L, ...]`, see `init`; with a cache better a tuple of layers, see `unstack`. A list of stacks, of layers that are alike, is run one
+        stack after the other: where the first ones have no gradient, nothing of them is kept for the backward pass.
       cache: a tuple with each layer's part of `models/cache.py`, or None.
       key: dropout key, or None for evaluation.
       view: applied to one layer's weights inside the loop, so only one layer is ever cast or dequantised.
@@ -51,8 +52,22 @@ def run(cfg: TransformerConfig, layers: dict, x_BTD: jax.Array, slots: Slots, ca
     """
     if cache is not None:
         return _one_by_one(cfg, unstack(cfg, {"layers": layers})["layers"], x_BTD, slots, cache, view)
-    x_BTD, routed = scan(cfg, kinds(cfg), *rows(cfg, layers, key), x_BTD, slots, view)
-    return x_BTD, None, routed
+    if not isinstance(layers, list):
+        x_BTD, routed = scan(cfg, kinds(cfg), *rows(cfg, layers, key), x_BTD, slots, view)
+        return x_BTD, None, routed
+    start, routed = 0, []
+    for part in layers:
+        stop = start + _depth(part)
+        own, per_layer = rows(cfg, part, key)
+        per_layer |= {name: leaf[start:stop] for name, leaf in per_layer.items() if name != "params"}
+        x_BTD, found = scan(cfg, kinds(cfg)[start:stop], own, per_layer, x_BTD, slots, view)
+        start, routed = stop, routed + [found]
+    return x_BTD, None, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routed)
+
+
+def _depth(stack: dict) -> int:
+    """Layers of a stack of layers that are alike."""
+    return len(jax.tree.leaves(stack)[0])
 
 
 def unstack(cfg: TransformerConfig, params: dict) -> dict:
@@ -63,6 +78,8 @@ def unstack(cfg: TransformerConfig, params: dict) -> dict:
     stacks, of = params["layers"], kinds(cfg)
     if isinstance(stacks, tuple):
         return params
+    if isinstance(stacks, list):
+        return params | {"layers": tuple(jax.tree.map(lambda a, i=i: a[i], part) for part in stacks for i in range(_depth(part)))}
     common = {name: leaf for name, leaf in stacks.items() if name not in KINDS}
     at = lambda tree, i: jax.tree.map(lambda a: a[i], tree)
     return params | {"layers": tuple(at(common, i) | {KINDS[sparse]: at(stacks[KINDS[sparse]], of[:i].count(sparse))} for i, sparse in enumerate(of))}

@@ -177,9 +177,11 @@ def splash(q_BTNH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens, *, window=None
         shape = (length, length)
         one = masks.LocalMask(shape, (size - 1, 0), 0) if size else masks.CausalMask(shape)
         wide, block = math.gcd(length, 1024 if q_BTNH.shape[3] <= 128 else 512), math.gcd(length, 512)
-        # One kernel for the whole backward pass: 5 matrix products in place of 7, and the scores are computed anew once.
+        # One kernel for the whole backward pass (5 matrix products in place of 7) adds up the gradients of the queries outside of itself, over blocks of keys.
+        one_block = length == wide
+        back = {} if one_block else {"block_q_dq": wide, "block_kv_dq": wide}
         blocks = kernels.BlockSizes(block_q=wide, block_kv=wide, block_kv_compute=block, block_q_dkv=wide, block_kv_dkv=wide, block_kv_dkv_compute=block,
-                                    use_fused_bwd_kernel=True)
+                                    use_fused_bwd_kernel=one_block, **back)
         run = kernels.make_splash_mha(masks.MultiHeadMask([one] * heads), head_shards=1, q_seq_shards=1, block_sizes=blocks,
                                       attn_logits_soft_cap=softcap or None, residual_checkpoint_name=SAVED, interpret=interpret)
         row = lambda q, k, v, a, b: run(q, k, v, segment_ids=kernels.SegmentIds(a, b))

@@ -1,18 +1,23 @@
-"""The HTTP side: OpenAI's interface over one model. Nothing here touches the device; the engine's thread and `texts.py` do.
+"""The HTTP side: OpenAI's interface over one model, the addresses that cloud services call, and the chat page. Nothing here touches the device; the
+engine's thread and `texts.py` do.
 
 Home of starlette: pip install 'jaxlm[serve]'.
 """
 
 import asyncio
+import base64
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import hmac
 import json
 import logging
+import re
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +27,17 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from jaxlm.generate import Settings
 from jaxlm.serve import fields, openapi, shapes
-from jaxlm.serve.engine import Ask, Busy, Engine, Piece, Row
+from jaxlm.serve.engine import Ask, Busy, Engine, Piece, Row, TooLong
 from jaxlm.serve.fields import Refused
 from jaxlm.serve.stats import Stats
 from jaxlm.serve.texts import Texts
 
-PAGE = Path(__file__).with_name("page.html")  # what `/` shows, where there is one
-OPEN = ("/", "/health")  # need no key
+OPEN = ("/", "/health", "/ping")  # need no key
 _BODY_SECONDS = 30.0  # a body must have arrived by then
 
 _log = logging.getLogger("jaxlm.serve")
@@ -68,11 +72,11 @@ class Server:
         self._feedback = threading.Lock()
 
     def app(self) -> Starlette:
-        post = lambda path, handler: Route(path, handler, methods=["POST"])
-        routes = [Route("/", self.page), Route("/health", self.health), Route("/metrics", self.metrics), Route("/openapi.json", self.document),
-                  Route("/v1/models", self.models), Route("/v1/models/{model:path}", self.model), post("/v1/completions", self.completions),
-                  post("/v1/chat/completions", self.chats), post("/v1/embeddings", self.embeddings), post("/v1/classify", self.classify),
-                  post("/v1/feedback", self.feedback)]
+        post = lambda path, handler: Route(path, self._with_body(handler), methods=["POST"])
+        routes = [Route("/", self.page), Route("/health", self.health), Route("/ping", self.health), Route("/metrics", self.metrics),
+                  Route("/openapi.json", self.document), Route("/v1/models", self.models), Route("/v1/models/{model:path}", self.model),
+                  post("/v1/completions", self.completions), post("/v1/chat/completions", self.chats), post("/v1/embeddings", self.embeddings),
+                  post("/v1/classify", self.classify), post("/v1/feedback", self.feedback), post("/invocations", self.invocations)]
         cors = [Middleware(CORSMiddleware, allow_origins=list(self.options.origins), allow_methods=["GET", "POST"],
                            allow_headers=["authorization", "content-type"])] if self.options.origins else []
         handlers = {Refused: self._refused, HTTPException: self._http_error, Exception: self._failed}
@@ -102,7 +106,9 @@ class Server:
     # --- small endpoints ---
 
     async def page(self, request: Request) -> Response:
-        return FileResponse(PAGE, headers={"cache-control": "no-cache"}) if PAGE.is_file() else RedirectResponse("/openapi.json")
+        text, policy = _page()
+        headers = {"cache-control": "no-cache", "content-security-policy": policy, "referrer-policy": "no-referrer"}
+        return Response(text, headers=headers, media_type="text/html")
 
     async def health(self, request: Request) -> Response:
         return _json({"status": "closing" if self.closing else "ok"}, 503 if self.closing else 200)
@@ -133,8 +139,8 @@ class Server:
 
     # --- generation ---
 
-    async def completions(self, request: Request) -> Response:
-        body = await self._body(request, fields.COMPLETION)
+    async def completions(self, request: Request, given: Any) -> Response:
+        body = self._checked_body(request, fields.COMPLETION, given)
         prompts, echo = _several(body["prompt"]), body["echo"]
         asks = await asyncio.to_thread(self._checked, lambda: [ask for prompt in prompts for ask in self._asks(
             body, self._ids(prompt), body["max_tokens"], logprobs=body["logprobs"] is not None)])
@@ -147,8 +153,8 @@ class Server:
 
         return await self._answer(request, body, asks, base, base["object"], len(prompts), choice, choice, before)
 
-    async def chats(self, request: Request) -> Response:
-        body = await self._body(request, fields.CHAT)
+    async def chats(self, request: Request, given: Any) -> Response:
+        body = self._checked_body(request, fields.CHAT, given)
         if self.engine and self.chat is None:
             raise Refused(422, "this checkpoint came without a chat template: use /v1/completions, or start the server with --chat_template")
         if body["top_logprobs"] is not None and not body["logprobs"]:
@@ -209,7 +215,7 @@ class Server:
         try:
             return work()
         except ValueError as error:
-            raise Refused(422, str(error)) from None
+            raise Refused(422, str(error), code="context_length_exceeded" if isinstance(error, TooLong) else None) from None
 
     async def _answer(self, request: Request, body: dict[str, Any], asks: list[Ask], base: dict[str, Any], streamed: str, prompts: int, whole: Any, part: Any,
                       before: list[str]) -> Response:
@@ -278,21 +284,26 @@ class Server:
 
     # --- encoders ---
 
-    async def embeddings(self, request: Request) -> Response:
-        body = await self._body(request, fields.EMBEDDING)
+    async def embeddings(self, request: Request, given: Any) -> Response:
+        body = self._checked_body(request, fields.EMBEDDING, given)
         if not self.texts or self.texts.labels:
             raise Refused(422, f"{self.options.name} gives no embeddings: serve an encoder without labels for them")
         rows, values = await self._encode(request, body, self.texts.embed)
         data = [{"object": "embedding", "index": i, "embedding": shapes.vector(row, body["encoding_format"])} for i, row in enumerate(values)]
         return _json({"object": "list", "data": data, "model": self.options.name, "usage": _input_usage(rows)})
 
-    async def classify(self, request: Request) -> Response:
-        body = await self._body(request, fields.CLASSIFY)
+    async def classify(self, request: Request, given: Any) -> Response:
+        body = self._checked_body(request, fields.CLASSIFY, given)
         if not self.texts or self.texts.cfg.output != "sequence_labels":
             raise Refused(422, f"{self.options.name} does not label texts: serve a classifier for it")
         rows, values = await self._encode(request, body, self.texts.classify)
         labels = self.texts.labels
-        data = [{"index": i, "label": labels[int(row.argmax())], "probs": row.tolist(), "num_classes": len(labels)} for i, row in enumerate(values)]
+        if self.texts.objective == "regress":
+            data = [{"index": i, "value": float(row[0])} for i, row in enumerate(values)]
+        else:
+            data = [{"index": i, "label": labels[int(row.argmax())], "probs": row.tolist(), "num_classes": len(labels)} for i, row in enumerate(values)]
+        if self.texts.objective == "multi_label":  # as the evaluation counts them
+            data = [one | {"labels": [label for label, share in zip(labels, one["probs"]) if share > 0.5]} for one in data]
         return _json({"object": "list", "data": data, "labels": list(labels), "model": self.options.name, "usage": _input_usage(rows)})
 
     async def _encode(self, request: Request, body: dict[str, Any], work: Any) -> tuple[list, Any]:
@@ -311,8 +322,8 @@ class Server:
 
     # --- feedback ---
 
-    async def feedback(self, request: Request) -> Response:
-        body = await self._body(request, fields.FEEDBACK)
+    async def feedback(self, request: Request, given: Any) -> Response:
+        body = self._checked_body(request, fields.FEEDBACK, given)
         if self.options.feedback is None:
             raise Refused(404, "feedback is not kept here: start the server with --feedback=FILE")
         if (body["messages"] is None) == (body["prompt"] is None):
@@ -337,23 +348,55 @@ class Server:
         with self._feedback, self.options.feedback.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    # --- cloud services ---
+
+    async def invocations(self, request: Request, given: Any) -> Response:
+        """The one address that SageMaker and Vertex AI know: a body of any endpoint above, told apart by its keys; or several of these as Vertex AI's
+        `predict` has them, answered together."""
+        if not isinstance(given, dict) or "instances" not in given:
+            return await self._meant(given)(request, given)
+        bodies = fields.read(fields.INSTANCES, given)
+        each = [(bodies["parameters"] or {}) | body for body in bodies["instances"]]
+        if any(body.get("stream") for body in each):
+            raise Refused(422, "instances are answered together, not streamed: send one body without instances to stream")
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._meant(body)(request, body)) for body in each]
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return _json({"predictions": [json.loads(task.result().body) for task in tasks]})
+
+    def _meant(self, body: Any) -> Callable[[Request, Any], Awaitable[Response]]:
+        key = next((key for key in ("messages", "prompt", "input") if isinstance(body, dict) and key in body), None)
+        if key is None:
+            raise Refused(422, "say messages (a chat), prompt (a text to continue) or input (texts for an encoder), as at /v1, or several bodies as instances")
+        return {"messages": self.chats, "prompt": self.completions, "input": self.classify if self.texts and self.texts.labels else self.embeddings}[key]
+
     # --- bodies ---
 
-    async def _body(self, request: Request, table: dict[str, fields.Field]) -> dict[str, Any]:
+    def _with_body(self, handler: Callable[[Request, Any], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        async def handle(request: Request) -> Response:
+            return await handler(request, await self._json(request))
+
+        return handle
+
+    async def _json(self, request: Request) -> Any:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             # Also, a web page elsewhere cannot send this type unless CORS lets it.
             raise Refused(415, "the body must be JSON: send content-type: application/json")
         try:
             data = await asyncio.wait_for(self._read(request), _BODY_SECONDS)
-            body = json.loads(data.decode(), parse_constant=_no_constant)
+            return json.loads(data.decode(), parse_constant=_no_constant)
         except TimeoutError:
             raise Refused(408, f"the body did not arrive in {_BODY_SECONDS:.0f} seconds", headers={"connection": "close"}) from None
         except (ValueError, RecursionError) as error:
             raise Refused(400, f"the body is not JSON: {str(error)[:200] or 'nested too deep'}") from None
-        values = fields.read(table, body)
+
+    def _checked_body(self, request: Request, table: dict[str, fields.Field], given: Any) -> dict[str, Any]:
+        values = fields.read(table, given)
         self._named(values["model"])
         if self.options.log_prompts:
-            _log.info("%s %s", request.url.path, json.dumps(body))
+            _log.info("%s %s", request.url.path, json.dumps(given))
         return values
 
     async def _read(self, request: Request) -> bytes:
@@ -408,6 +451,15 @@ class _Guard:
         if options.api_key and request.url.path not in OPEN and not hmac.compare_digest(given.encode(), options.api_key.encode()):
             raise Refused(401, "the API key is missing or wrong: send Authorization: Bearer KEY", "authentication_error",
                           headers={"www-authenticate": "Bearer"})
+
+
+@functools.cache
+def _page() -> tuple[str, str]:
+    """The chat page, and the policy that lets it run its own script, in its own style, and ask this server: nothing else, whatever a model says."""
+    text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    digest = lambda tag: base64.b64encode(hashlib.sha256(re.search(f"<{tag}>(.*)</{tag}>", text, re.DOTALL)[1].encode()).digest()).decode()
+    return text, (f"default-src 'none'; script-src 'sha256-{digest('script')}'; style-src 'sha256-{digest('style')}'; connect-src 'self'; img-src data:; "
+                  "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 
 def _several(value: str | list) -> list[str | list[int]]:

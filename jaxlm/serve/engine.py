@@ -1,8 +1,8 @@
 """Continuous batching: one thread owns the device and serves all requests together.
 
-Each turn it lets waiting requests in while there are rows and pages for them, feeds at most `chunk` tokens of prompts, and draws one token for every request
-whose prompt is done. The next step is on its way before the last one's tokens are read. A request reserves pages for its prompt and all it may say, so
-nothing that was let in ever has to wait for memory; prompts that begin alike share pages (`pages.py`).
+Each turn it lets waiting requests in while there are rows and pages for them, feeds about `chunk` tokens of prompts, several at a time, and draws one token
+for every request whose prompt is done. The next step is on its way before the last one's tokens are read. A request reserves pages for its prompt and all it
+may say, so nothing that was let in ever has to wait for memory; prompts that begin alike share pages (`pages.py`).
 """
 
 import collections
@@ -27,7 +27,11 @@ from jaxlm.serve.stats import Stats
 
 FEEDS = (16, 64)  # sizes to which a prompt's part is rounded up, and `chunk`
 BATCHES = (1, 8, 32, 128, 512)  # likewise rows of a step
-WINDOW = 256  # likewise tokens that a row may attend to: this times a power of two
+WINDOW = 256  # likewise tokens that a row may attend to: this times a power of two; at the beginning of prompts, the part that is fed
+
+
+class TooLong(ValueError):
+    """A prompt that leaves no room in the model's context for what was asked."""
 
 
 class Busy(Exception):
@@ -131,7 +135,7 @@ class Engine:
             raise ValueError("the prompt has no tokens")
         if ask.max_tokens < 1 or ask.max_tokens > room:
             do = f"ask for at most {room} tokens or shorten the prompt" if room > 0 else f"shorten it to {self.context - 1} or fewer"
-            raise ValueError(f"the prompt has {size} tokens, with max_tokens={ask.max_tokens} that makes {size + ask.max_tokens}, and the model's "
+            raise TooLong(f"the prompt has {size} tokens, with max_tokens={ask.max_tokens} that makes {size + ask.max_tokens}, and the model's "
                              f"context holds {self.context}: {do}")
 
     def submit(self, asks: Sequence[Ask], listeners: Sequence[Callable[[Piece], None]]) -> list[Row]:
@@ -212,8 +216,8 @@ class Engine:
         self._sweep()
         self._admit()
         budget = self.limits.chunk
-        while budget > 0 and (row := next((row for row in self._rows if row.fed < len(row.ask.prompt)), None)):
-            budget -= self._feed(row)
+        while budget > 0 and (unfed := [row for row in self._rows if row.fed < len(row.ask.prompt)]):
+            budget -= self._feed(unfed)
         ready = [row for row in self._rows if row.launched and row.launched < row.ask.max_tokens]
         flight = self._flight
         if flight and (ready != flight[0] or any(map(_penalised, ready))):  # these tokens must be known first
@@ -247,24 +251,32 @@ class Engine:
                 self._waiting.popleft()
             self._rows.append(row)
 
-    def _feed(self, row: Row) -> int:
-        """Feeds the next part of a prompt; after the last one the row has its first token."""
-        prompt, start = row.ask.prompt, row.fed
-        size = min(len(prompt) - start, self.limits.chunk)
-        width = next((n for n in FEEDS if size <= n < self.limits.chunk), self.limits.chunk)
-        inside = np.arange(width) < size
-        tokens = np.zeros((1, width), np.int32)
-        tokens[0, :size] = prompt[start:start + size]
-        rows = device.Rows(tokens, np.where(inside, start + np.arange(width), 0).astype(np.int32)[None], inside.astype(np.int32)[None],
-                           np.array([size - 1], np.int32), self._table([row], 1, start + size))
-        row.fed += size
-        ended = row.fed == len(prompt)
-        drawn = self._step(rows, [row], 1)
-        if ended:
+    def _feed(self, unfed: list[Row]) -> int:
+        """Feeds the next part of the first prompt, and of others whose part is of the same size, up to `chunk` tokens together; a row whose last part it was
+        has its first token then. Returns how many tokens it fed."""
+        chunk = self.limits.chunk
+        width_of = lambda row: next((n for n in FEEDS if len(row.ask.prompt) - row.fed <= n < chunk), chunk)
+        width = width_of(unfed[0])
+        batch = chunk // width
+        members = [row for row in unfed if width_of(row) == width][:batch]
+        if 2 * len(members) <= batch:  # one after the other is less work than a call that is half padding
+            members, batch = members[:1], 1
+        tokens, positions, segments = np.zeros((3, batch, width), np.int32)
+        last, fresh = np.zeros(batch, np.int32), not any(row.fed for row in members)
+        for i, row in enumerate(members):
+            size = min(len(row.ask.prompt) - row.fed, width)
+            tokens[i, :size], positions[i, :size], segments[i, :size] = row.ask.prompt[row.fed:row.fed + size], np.arange(row.fed, row.fed + size), 1
+            last[i] = size - 1
+            row.fed += size
+        table = self._table(members, batch, width if fresh else int(positions.max()) + 1, width if fresh else WINDOW)
+        drawn = self._step(device.Rows(tokens, positions, segments, last, table), members, batch)
+        ended = [row for row in members if row.fed == len(row.ask.prompt)]
+        for row in ended:
             row.launched = 1
-            self.pages.name(prompt, row.pages)
-            self._read([row], drawn)
-        return size
+            self.pages.name(row.ask.prompt, row.pages)
+        if ended:
+            self._read(members, drawn)
+        return int(segments.sum())
 
     def _launch(self, ready: list[Row], flight: tuple | None) -> tuple[list[Row], device.Drawn]:
         batch = next(n for n in (*BATCHES, len(ready)) if n >= len(ready))
@@ -288,8 +300,7 @@ class Engine:
                                            logprobs=logprobs)
         return drawn
 
-    def _table(self, members: list[Row], batch: int, tokens: int) -> np.ndarray:
-        window = WINDOW
+    def _table(self, members: list[Row], batch: int, tokens: int, window: int = WINDOW) -> np.ndarray:
         while window < tokens:
             window *= 2
         table = np.zeros((batch, -(-window // self.limits.page)), np.int32)
@@ -299,12 +310,12 @@ class Engine:
         return table
 
     def _read(self, members: list[Row], drawn: device.Drawn) -> None:
-        """Waits for a step and hands out what it drew."""
+        """Waits for a step and hands out what it drew for rows whose prompt is fed."""
         tokens = np.asarray(drawn.token).tolist()
         shares = None if drawn.logprob is None else tuple(np.asarray(a).tolist() for a in (drawn.logprob, drawn.top[1], drawn.top[0]))
         now = time.monotonic()
         for i, row in enumerate(members):
-            if row.done:
+            if row.done or not row.launched:
                 continue
             self.stats.token(now - (row.last or row.begun), first=not row.last)
             row.last = now

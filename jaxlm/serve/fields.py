@@ -9,12 +9,13 @@ from typing import Any
 class Refused(Exception):
     """An answer that is an error, in OpenAI's shape."""
 
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", param: str | None = None, headers: Mapping[str, str] | None = None):
+    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", param: str | None = None, headers: Mapping[str, str] | None = None,
+                 code: str | None = None):
         super().__init__(message)
-        self.status, self.kind, self.param, self.headers = status, kind, param, dict(headers or {})
+        self.status, self.kind, self.param, self.headers, self.code = status, kind, param, dict(headers or {}), code
 
     def body(self) -> dict[str, Any]:
-        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": None}}
+        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
 
 _TYPES = {"string": str, "boolean": bool, "integer": int, "number": (int, float), "array": list, "object": dict}
@@ -172,6 +173,11 @@ EMBEDDING = _MODEL | {
     "dimensions": Field(_ANYTHING, "not served", only=0),
 } | _IGNORED
 CLASSIFY = _MODEL | {"input": _INPUT} | _IGNORED
+_ONE = Field(("object",), "a body of an endpoint of /v1", required=True)
+INSTANCES = {
+    "instances": Field(("array",), "bodies of endpoints of /v1, answered together", required=True, low=1, high=128, items=_ONE),
+    "parameters": Field(("object",), "keys of each body that does not say them itself"),
+}
 FEEDBACK = _MODEL | {
     "messages": Field(("array",), "the chat that was answered", low=1, high=4096, items=MESSAGE),
     "prompt": text("or the text that was continued or classified"),

@@ -8,10 +8,12 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from jaxlm.config import LABELLED
 from jaxlm.serve.app import Options, Server
 from jaxlm.serve.engine import Engine, Limits
 from jaxlm.serve.talk import chatting
 from jaxlm.serve.texts import Texts
+from jaxlm.train import classified
 from jaxlm.train.saved import Run
 
 
@@ -29,8 +31,9 @@ def build(run: Run, limits: Limits, options: Options, template: str = "") -> Ser
         raise ValueError(f"{run.workdir} holds an encoder-decoder, which is not served yet: use jaxlm generate")
     if cfg.output == "token_labels":
         raise ValueError(f"{run.workdir} holds a model that labels tokens, which is not served yet: use jaxlm eval")
-    if cfg.kind == "encoder":
-        return Server(Texts(run.model, run.params, cfg, run.tokenizer), options)
+    if cfg.kind == "encoder" or cfg.labels:
+        objective = run.config.objective.name if run.config.objective.name in LABELLED else "classify"  # imported: classes
+        return Server(Texts(run.model, run.params, cfg, run.tokenizer, objective, classified.temperature(run.workdir, run.step) or 1.0), options)
     template = template or run.chat_template
     talk = chatting(run.tokenizer, template) if template or run.tokenizer.chat_template else None
     return Server(Engine(run.model, run.params, cfg, run.tokenizer, limits), options, talk)

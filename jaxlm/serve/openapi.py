@@ -18,6 +18,7 @@ _POSTS = {
 }
 _GETS = {
     "/v1/models": ("The model", "application/json"), "/health": ("Whether it takes requests", "application/json"),
+    "/ping": ("The same, where SageMaker looks", "application/json"),
     "/metrics": ("Counters for Prometheus", "text/plain"), "/openapi.json": ("This document", "application/json"),
 }
 
@@ -41,6 +42,11 @@ def document(options: Any) -> dict[str, Any]:
             responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
         paths[path] = {"post": {"summary": about, "responses": responses, "requestBody": {
             "required": True, "content": {"application/json": {"schema": fields.document(table)}}}}}
+    bodies = [fields.INSTANCES, *(table for path, (table, _, _) in _POSTS.items() if path != "/v1/feedback")]
+    either = {"200": {"description": "what that endpoint answers, or predictions", "content": dict.fromkeys(("application/json", "text/event-stream"), {})}}
+    paths["/invocations"] = {"post": {
+        "summary": "A body of any endpoint of /v1, or several, for SageMaker and Vertex AI", "responses": either | errors(*_WHY),
+        "requestBody": {"required": True, "content": {"application/json": {"schema": {"anyOf": [fields.document(table) for table in bodies]}}}}}}
     found = {"openapi": "3.1.0", "info": {"title": f"jaxlm: {options.name}", "version": __version__}, "paths": paths,
              "components": {"schemas": {"Error": _ERROR}}}
     if options.api_key:

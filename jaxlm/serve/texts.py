@@ -1,4 +1,4 @@
-"""Encoders behind the server: vectors and labels of texts. Rows of one request share batches; one thread at a time computes."""
+"""Encoders and classifiers behind the server: vectors and labels of texts. Rows of one request share batches; one thread at a time computes."""
 
 import functools
 import threading
@@ -11,28 +11,36 @@ import numpy as np
 
 from jaxlm.config import TransformerConfig
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.evaluate import classification
 from jaxlm.generate import bucket, mesh_of
 from jaxlm.models.decoder import Model
 
 BATCH = 32  # rows computed together
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mean"))
-def _outputs(model: Model, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, *, mean: bool) -> jax.Array:
-    """float32 `[B, ...]`: the mean over tokens of the hidden states, or what the model's head makes of each sequence."""
+@functools.partial(jax.jit, static_argnames=("model", "mean", "causal"))
+def _outputs(model: Model, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, *, mean: bool, causal: bool) -> jax.Array:
+    """float32 `[B, ...]`: the mean over tokens of the hidden states, or what the model's head makes of the first token's state, of a causal model's last."""
     inside = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
     places = jnp.where(inside, jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], 0)
     hidden, _, _ = model.apply(params, {"tokens": tokens_BT, "positions": places, "segments": inside.astype(jnp.int32)})
     if not mean:
-        return model.head(params, hidden)
+        at = lengths_B - 1 if causal else jnp.zeros_like(lengths_B)
+        return model.head(params, jnp.take_along_axis(hidden, at[:, None, None], axis=1))
     return jnp.where(inside[..., None], hidden.astype(jnp.float32), 0).sum(1) / lengths_B[:, None]
 
 
 class Texts:
-    """Serves an encoder. Its methods may be called from any thread and block."""
+    """Serves an encoder, or a model of labels of texts. Its methods may be called from any thread and block.
 
-    def __init__(self, model: Model, params: Any, cfg: TransformerConfig, tokenizer: Tokenizer):
+    Args:
+      objective: classify, multi_label or regress, of a model of labels.
+      temperature: what its logits are divided by for calibrated probabilities, see `classification.probabilities`.
+    """
+
+    def __init__(self, model: Model, params: Any, cfg: TransformerConfig, tokenizer: Tokenizer, objective: str = "classify", temperature: float = 1.0):
         self.model, self.params, self.cfg, self.tokenizer = model, params, cfg, tokenizer
+        self.objective, self.temperature = objective, temperature
         self.labels = cfg.label_names or tuple(f"LABEL_{i}" for i in range(cfg.labels))
         self._lock = threading.Lock()
 
@@ -54,10 +62,8 @@ class Texts:
         return found / np.maximum(np.linalg.norm(found, axis=-1, keepdims=True), 1e-12)
 
     def classify(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """Probabilities, float32 `[rows, labels]`."""
-        logits = self._run(rows, mean=False)
-        shares = np.exp(logits - logits.max(-1, keepdims=True))
-        return shares / shares.sum(-1, keepdims=True)
+        """Probabilities, float64 `[rows, labels]`; with several labels each its own, of regress the number `[rows, 1]`."""
+        return classification.probabilities(self.objective, self._run(rows, mean=False), self.temperature)
 
     def _run(self, rows: Sequence[Sequence[int]], mean: bool) -> np.ndarray:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -69,7 +75,7 @@ class Texts:
             for i, member in enumerate(members):
                 batch[i, :len(rows[member])], lengths[i] = rows[member], len(rows[member])
             with self._lock, mesh_of(self.params):
-                values = np.asarray(_outputs(self.model, self.params, batch, lengths, mean=mean))
+                values = np.asarray(_outputs(self.model, self.params, batch, lengths, mean=mean, causal=self.cfg.causal))
             for i, member in enumerate(members):
                 found[member] = values[i]
         return np.stack(found)

@@ -14,12 +14,12 @@ from jaxlm import generate, trees
 from jaxlm.data import contamination
 from jaxlm.data.shards import Corpus
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.evaluate import answers, benchmark, definition, likelihood, results, sources, verdict
+from jaxlm.evaluate import answers, benchmark, definition, likelihood, results, sources, toxicity, verdict
 from jaxlm.evaluate import harness as harnesses
 from jaxlm.evaluate.benchmark import Ask, Subject
 from jaxlm.models import kinds
 from jaxlm.models.decoder import Model
-from jaxlm.train import saved
+from jaxlm.train import classified, saved
 
 WORDS = 13  # of the n-grams that are looked for in the training data
 _SCAN = 64 * 2**20  # bytes of training text that are read through for it without being asked to: about a minute
@@ -30,16 +30,18 @@ def subject(run: saved.Run, batch_size: int = 0) -> Subject:
     """A saved model as tasks ask it.
 
     Raises:
-      ValueError: one line: a model that does not continue text.
+      ValueError: one line: a model that neither continues text nor fills in hidden tokens.
     """
     config = run.config
-    if config.model.kind != "decoder" or config.model.encoder_layers or config.model.output != "tokens":
-        raise ValueError(f"{run.workdir} holds a model that does not continue text, and tasks are answered by one that does (model.kind=decoder)")
+    if config.model.encoder_layers or config.model.output != "tokens":
+        what = "an encoder-decoder" if config.model.encoder_layers else f"a model with model.output={config.model.output}"
+        raise ValueError(f"{run.workdir} holds {what}, and tasks are answered by one that continues text (model.kind=decoder, model.output=tokens); its own "
+                         "held-out data are evaluated by jaxlm eval without --tasks")
     rows = batch_size or config.eval.batch_size or config.data.batch_size
     about = {"workdir": str(run.workdir), "step": run.step, "fingerprint": run.fingerprint, "parameters": trees.count(run.params)}
     answer = answerer(run.model, run.params, run.tokenizer, config.model.context)
     return Subject(answer, run.params, run.mesh, run.tokenizer, _scorer(config.model, run.mesh, config.objective.chunk_rows or _CHUNK),
-                   config.model.context, rows * min(config.data.sequence_length, config.model.context), about)
+                   config.model.context, rows * min(config.data.sequence_length, config.model.context), about, config.model.kind == "encoder")
 
 
 def answerer(model: Model, params: Any, tokenizer: Tokenizer, context: int) -> Callable[[list[str], int, Sequence[str], float], list[str]]:
@@ -80,8 +82,25 @@ def tasks(run: saved.Run, asked: Sequence[Ask], *, batch_size: int = 0, contamin
     """
     of, folder = subject(run, batch_size), results.folder(run.workdir, run.step)
     overlap = functools.partial(_overlap, run, contaminated)
-    return [found for ask in asked if (found := benchmark.evaluate(
-        of, ask, folder, bootstrap=run.config.eval.bootstrap, log=log, progress=progress, overlap=overlap)) is not None]
+    judges = [_judge(ask, log) for ask in asked]  # all of them before anything is asked
+    return [found for ask, judge in zip(asked, judges) if (found := benchmark.evaluate(
+        of, ask, folder, bootstrap=run.config.eval.bootstrap, log=log, progress=progress, overlap=overlap, judge=judge)) is not None]
+
+
+def _judge(ask: Ask, log: Callable[[str], None]) -> Callable[[Sequence[str]], list[float]] | None:
+    """What calls a continuation toxic: a list of words, or a class of a classifier when it is likelier than not."""
+    if not ask.read.judge:
+        return None
+    if pathlib.Path(ask.read.judge).is_file():
+        return toxicity.by_words(pathlib.Path(ask.read.judge))
+    folder, _, label = ask.read.judge.rpartition(":")
+    if jax.process_count() > 1:
+        raise ValueError(f"task {ask.task.name}: a classifier judges in one process: run the audit without --processes, or with a list of words")
+    run = saved.open_run(folder, log=log)
+    if run.config.objective.name not in ("classify", "multi_label") or label not in run.config.model.label_names:
+        raise ValueError(f"task {ask.task.name}: {folder} has no class {label!r}; " + (f"its classes: {', '.join(run.config.model.label_names)}" if
+                         run.config.model.label_names else "it is no classifier"))
+    return lambda texts: [float(one["probabilities"][label] > 0.5) for one in classified.label(run, texts)]
 
 
 def _overlap(run: saved.Run, wanted: bool | None, texts: list[str]) -> dict[str, Any]:
@@ -175,6 +194,8 @@ def judge(run: saved.Run, result: dict[str, Any], keep_best: int, log: Callable[
 def harness(run: saved.Run, names: Sequence[str], *, batch_size: int, shots: int | None, limit: int) -> list[dict[str, Any]]:
     """Results of lm-evaluation-harness, on file beside ours; only process 0 writes them."""
     of, written = subject(run, batch_size), []
+    if of.encoder:
+        raise ValueError(f"{run.workdir} holds an encoder, and lm-evaluation-harness asks models that continue text (model.kind=decoder)")
     for result, items in harnesses.evaluate(of, names, shots=shots, limit=limit, bootstrap=run.config.eval.bootstrap):
         path = results.folder(run.workdir, run.step) / f"{result['task']}{f'-{shots}shot' * (shots is not None)}{f'-first{limit}' * bool(limit)}.json"
         if jax.process_index() == 0:

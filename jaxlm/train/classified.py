@@ -109,8 +109,9 @@ def _encode(tok: tokenizers.Tokenizer, text: str, objective: str) -> tuple[np.nd
         [tokens], [words] = stages.words_of(tok, [text])
         return tokens, 0, words
     first, pair, second = text.partition(" ||| ")
-    parts = [np.array(tok.encode(side), np.int32) for side in ((first, second) if pair else (text,))]
-    return np.concatenate([[tok.bos], *(np.append(part, tok.eos) for part in parts)]).astype(np.int32), len(parts[0]) + 2 if pair else 0, np.zeros(0, np.int32)
+    sides = [np.array(tok.encode(side), np.int32) for side in ((first, second) if pair else (text,))]
+    tokens, inputs = stages.pair_of(tok, *sides) if pair else (np.concatenate([[tok.bos], sides[0], [tok.eos]]), 0)
+    return tokens.astype(np.int32), inputs, np.zeros(0, np.int32)
 
 
 def _answer(objective: str, names: Sequence[str], logits: np.ndarray, divisor: float, text: str, tok: tokenizers.Tokenizer, length: int) -> dict[str, Any]:

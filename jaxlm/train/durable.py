@@ -8,11 +8,13 @@ from etils import epath
 
 
 def path_of(workdir) -> epath.Path:
+    """A workdir as an absolute path, or as the URL that it is (gs://...)."""
     path = epath.Path(workdir)
     return path if remote(path) else epath.Path(os.path.abspath(os.path.expanduser(path)))
 
 
 def remote(path) -> bool:
+    """Whether a path is a URL."""
     return "://" in os.fspath(path)
 
 
@@ -40,6 +42,7 @@ def walk(folder: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
 
 
 def sync(path: epath.Path) -> None:
+    """Has the system write a file or folder to the disk itself; remote stores do that when they answer."""
     if remote(path):
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -53,6 +56,7 @@ def sync(path: epath.Path) -> None:
 
 
 def checksum(path: epath.Path) -> dict:
+    """Size and SHA-256 of a file, as the manifest of a checkpoint holds them."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while chunk := file.read(2**20):  # hashing so much at a time runs outside of the GIL: files are summed in parallel

@@ -65,6 +65,24 @@ def resolve(config: Config, workdir: pathlib.Path) -> Config:
     return config
 
 
+def sized(config: Config) -> Config:
+    """The config of a run from nothing with the model that `train.init_from` names, of which no weight is read.
+
+    Raises:
+      ValueError: one line: nothing there, or a `model` key that asks for another model.
+    """
+    origin = config.train.init_from
+    try:
+        given, tokenizer = origins.model(origin)
+    except ValueError as error:
+        raise ValueError(f"train.init_from={origin}, whose sizes are needed: {error}; or say them: --config.train.init_from= "
+                         "--config.model.layers=12 ...") from None
+    model = _merge(config.model, _of_layers(given, config.train.init_layers), origin)
+    return dataclasses.replace(config, model=decoder.vocabulary(model, tokenizer.vocab_size),
+                               tokenizer=dataclasses.replace(config.tokenizer, path=config.tokenizer.path or origin),
+                               train=dataclasses.replace(config.train, init_from="", init_layers=()))
+
+
 def teacher(config: Config) -> TransformerConfig:
     """The model that `objective.teacher` names, as the student's run computes it.
 
@@ -133,7 +151,7 @@ def start(config: Config, target: Any, companion: Any, *, log: Callable[[str], N
     else:
         found = jax.jit(kinds.build(config.model).init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, target))(jax.random.key(config.train.seed))
     if config.lora.rank:
-        notes["base"] = origins.note(origin, step, found)
+        notes["base"] = origins.note(origin, step, origins.body(found))
     mate = None
     if companion is not None and config.objective.teacher:
         mate = origins.params(config.objective.teacher, companion, log=log)
@@ -151,7 +169,7 @@ def borrowed(workdir: pathlib.Path, step: int, config: Config, target: Any, comp
       ValueError: one line: they are gone, or are others.
     """
     notes = json.loads(checkpoint.read_file(workdir, step, origins.BASE))
-    found = origins.base(workdir, step, config, target, log=log) if config.lora.rank else None
+    found = origins.base(workdir, step, config, target) if config.lora.rank else None
     if companion is None:
         return found, None
     told = notes["companion"]

@@ -44,6 +44,7 @@ class Lock:
 
     @property
     def held(self) -> bool:
+        """Whether this process holds it."""
         return self._descriptor is not None
 
     def _take(self) -> None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import config as configs
-from jaxlm import sharding, trees
+from jaxlm import lora, sharding, trees
 from jaxlm import metrics as figures
 from jaxlm.config import Config
 from jaxlm.data import chat, ledger, loader, mixture, pack, prepare, rows, shards
@@ -26,7 +26,7 @@ from jaxlm.train.state import State
 from jaxlm.train.stop import StopRequest, Watchdog
 
 # What may differ when a run goes on in its workdir: how it is computed and reported, not what is computed.
-FREE = ("mesh.", "checkpoint.", "eval.", "train.microbatches", "train.log_every", "train.eval_every", "train.eval_documents", "train.bad_steps",
+FREE = ("mesh.", "checkpoint.", "eval.", "audit.", "train.microbatches", "train.log_every", "train.eval_every", "train.eval_documents", "train.bad_steps",
         "train.watchdog_seconds", "train.sample_prompt", "data.dir", "data.source", "data.threads", "data.prefetch", "model.remat", "model.attention",
         "model.sequence_attention", "model.pipeline_",
         "objective.chunk_rows")
@@ -118,7 +118,7 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
         checkpoints.save(step, state, files | more | {ledger.FILE: json.dumps(entry).encode()}, best.cost(config, found))
 
     # Compiled before any data is read: a request to stop that came meanwhile is seen before the first step.
-    lengths = rows.padded(task, corpus.splits["train"])[0] if task.labelled else [config.data.sequence_length]
+    lengths, mean = rows.padded(task, corpus.splits["train"]) if task.labelled else ([config.data.sequence_length], config.data.sequence_length)
     shapes = {length: setup.shortened(parts.batch, length) if task.labelled else parts.batch for length in {*lengths, lengths[-1]}}
     compiled = {length: parts.step.lower(state, shape).compile() for length, shape in shapes.items()}
     step_fn = lambda state, batch: compiled.get(batch["tokens"].shape[1], parts.step)(state, batch) if task.labelled else compiled[lengths[0]](state, batch)
@@ -126,7 +126,8 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
                              rows=sharding.local_rows(parts.mesh, config.data.batch_size), threads=config.data.threads, prefetch=config.data.prefetch)
     reporter = report.Reporter(workdir, start, {"config": configs.to_json(config), "parameters": report.overview(state.params)}) if primary else None
     clock, health = _Clock(), _Health(config, workdir)
-    log = _Log(parts, epoch, trees.count(parts.plain), peak[0], clock, health, reporter, progress, lambda step: due("log", step))
+    log = _Log(parts, epoch, trees.count(parts.plain), peak[0], clock, health, reporter, progress, lambda step: due("log", step),
+               mean / config.data.sequence_length)
     pending: tuple[int, dict] | None = None
     saved_step, step, found, costs = start, start, None, best.history(config, workdir, start)
     early = best.ends(config, workdir, costs)  # killed after its last evaluation
@@ -180,8 +181,8 @@ def _start(parts: setup.Setup, corpus: shards.Corpus, task: rows.Task, workdir: 
         params, mate, notes, history = initial.start(parts.config, parts.plain, parts.companion, log=note)
         params = parts.dress(params) if mate is None else parts.dress(params, mate)
         if parts.config.lora.init_from:
-            own, rest = trees.split(params, parts.kept)
-            params = trees.merge(initial.adapter(parts.config, notes["base"], trees.split(parts.target.params, parts.kept)[0]), rest)
+            ours = {path: lora.is_adapter(path) for path in parts.kept}
+            params = trees.merge(initial.adapter(parts.config, notes["base"], trees.split(parts.target.params, ours)[0]), trees.split(params, ours)[1])
         return 0, parts.begin(params), history, {origin.BASE: json.dumps(notes).encode()} if notes else {}
     saved = json.loads(checkpoint.read_file(workdir, start, ledger.FILE))
     regrouped = task.mixture != mixture.Mixture() and saved["sources"] != ledger.sources_sha256(corpus)
@@ -314,28 +315,18 @@ def _finish(step: int, early: bool, subject: evaluation.Subject, chosen: tuple[A
         f"  tensorboard --logdir={workdir}        (pip install tensorboard)"]))
 
 
-def _work(parts: setup.Setup) -> float:
-    """Operations of a step as a share of those of training all weights: a third each for the forward pass, the gradients of activations and those of weights,
-    of which frozen ones have none; the frozen model beside it has a forward pass more."""
-    whole = trees.count(parts.plain)
-    if parts.config.lora.rank or parts.companion is not None:
-        trained = trees.count(trees.split(parts.target.params, parts.kept)[0]) / whole
-        beside = 1.0 if parts.config.objective.name == "preference" else 0.0
-        beside = trees.count(parts.companion) / whole if parts.companion is not None else beside
-        return (2 + min(trained, 1.0) + beside) / 3
-    return 1.0
-
-
 class _Log:
-    """Reads a finished step's metrics, looks at their health, shows and writes them."""
+    """Reads a finished step's metrics, looks at their health, shows and writes them. Of labelled texts, whose batches differ in length, `share` is the mean
+    length over the longest one: speed counts what was computed."""
 
     def __init__(self, parts: setup.Setup, epoch: pack.EpochSize, params: int, peak: float, clock: "_Clock", health: "_Health",
-                 reporter: report.Reporter | None, progress: report.Progress, due: Callable[[int], bool]):
+                 reporter: report.Reporter | None, progress: report.Progress, due: Callable[[int], bool], share: float):
         self._total, self._clock, self._health, self._reporter, self._progress, self._due = parts.total, clock, health, reporter, progress, due
         config = parts.config
         self._tokens, self._padding = config.data.batch_size * setup.row_tokens(config), epoch.padding / epoch.positions
         flops = report.flops_per_token(config.model, params, config.data.sequence_length, config.data.target_length)
-        self._load = self._tokens * flops * _work(parts) / peak  # seconds at the peak
+        self._computed = self._tokens * share
+        self._load = self._computed * flops * setup.work(parts) / peak  # seconds at the peak
 
     def __call__(self, step: int, metrics: dict[str, Any]) -> None:
         values = jax.device_get(metrics)
@@ -348,10 +339,10 @@ class _Log:
         if self._due(step):
             self._reporter.scalars(step, {
                 **{f"train/{name}": value for name, value in means.items()}, **{f"train/{name}": float(value) for name, value in values.items()},
-                "train/skipped": self._health.skipped, "train/tokens": step * self._tokens, "perf/tokens_per_second": self._tokens / seconds,
+                "train/skipped": self._health.skipped, "train/tokens": step * self._tokens, "perf/tokens_per_second": self._computed / seconds,
                 "perf/mfu": self._load / seconds, "perf/step_seconds": seconds, "perf/data_wait": self._clock.wait_share(), "perf/padding": self._padding,
                 **report.memory_gib()})
-        self._progress.show(f"step {step}/{self._total}  loss {means['loss']:.3f}  {report.count(self._tokens / seconds)} tokens/s  "
+        self._progress.show(f"step {step}/{self._total}  loss {means['loss']:.3f}  {report.count(self._computed / seconds)} tokens/s  "
                             f"MFU {self._load / seconds:.0%}  left {report.duration((self._total - step) * seconds)}", final=step == self._total)
 
 

@@ -55,6 +55,8 @@ class _Texts:
         answers, calibrated = judged.answers, judged.result.summary["temperature"]
         documents, first = np.unique(answers.document, return_index=True)
         self.split, self.documents = split, documents
+        self.row = np.repeat(np.arange(len(documents)), np.diff([*first, len(answers.document)]))  # of each answer its text: of tags there is one for each word
+        self.place = np.arange(len(answers.document)) - first[self.row]
         self.texts = [classified.plain(examples.texts[i]) for i in documents]
         self.fields = [examples.fields[i] for i in documents]
         self.ids = [of.corpus.document_id(split, int(i)) for i in documents]
@@ -164,13 +166,22 @@ def _share(here: _Texts, value: float) -> str:
 
 
 def _suspects(here: _Texts, corpus: Corpus, features: Any, told: str) -> str:
-    if here.name != "classify":
+    if here.name == "regress":
         return ""
     parts = ["<p>Texts that look like another class at least as much as its own texts do on average (confident learning). Read them before you change a label: "
              "an unusual text looks the same as a wrong label.</p>"]
-    found = mistakes.label_errors(here.probs, here.truth.argmax(axis=1))
-    parts.append(f"<h3>{page.text(here.split)}: {len(found):,} of {len(here.texts):,}</h3><p>By the probabilities of this model, which has not seen them.</p>"
-                 + _suspect_table(found, here.names, here.texts, here.ids))
+    if here.name == "multi_label":
+        sets = [(name, one) for c, name in enumerate(here.names)
+                for one in mistakes.label_errors(np.stack([1 - here.probs[:, c], here.probs[:, c]], axis=1), (here.truth[:, c] > 0).astype(np.int64))]
+        found = [one for _, one in sets]
+        rows = sorted(((one.margin, (f"not {name}", name), one) for name, one in sets), key=lambda row: -row[0])[:_SHOWN]
+        table = [[page.text(said[one.given]), page.text(said[one.likely]), f"{margin:.2f}", _cell(here.texts[one.place], here.ids[one.place])]
+                 for margin, said, one in rows]
+        shown, what = page.table(["label", "looks like", ">margin", "text"], table) if table else "<p>None.</p>", f"{len(here.texts):,} texts, class by class"
+    else:
+        found, what = mistakes.label_errors(here.probs, here.truth.argmax(axis=1)), f"{len(here.probs):,}" + " words" * (here.name == "token_classify")
+        shown = _suspect_table(found, here.names, [_in_place(here, i) for i in range(len(here.row))], [here.ids[i] for i in here.row])
+    parts.append(f"<h3>{page.text(here.split)}: {len(found):,} of {what}</h3><p>By the probabilities of this model, which has not seen them.</p>" + shown)
     if features is not None and here.split != "train":
         train = corpus.examples("train")
         truth = labels.targets("classify", here.names, train.labels)
@@ -182,9 +193,18 @@ def _suspects(here: _Texts, corpus: Corpus, features: Any, told: str) -> str:
     return "".join(parts)
 
 
+def _cell(text: str, place: str) -> str:
+    return f"{page.text(text)}<small>{page.text(place)}</small>"
+
+
+def _in_place(here: _Texts, answer: int) -> str:
+    """A text, of tags the word before the text it stands in."""
+    text = here.texts[here.row[answer]]
+    return f"{text.split()[here.place[answer]]}: {text}" if here.name == "token_classify" else text
+
+
 def _suspect_table(found: Sequence[mistakes.Suspect], names: Sequence[str], texts: Sequence[str], ids: Sequence[str]) -> str:
-    cell = lambda place: f"{page.text(texts[place])}<small>{page.text(ids[place])}</small>"
-    rows = [[page.text(names[one.given]), page.text(names[one.likely]), f"{one.margin:.2f}", cell(one.place)] for one in found[:_SHOWN]]
+    rows = [[page.text(names[one.given]), page.text(names[one.likely]), f"{one.margin:.2f}", _cell(texts[one.place], ids[one.place])] for one in found[:_SHOWN]]
     return page.table(["label", "looks like", ">margin", "text"], rows) if rows else "<p>None.</p>"
 
 

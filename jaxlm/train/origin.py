@@ -22,8 +22,8 @@ from jaxlm.data import chat, ledger
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.interop import gguf, hf
 from jaxlm.models import decoder, kinds
-from jaxlm.train import checkpoint
-from jaxlm.train.form import form
+from jaxlm.train import best, checkpoint
+from jaxlm.train.form import form, is_head
 
 BASE = "base.json"
 
@@ -73,7 +73,8 @@ def absolute(origin: str) -> str:
 
 
 def step_of(origin: str, log: Callable[[str], None] = print) -> int:
-    """The newest whole checkpoint of a workdir; 0 for files of others.
+    """The checkpoint of a workdir that evaluation and use begin with, too: the newest whole one, or where the run says what is best (`best.chooses`) the
+    best; 0 for files of others.
 
     Raises:
       ValueError: one line: nothing there.
@@ -81,8 +82,10 @@ def step_of(origin: str, log: Callable[[str], None] = print) -> int:
     if origin.partition(":")[0] in ("hf", "gguf") and ":" in origin:
         return 0
     step = checkpoint.newest(origin, log=log)
+    if step is not None and best.chooses(read_files(pathlib.Path(origin), step)[0]):
+        step = best.step(pathlib.Path(origin)) or step
     if step is None:
-        raise ValueError(f"train.init_from={origin} holds no checkpoint: give the workdir of a run, hf:DIR for a Hugging Face directory, or gguf:FILE")
+        raise ValueError(f"{origin} holds no checkpoint: give the workdir of a run, hf:DIR for a Hugging Face directory, or gguf:FILE")
     return step
 
 
@@ -136,7 +139,7 @@ def params(origin: str, target: Any, layers: Sequence[int] = (), *, step: int | 
         return jax.jit(functools.partial(_take, tuple(layers)), out_shardings=places)(full)
     if source := _foreign(origin):
         return source.load(jax.tree.map(lambda leaf: leaf.sharding, target))
-    return saved(pathlib.Path(origin), step_of(origin, log) if step is None else step, target, log=log)
+    return saved(pathlib.Path(origin), step_of(origin, log) if step is None else step, target)
 
 
 def headed(origin: str, target: Any, init: Callable[[jax.Array], Any], seed: int, layers: Sequence[int] = (), *, step: int | None = None,
@@ -168,7 +171,7 @@ def _take(layers: tuple[int, ...], tree: Any) -> Any:
     return trees.map_paths(lambda path, leaf: leaf[jnp.array(layers)] if path.startswith("layers/") else leaf, tree)
 
 
-def saved(workdir: pathlib.Path, step: int, target: Any, *, log: Callable[[str], None] = print) -> Any:
+def saved(workdir: pathlib.Path, step: int, target: Any) -> Any:
     """The plain parameters of a checkpoint: the average where the run keeps one, adapters merged into their base, compact leaves in float32 again.
 
     Raises:
@@ -186,7 +189,7 @@ def saved(workdir: pathlib.Path, step: int, target: Any, *, log: Callable[[str],
     trained, frozen = trees.split(stored, kept.trainable)
     if config.lora.rank:
         own = checkpoint.restore_params(workdir, step, trained, ema=ema)
-        whole = trees.merge(_dress(kept, base(workdir, step, config, target, log=log), trees.map_paths(lambda _, leaf: leaf.sharding, frozen)), own)
+        whole = trees.merge(_dress(kept, base(workdir, step, config, target), trees.map_paths(lambda _, leaf: leaf.sharding, frozen)), own)
     else:
         whole = checkpoint.restore_params(workdir, step, stored)
         if ema:
@@ -204,7 +207,7 @@ def note(origin: str, step: int, found: Any) -> dict[str, Any]:
     return {"origin": absolute(origin), "step": step, "fingerprint": lora.fingerprint(found)}
 
 
-def base(workdir: pathlib.Path, step: int, config: Config, target: Any, *, log: Callable[[str], None] = print) -> Any:
+def base(workdir: pathlib.Path, step: int, config: Config, target: Any) -> Any:
     """The base of a checkpoint's adapters, read again from where it came from.
 
     Raises:
@@ -212,11 +215,17 @@ def base(workdir: pathlib.Path, step: int, config: Config, target: Any, *, log: 
     """
     told = json.loads(checkpoint.read_file(workdir, step, BASE))["base"]
     try:
-        found = params(told["origin"], target, config.train.init_layers, step=told["step"], log=log)
+        found = headed(told["origin"], target, kinds.build(config.model).init, config.train.seed, config.train.init_layers, step=told["step"],
+                       log=lambda line: None)
     except ValueError as error:
         raise ValueError(f"the adapter in {workdir} needs its base {told['origin']} (step {told['step']}), which cannot be read: {error}") from None
-    same_base(told, found, f"the adapter in {workdir}")
+    same_base(told, body(found), f"the adapter in {workdir}")
     return found
+
+
+def body(params: Any) -> Any:
+    """What of a base adapters leave as it is: all but a head for labels, which is trained beside them and saved with them."""
+    return trees.unflatten({path: leaf for path, leaf in trees.flatten(params).items() if not is_head(path)})
 
 
 def same_base(told: dict[str, Any], found: Any, what: str) -> None:

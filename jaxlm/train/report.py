@@ -48,10 +48,12 @@ class Reporter:
         self._board.scalars(step, values)
 
     def text(self, step: int, name: str, text: str) -> None:
+        """Shows a text in TensorBoard."""
         from tensorboardX import summary
         self._board.write(step, summary=summary.text(name, text))
 
     def close(self) -> None:
+        """Writes what is left."""
         self._file.close()
         self._board.close()
 
@@ -103,6 +105,26 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_texts(workdir: pathlib.Path, name: str) -> list[tuple[int, str]]:
+    """The texts that `Reporter.text` wrote under a name, by step; of a step that was done twice the last, and none where a file ends in the middle."""
+    from tensorboardX.proto import event_pb2
+    found: dict[int, str] = {}
+    for path in sorted(pathlib.Path(workdir).glob("events.out.tfevents.*")):
+        data, at = path.read_bytes(), 0
+        while at + 12 <= len(data):  # a record: its length, a sum of that, itself, a sum of that
+            size = int.from_bytes(data[at:at + 8], "little")
+            if at + size + 16 > len(data):
+                break
+            event = event_pb2.Event.FromString(data[at + 12:at + 12 + size])
+            at += size + 16
+            if event.session_log.status == event_pb2.SessionLog.START:  # an interrupted run went on before this step
+                found = {step: text for step, text in found.items() if step < event.step}
+            for value in event.summary.value:
+                if value.tag.split("/")[0] == name and value.tensor.string_val:
+                    found[event.step] = value.tensor.string_val[0].decode("utf-8", "replace")
+    return sorted(found.items())
+
+
 def overview(params: Any) -> str:
     """A table of all parameters, their shapes and their total."""
     from clu import parameter_overview
@@ -116,7 +138,7 @@ def flops_per_token(cfg: TransformerConfig, params: int, sequence_length: int, t
     cfg = cfg.filled()
     if cfg.encoder_layers:
         return _flops_of_pair(cfg, sequence_length, target_length) / (sequence_length + target_length)
-    looked_up = (0 if cfg.tied else cfg.vocab_size * cfg.width) + cfg.token_types * cfg.width
+    looked_up = (0 if cfg.tied and cfg.output == "tokens" else cfg.vocab_size * cfg.width) + cfg.token_types * cfg.width
     looked_up += (cfg.context + cfg.position_offset) * cfg.width if cfg.positions == "learned" else 0
     idle = len(cfg.sparse_layers) * (cfg.experts - cfg.experts_per_token) * 3 * cfg.width * cfg.expert_feedforward
     return 6 * (params - looked_up - idle) + (6 if cfg.causal else 12) * cfg.layers * sequence_length * cfg.heads * cfg.head_size
@@ -172,6 +194,7 @@ class Progress:
         self._live, self._every, self._last, self._width = sys.stdout.isatty(), seconds_between_lines, -math.inf, 0
 
     def show(self, line: str, *, final: bool = False) -> None:
+        """Shows a line in place of the last one on a terminal; elsewhere only now and then, and when `final`."""
         if self._live:
             print("\r" + line.ljust(self._width), end="\n" if final else "", flush=True)
             self._width = 0 if final else len(line)

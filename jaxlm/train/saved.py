@@ -22,6 +22,8 @@ from jaxlm.train.form import form
 
 
 class Run(NamedTuple):
+    """A checkpoint with all that is needed to use it."""
+
     workdir: pathlib.Path
     step: int
     config: Config  # with the vocabulary filled in
@@ -47,7 +49,12 @@ def open_run(workdir: os.PathLike | str, step: int | None = None, *, mesh: MeshC
     """
     workdir = pathlib.Path(workdir)
     if step is not None and step in checkpoint.steps(workdir):
-        return _open(workdir, step, mesh)
+        try:
+            return _open(workdir, step, mesh)
+        except Exception:
+            if step in checkpoint.steps(workdir):
+                raise
+            raise ValueError(f"the checkpoint of step {step} in {workdir} was deleted while it was read: leave --step out for the newest one") from None
     if not checkpoint.steps(workdir):
         what = "has no checkpoint yet: wait for the first one" if workdir.is_dir() else "does not exist: give the folder of a run"
         raise ValueError(f"{workdir} {what}, or make one with jaxlm train --config=quickstart --workdir={workdir}")
@@ -90,7 +97,7 @@ def adapters(workdir: os.PathLike | str, step: int | None = None, *, log: Callab
     dressed = jax.eval_shape(kept.dress, shapes, jax.random.key(0))
     target = trees.map_paths(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), trees.split(dressed, kept.trainable)[0])
     if more := [path for path in trees.flatten(target) if not lora.is_adapter(path)]:
-        raise ValueError(f"{workdir} also trained {more[0]} (optim.trainable), which an adapter cannot hold: leave --adapter out")
+        raise ValueError(f"{workdir} also trained {more[0]}, which an adapter cannot hold: leave --adapter out")
     found = checkpoint.restore_params(workdir, step, target, ema=config.optim.ema > 0)
     return config, step, found, json.loads(checkpoint.read_file(workdir, step, origin.BASE))["base"]
 

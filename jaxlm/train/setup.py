@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import lora, optim, sharding, trees
-from jaxlm.config import LABELLED, Config, steps_of
+from jaxlm.config import LABELLED, Config, TransformerConfig, steps_of
 from jaxlm.models import attend, decoder, encdec, pipeline
 from jaxlm.objectives import COMPANION, KINDS, OBJECTIVES, distilled
 from jaxlm.train import form as forms
@@ -78,6 +79,7 @@ class Setup(NamedTuple):
     target: State  # of jax.ShapeDtypeStruct with shardings: what `init` makes
     plain: dict[str, Any]  # likewise, the parameters of the model that `train.init_from` gives: `target.params` without adapters and companion, in float32
     companion: dict[str, Any] | None  # likewise, of the frozen model beside it: a teacher, or the reference of preferences
+    trainable: dict[str, bool]  # path -> whether the parameter has a gradient
     kept: dict[str, bool]  # path -> whether a checkpoint holds the parameter; the others come from where they came from
     batch: dict[str, jax.ShapeDtypeStruct]  # what `step` is given
     init: Callable[[], State]
@@ -88,7 +90,8 @@ class Setup(NamedTuple):
     steps: Callable[[str, str], int]  # (config key, duration) -> steps
 
 
-def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int | None = None, platform: str = "") -> Setup:
+def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int | None = None, platform: str = "",
+          teacher: TransformerConfig | None = None) -> Setup:
     """Checks what only the tokenizer, the corpus and the devices can tell, and builds the run.
 
     Args:
@@ -97,6 +100,7 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
       tokenizer_size: pieces of the tokenizer.
       tokens_per_epoch: targets of the training split; None where there is none (benchmarks).
       platform: "cpu", "gpu" or "tpu", of a mesh without devices; empty: what the devices of `mesh` are.
+      teacher: the model of a teacher whose files are not read; None: what objective.teacher names.
 
     Raises:
       ValueError: one line, for a vocabulary that is too small, sizes that the mesh does not divide, a warm-up longer than the run, a rule
@@ -124,7 +128,7 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
     steps = lambda key, duration: steps_of(key, duration, tokens_per_step=tokens_per_step, tokens_per_epoch=tokens_per_epoch, total=total)
 
     form, plain = forms.form(config, config.model, mesh)
-    mate, model = _companion(config, mesh), form.model
+    mate, model = _companion(config, mesh, teacher), form.model
     axes, trainable = form.axes, form.trainable
     if mate is not None:
         axes = axes | {f"{COMPANION}/{path}": names for path, names in mate[0].axes.items()}
@@ -162,10 +166,10 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
         return mean_gradient(*trees.split(params, trainable), batch, key, objective, parts)
 
     begin = functools.partial(jax.jit, init, out_shardings=state_places, compiler_options=_compiled_quickly(platform or sharding.platform(mesh)))
-    return Setup(config, mesh, model, total, target, plain, mate and mate[1], {path: not borrowed(path) for path in axes}, batch,
+    return Setup(config, mesh, model, total, target, plain, mate and mate[1], trainable, {path: not borrowed(path) for path in axes}, batch,
                  lambda: begin()(jax.random.key(config.train.seed)),
                  lambda params: begin(donate_argnums=1)(jax.random.key(config.train.seed), params),
-                 functools.partial(jax.jit(dress, out_shardings=places, donate_argnums=1), jax.random.key(config.train.seed)),
+                 functools.partial(_without_warning, jax.jit(dress, out_shardings=places, donate_argnums=1), jax.random.key(config.train.seed)),
                  jax.jit(step, donate_argnums=0, out_shardings=(state_places, whole)),
                  jax.jit(gradient, out_shardings=(trained_places, whole)), steps)
 
@@ -177,12 +181,32 @@ def _compiled_quickly(platform: str) -> dict[str, int] | None:
     return {"xla_backend_optimization_level": 2} if platform == "cpu" and not chosen else None
 
 
-def _companion(config: Config, mesh: Mesh) -> tuple[lora.Form, dict[str, Any]] | None:
+def work(parts: Setup) -> float:
+    """Operations of a step as a share of those of training all weights: a third each for the forward pass, the gradients of activations and those of weights,
+    of which frozen ones have none; the first layers, frozen, have a forward pass alone; the frozen model beside it has a forward pass more."""
+    config = parts.config  # of labels the embedding is no matrix that is multiplied by
+    whole = trees.count({name: part for name, part in parts.plain.items() if name != "embed" or config.objective.name not in LABELLED})
+    beside = trees.count(parts.companion) / whole if parts.companion is not None else 1.0 if config.objective.name == "preference" else 0.0
+    still = trees.count(parts.plain["layers"]) / whole * config.optim.frozen_layers / config.model.layers if config.optim.frozen_layers else 0.0
+    trained = trees.count(trees.split(parts.target.params, parts.trainable)[0]) / whole
+    return (1 + (1 - still) + min(trained, 1 - still) + beside) / 3
+
+
+def _without_warning(function: Callable, *arguments: Any) -> Any:
+    """A jitted function whose donated arguments may have no result of their shape: of layers that are cut or quantised only some can be used again."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        return function(*arguments)
+
+
+def _companion(config: Config, mesh: Mesh, teacher: TransformerConfig | None) -> tuple[lora.Form, dict[str, Any]] | None:
     """The frozen model that an objective compares with: a teacher; or, of preferences without adapters, the model that training began with."""
-    if config.objective.teacher:
+    if config.objective.teacher and teacher is None:
         from jaxlm.train import initial  # reads files, for which more is imported than a step needs
 
-        return forms.form(config, initial.teacher(config), mesh, companion=True)
+        teacher = initial.teacher(config)
+    if config.objective.teacher:
+        return forms.form(config, teacher, mesh, companion=True)
     if config.objective.name == "preference" and not config.lora.rank:
         return forms.form(config, config.model, mesh, companion=True)
     return None

@@ -26,6 +26,7 @@ class StopRequest:
             signal.signal(signal.SIGTERM, self._handle)
 
     def arm(self) -> None:
+        """From now on a signal is a request that the loop will see."""
         self._armed = True
 
     def _handle(self, number, frame) -> None:
@@ -51,6 +52,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
+        """130 after Ctrl-C, else 0: a preempted run has done as it was told."""
         return 130 if self.signal == signal.SIGINT else 0
 
 
@@ -66,6 +68,7 @@ class Watchdog:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def beat(self) -> None:
+        """Says that a step was done."""
         self._last = time.monotonic()
 
     def __enter__(self) -> "Watchdog":

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import pathlib
+import shutil
 
 import pytest
 
@@ -233,10 +235,42 @@ def test_sizes_by_counting():
 
 
 def test_operations_of_splash_are_added():
-    """Per layer and row of T tokens: 9 products of T x T / 2 x heads x size, with recomputation, else 7, against 6 in the model's own count."""
+    """Per layer and row of T tokens: 11 products of T x T / 2 x heads x size, with recomputation, else 9, against 6 in the model's own count."""
     wide = TINY["model"] | dict(width=512, heads=4, context=128)
     cfg = tiny(model=wide | dict(remat="full"), data=dict(sequence_length=128, batch_size=8))
-    assert formula.kernel_flops(cfg, "tpu") == 9 * 4 * 8 * 128 * 128 * 512 and formula.kernel_flops(cfg, "gpu") == 0
+    assert formula.kernel_flops(cfg, "tpu") == 11 * 4 * 8 * 128 * 128 * 512 and formula.kernel_flops(cfg, "gpu") == 0
     plain = tiny(model=wide | dict(remat="none"), data=dict(sequence_length=128, batch_size=8))
-    assert formula.kernel_flops(plain, "tpu") == 7 * 4 * 8 * 128 * 128 * 512
+    assert formula.kernel_flops(plain, "tpu") == 9 * 4 * 8 * 128 * 128 * 512
     assert formula.kernel_flops(tiny(), "tpu") == 0  # heads of 16
+
+
+def test_adapters_quantised_bases_and_frozen_layers_need_less():
+    judged = lambda **parts: plan.judge(tiny(model=TINY["model"] | dict(width=256), **parts), H100)
+    full, lora = judged(), judged(lora=dict(rank=4))
+    nf4, frozen = judged(lora=dict(rank=4), optim=dict(frozen_dtype="nf4")), judged(optim=dict(frozen_layers=2))
+    assert lora.memory["optimiser"] < full.memory["optimiser"] / 8 and lora.memory["parameters"] == pytest.approx(full.memory["parameters"], rel=0.1)
+    assert nf4.memory["parameters"] < full.memory["parameters"] / 4 and nf4.memory["optimiser"] == pytest.approx(lora.memory["optimiser"], rel=0.01)
+    assert 0.6 < lora.useful / full.useful < 0.75 and 0.6 < frozen.useful / full.useful < 0.8 and frozen.memory["optimiser"] < 0.6 * full.memory["optimiser"]
+    sent = lambda verdict: sum(c.bytes * c.times for c in verdict.collectives if c.kind == "reduce-scatter")
+    assert sent(lora) < sent(full) / 8
+    pairs = judged(objective=dict(name="preference"), data=TINY["data"] | dict(format="preference"))  # the reference lies beside it
+    assert pairs.memory["parameters"] == pytest.approx(2 * full.memory["parameters"], rel=0.01) and pairs.useful == pytest.approx(4 / 3 * full.useful, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["classify", "regress", "token_classify"])
+def test_labels_have_a_verdict(name):
+    model = TINY["model"] | dict(kind="encoder", causal=False)
+    found = plan.judge(tiny(model=model, objective=dict(name=name), data=TINY["data"] | dict(label_key="label")), H100)
+    assert found.fits and found.config.model.labels in (0, 1, 2)
+
+
+def test_what_a_run_begins_from_is_read_for_its_sizes(tmp_path):
+    fixtures = pathlib.Path(__file__).parents[1] / "interop" / "fixtures"
+    folder = shutil.copytree(fixtures / "encoders" / "bert", tmp_path / "bert")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh"]) + "\n")
+    with pytest.raises(ValueError, match="train.init_from=hf:nowhere, whose sizes are needed: .*; or say them: --config.train.init_from= ") as caught:
+        plan.judge(config.load("sentiment", [("train.init_from", "hf:nowhere")]), H100)
+    assert "\n" not in str(caught.value)
+    asked = config.load("sentiment", [("train.init_from", f"hf:{folder}"), ("data.sequence_length", "16"), ("mesh.fsdp", "1")])
+    found = plan.largest_batch(plan.judge(asked, chips.topology("gpu:h100x1")))
+    assert found.fits and found.largest_rows > 16 and (found.config.model.width, found.config.model.output) == (16, "sequence_labels")

@@ -46,6 +46,27 @@ def test_a_gather_fused_with_computation_counts_once():
     assert [(c.kind, c.times) for c in hlo.collectives(hlo.parse(text), MESH)] == [("all-gather", 1)]
 
 
+def test_a_gather_beside_a_loop_counts_once():
+    """It starts before the loop and ends after it; what runs beside it in the loop carries it too."""
+    inside = "".join(f"%{name} (q: bf16[8]) -> bf16[8] {{\n  %q.{at} = bf16[8]{{0}} parameter(0)\n  ROOT %g.{at} = bf16[{WHOLE}]{{0}} all-gather(%q.{at}), "
+                     f"{GATHER}\n}}\n\n" for at, name in enumerate(("f1", "async_collective_fusion.7", "f3")))
+    loop = f"""%body (p: bf16[8]) -> bf16[8] {{
+  %p.1 = bf16[8]{{0}} parameter(0)
+  ROOT %beside = bf16[8]{{0:S(1)}} fusion(%p.1), kind=kOutput, calls=%async_collective_fusion.7, backend_config={{{MILLISECOND}}}
+}}
+
+%condition (p: bf16[8]) -> pred[] {{
+  %p.2 = bf16[8]{{0}} parameter(0)
+  ROOT %c = pred[] constant(true)
+}}
+"""
+    body = "\n".join(["  %async-collective-start = (bf16[8]{0}, u32[]) fusion(%p), kind=kCustom, calls=%f1",
+                      '  %w = bf16[8]{0} while(%p), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}',
+                      "  %async-collective-done = bf16[8]{0} fusion(%w), kind=kCustom, calls=%f3"])
+    t = times(body, rest=inside + loop)
+    assert (t.compute, t.ici, t.ici_busy) == (pytest.approx(5e-3), 0.0, pytest.approx(2e-3))
+
+
 def test_a_loop_runs_as_often_as_it_does():
     rest = f"""%body (p: (s32[], bf16[8])) -> (s32[], bf16[8]) {{
   %p.1 = (s32[], bf16[8]{{0}}) parameter(0)
@@ -83,9 +104,16 @@ def test_slices_exchange_over_the_network():
     assert t.dcn_busy == pytest.approx(12.5e6 / 3.125e9) and t.dcn == pytest.approx(t.dcn_busy - 1e-3) and t.ici == 0
 
 
-def test_splash_is_reckoned_by_its_shapes():
-    """Its kernels carry no estimate: 2 products forward, 5 backward, of the causal half."""
-    q = "  %q = bf16[1,32,2048,128]{3,2,1,0} copy(%p), backend_config={" + MILLISECOND + "}"
-    kernel = lambda name: f'  %splash_mha_{name}_residuals.2 = bf16[1,32,2048,128]{{3,2,1,0}} custom-call(%q), custom_call_target="tpu_custom_call"'
-    forward, both = (times("\n".join([q, *map(kernel, names)])).compute - 1e-3 for names in (["fwd"], ["fwd", "dkv"]))
-    assert forward == pytest.approx(2 * 32 * 2048**2 * 128 / 197e12 / 0.5) and both == pytest.approx(3.5 * forward)
+@pytest.mark.parametrize("rows", ["1,", ""])
+def test_splash_is_reckoned_by_its_shapes(rows):
+    """Its kernels carry no estimate: 2 products forward, 4 and 3 backward, or 5 in one kernel that has the queries' gradient by blocks, of the causal half; one
+    row has no axis of rows."""
+    def seconds(name, result):
+        q = f"  %q = bf16[{rows}32,2048,128]{{2,1,0}} copy(%p), backend_config={{{MILLISECOND}}}"
+        kernel = f'  %splash_mha_{name}_residuals.2 = {result} custom-call(%q), custom_call_target="tpu_custom_call"'
+        return times(f"{q}\n{kernel}").compute - 1e-3
+
+    product, same = 32 * 2048**2 * 128 / 197e12 / 0.5, f"bf16[{rows}32,2048,128]{{2,1,0}}"
+    fused = f"(bf16[2,{rows}32,2048,128]{{3,2,1,0}}, {same})"
+    found = [seconds("fwd", same), seconds("dkv", f"({same}, {same})"), seconds("dq", same), seconds("dkv", fused)]
+    assert found == [pytest.approx(n * product) for n in (2, 4, 3, 5)]

@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import pathlib
+import shutil
 
 import numpy as np
 import pytest
 
 from jaxlm import config
-from jaxlm.data import labels, loader, pack, prepare, rows, tasks, tokenizer
+from jaxlm.data import labels, loader, pack, prepare, rows, stages, tasks, tokenizer, tokenizer_json
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "tokenizers"
 
 
 def prepared(folder, lines, objective="classify", source=None, **data):
@@ -95,15 +99,37 @@ def test_pairs_types_and_truncation():
     cut, first = rows.cut_text(task, tokens, 12)
     assert cut.tolist() == [1, 10, 11, 12, 2, 30, 31, 32, 33, 2] and first == 5  # the longer text loses its end
     assert rows.cut_text(task, np.array([1, *range(5, 30), 2]), 0)[0].tolist() == [1, *range(5, 13), 2]
+    two = np.array([1, *range(10, 20), 2, 2, *range(30, 34), 2])  # RoBERTa's separators
+    assert rows.cut_text(task, two, 13)[0].tolist() == [1, 10, 11, 12, 2, 2, 30, 31, 32, 2] and rows.cut_text(task, two, 13)[1] == 6
     batch = tasks.text_batch([(cut, first), (np.zeros(0, int), 0)], np.array([3, -1]), 16, last=True, types=True)
     assert batch["types"][0].tolist() == [0] * 5 + [1] * 5 + [0] * 6 and batch["weights"][0].argmax() == 9 and not batch["weights"][1].any()
+
+
+def test_a_pair_is_framed_as_its_model_has_it(tmp_path):
+    special, of = lambda name: {"SpecialToken": {"id": name}}, lambda name: {"Sequence": {"id": name}}
+    template = lambda n: {"type": "TemplateProcessing", "pair": [special("<s>"), of("A"), *[special("</s>")] * n, of("B"), special("</s>")]}
+    assert [tokenizer_json.separators(step) for step in (None, template(1), template(2), {"type": "RobertaProcessing"}, {"type": "BertProcessing"},
+                                                        {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template(2)]})] == [1, 1, 2, 2, 1, 2]
+    folder = shutil.copytree(FIXTURES / "byte_level_legacy", tmp_path / "t")
+    vocab = json.loads((folder / "vocab.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(vocab | {"<s>": len(vocab), "</s>": len(vocab) + 1}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "RobertaTokenizer"}))
+    for name, count in ((folder, 2), (FIXTURES / "word_piece", 1)):
+        tok = tokenizer.load(name)
+        tokens, first = stages.pair_of(tok, np.array([7, 8]), np.array([9]))
+        assert tokens.tolist() == [tok.bos, 7, 8, *[tok.eos] * count, 9, tok.eos] and first == 3 + count
 
 
 def test_tags_stand_at_the_first_token_of_each_word(tmp_path):
     lines = [{"text": ["Anna", "lives", "in", f"Rome{i}"], "label": ["B-per", "O", "O", "B-loc"]} for i in range(30)]
     lines += [{"text": f"word {'long' * 20} end{i}", "label": "O B-loc O"} for i in range(10)]
-    _, corpus, task = prepared(tmp_path, lines, "token_classify")
+    cfg, corpus, task = prepared(tmp_path, lines, "token_classify")
     assert task.label_names == ("O", "B-loc", "B-per")
+    weighed = dataclasses.replace(cfg, objective=config.ObjectiveConfig(name="token_classify", class_weights=(("B-loc", 3.0), ("B-per", 0.5))))
+    weighed = rows.build(weighed, tokenizer.load(corpus.tokenizer_path), corpus)
+    _, batch = next(iter(loader.batches(corpus, "train", weighed, batch_size=8, seed=0, start_step=0, stop_step=1, threads=0)))
+    tagged = batch["weights"] > 0
+    assert np.array_equal(batch["weights"][tagged], np.array([1, 3, 0.5], np.float32)[batch["targets"][tagged]]) and len(set(batch["weights"][tagged])) > 1
     [batch] = loader.evaluation_batches(corpus, "test", task, batch_size=8, overlap=0)
     for row in range(8):
         example = corpus.examples("test")
@@ -131,10 +157,27 @@ def test_class_weights(tmp_path):
     even = dataclasses.replace(cfg, objective=config.ObjectiveConfig(name="classify", class_balance=1.0, class_weights=(("usual", 2.0),)))
     tok = tokenizer.load(corpus.tokenizer_path)
     train = corpus.examples("train").labels
-    assert rows.build(even, tok, corpus).class_weights == pytest.approx([len(train) / 2 / train.count("rare"), 2 * len(train) / 2 / train.count("usual")])
+    weighed = rows.build(even, tok, corpus)
+    assert weighed.class_weights == pytest.approx([len(train) / 2 / train.count("rare"), 2 * len(train) / 2 / train.count("usual")])
+    [(_, batch)] = loader.batches(corpus, "train", weighed, batch_size=36, seed=0, start_step=0, stop_step=1, threads=0)
+    assert batch["weights"].sum(axis=1) == pytest.approx(batch["labels"] @ weighed.class_weights)  # in training; evaluations count each text once
+    assert {float(w) for b in loader.evaluation_batches(corpus, "test", weighed, batch_size=4, overlap=0) for w in b["weights"].sum(axis=1)} == {1.0}
     wrong = dataclasses.replace(cfg, objective=config.ObjectiveConfig(name="classify", class_weights=(("spam", 2.0),)))
     with pytest.raises(ValueError, match="names the class 'spam'"):
         rows.build(wrong, tok, corpus)
+
+
+def test_class_weights_of_several_classes(tmp_path):
+    """They stand in place of 1 in training, so that the loss of a text that has the class is multiplied; evaluations know nothing of them."""
+    lines = texts(60, lambda i: ["rare", "usual"] if i % 4 == 0 else ["usual"] if i % 2 else [])
+    cfg, corpus, task = prepared(tmp_path, lines, "multi_label")
+    cfg = dataclasses.replace(cfg, objective=config.ObjectiveConfig(name="multi_label", class_weights=(("rare", 3.0),)))
+    task = rows.build(cfg, tokenizer.load(corpus.tokenizer_path), corpus)
+    assert task.class_weights.tolist() == [3, 1]
+    [(_, batch)] = loader.batches(corpus, "train", task, batch_size=36, seed=0, start_step=0, stop_step=1, threads=0)
+    assert set(np.unique(batch["labels"][:, 0])) == {0, 3} and set(np.unique(batch["labels"][:, 1])) == {0, 1} and batch["weights"].sum() == 36
+    [batch] = loader.evaluation_batches(corpus, "test", task, batch_size=12, overlap=0)
+    assert set(np.unique(batch["labels"])) == {0, 1}
 
 
 @pytest.mark.parametrize("change, words", [
@@ -168,7 +211,7 @@ def test_what_cannot_be_read_is_passed_over_if_asked(tmp_path):
 @pytest.mark.parametrize("tree, words", [
     ({"objective": {"name": "classify"}, "data": {"source": ("a.csv",)}}, "needs data.label_key"),
     ({"data": {"label_key": "y"}}, "go with objective.name=classify"),
-    ({"objective": {"name": "multi_label", "class_balance": 1.0}, "data": {"label_key": "y"}}, "go with objective.name=classify and token_classify"),
+    ({"objective": {"name": "regress", "class_balance": 1.0}, "data": {"label_key": "y"}}, "go with objective.name=classify, multi_label and token_classify"),
     ({"objective": {"name": "classify"}, "data": {"label_key": "y"}, "dedup": {"line_length": 9}}, "set it to 0")])
 def test_config(tree, words):
     with pytest.raises(ValueError, match=words):

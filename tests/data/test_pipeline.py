@@ -173,7 +173,8 @@ def test_which_of_equal_documents_lives_depends_on_the_order_of_files_alone(plan
 
 
 CODE = """if True:
-    import sys, time
+    import signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background inherits that it is ignored
     from jaxlm.config import DataConfig, DedupConfig, TokenizerConfig
     from jaxlm.data import prepare, run, shards, stages, survivors, tokenizer
     stages.UNIT_BYTES, stages.BATCH_BYTES = 50_000, 20_000

@@ -22,7 +22,7 @@ from tests.train.runs import write_corpus
 def configuration(source: pathlib.Path) -> Config:
     return Config(
         tokenizer=TokenizerConfig(kind="bytes"), data=DataConfig(source=(str(source),), validation=0.15, test=0.1, sequence_length=64, batch_size=8),
-        model=TransformerConfig(context=64, layers=2, width=32, heads=2), mesh=MeshConfig(), eval=EvalConfig(bootstrap=50))
+        model=TransformerConfig(context=64, layers=2, width=16, heads=2), mesh=MeshConfig(), eval=EvalConfig(bootstrap=50))
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -80,27 +81,22 @@ def test_watch_evaluates_what_is_left_and_ends_with_the_run(run_copy, capsys):
     assert follow.read(run_copy / "eval.jsonl")[1:] == rows, "a restart repeats nothing"
 
 
-def test_watch_beside_a_run_in_another_process(tmp_path, cfg, corpus, params):
-    """Checkpoints come, half-written ones lie about, old ones go, the run ends."""
+def test_watch_beside_a_run(tmp_path, cfg, corpus, params, capsys):
+    """Checkpoints come, half-written ones lie about, old ones go, the run ends. (In processes of their own: the slow test below.)"""
     workdir = tmp_path / "run"
-    watcher = subprocess.Popen([sys.executable, "-m", "jaxlm", "eval", f"--workdir={workdir}", "--watch", "--interval=0.1", "--limit_documents=2"],
-                               env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        save(workdir, cfg, corpus, params, 1)
-        half = workdir / "checkpoints" / "3" / "params"
-        half.mkdir(parents=True)
+    save(workdir, cfg, corpus, params, 1)
+    (workdir / "checkpoints" / "3" / "params").mkdir(parents=True)
+    with ThreadPoolExecutor(1) as pool:
+        watcher = pool.submit(call, "eval", f"--workdir={workdir}", "--watch", "--interval=0.1", "--limit_documents=2")
         deadline = time.monotonic() + 120
         while not follow.read(workdir / "eval.jsonl"):
-            assert time.monotonic() < deadline and watcher.poll() is None
+            assert time.monotonic() < deadline and not watcher.done()
             time.sleep(0.1)
         save(workdir, cfg, corpus, params, 5, 7, keep_last=2)
         (workdir / "FINISHED").write_text("{}")
-        out, _ = watcher.communicate(timeout=120)
-    finally:
-        watcher.kill()
-    assert watcher.returncode == 0, out
-    assert [row["step"] for row in follow.read(workdir / "eval.jsonl")] == [1, 5, 7], out
-    assert "waiting for the next checkpoint" in out and "Traceback" not in out
+        assert watcher.result(timeout=120) == 0
+    assert [row["step"] for row in follow.read(workdir / "eval.jsonl")] == [1, 5, 7]
+    assert "waiting for the next checkpoint" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -75,6 +75,14 @@ def test_temperature_undoes_a_scale():
     assert error(calibrated) < 0.03 < error(probs)
 
 
+def test_calibration_error_by_hand():
+    """Over- and underconfident answers of different bins do not make up for each other; of one bin they do. A bin has its upper end."""
+    found = lambda confidence, right: classification.ece(np.array(confidence), np.array(right, float))
+    assert found([0.62, 0.62, 0.95, 0.95], [1, 1, 0, 1]) == pytest.approx((0.76 + 0.9) / 4)
+    assert found([0.62, 0.64], [1, 0]) == pytest.approx(0.26 / 2) and found([1.0, 1.0], [1, 1]) == 0
+    assert found([0.2, 0.19], [1, 0]) == pytest.approx(0.61 / 2) and found([0.2, 0.21], [1, 0]) == pytest.approx((0.8 + 0.21) / 2)
+
+
 def test_intervals_cover_and_follow_the_seed():
     logits, truth, _ = drawn(2, 100)
     found = lambda: classify.result("classify", ("a", "b"), classify.Answers(np.arange(100), logits, truth), bootstrap=200).summary

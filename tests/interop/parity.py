@@ -31,22 +31,28 @@ def close(found, expected, reference, counts=slice(None)) -> None:
     assert np.abs(np.asarray(found) - expected)[counts].max() < max(1e-4, 20 * reference["error"])
 
 
-def trains_alike(name: str, loss) -> None:
-    """The loss of the parameters, the norm of its gradient in every tensor, and five steps of AdamW."""
+def trains_alike(name: str, loss, outputs=lambda logits: None) -> None:
+    """The loss of the parameters, the norm of its gradient in every tensor, and five steps of AdamW; one program for all.
+
+    Args:
+      loss: parameters -> loss, logits.
+      outputs: is given the logits of the parameters as they were.
+    """
     source, _, params, reference = opened(name)
     tx = optax.adamw(0.01, 0.9, 0.95, 1e-8, weight_decay=0.0)
 
     @jax.jit
     def step(params, state):
-        value, gradient = jax.value_and_grad(loss)(params)
+        (value, logits), gradient = jax.value_and_grad(loss, has_aux=True)(params)
         updates, state = tx.update(gradient, state, params)
-        return value, gradient, optax.apply_updates(params, updates), state
+        return value, logits, gradient, optax.apply_updates(params, updates), state
 
     state, losses = tx.init(params), []
     for i in range(5):
-        value, gradient, params, state = step(params, state)
+        value, logits, gradient, params, state = step(params, state)
         losses.append(float(value))
         if i == 0:
+            outputs(np.asarray(logits))
             expected = {key[5:]: float(norm) for key, norm in reference.items() if key.startswith("grad_")}
             found = {key: float(np.linalg.norm(array)) for key, array in hf.tensors(source.family.table, source.cfg, gradient)}
             assert found.keys() == expected.keys()

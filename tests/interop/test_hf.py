@@ -61,6 +61,15 @@ def test_import_generate_export(tmp_path, capsys):
     assert jaxlm("export", f"--workdir={workdir}", f"--to={folder}") == 2 and "not an empty directory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("to", ["out", "out.gguf"])
+def test_a_decoder_with_labels_is_refused(tmp_path, monkeypatch, capsys, to):
+    model = config.TransformerConfig(vocab_size=64, output="sequence_labels", labels=2, label_names=("a", "b"))
+    run = saved.Run(tmp_path, 1, config.Config(model=model), None, {}, None, {}, None, "", "")
+    monkeypatch.setattr(saved, "open_run", lambda *_: run)
+    assert jaxlm("export", f"--workdir={tmp_path}", f"--to={tmp_path / to}") == 2 and not (tmp_path / to).exists()
+    assert "holds a decoder with a head for labels, for which neither format has a place here" in capsys.readouterr().err
+
+
 RECIPE = """
 from ml_collections import ConfigDict
 

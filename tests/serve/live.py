@@ -17,7 +17,7 @@ from jaxlm.serve.engine import Engine, Limits
 from jaxlm.serve.texts import Texts
 
 BYTES = tokenizers.from_bytes(b'{"kind": "bytes"}\n')
-DECODER = TransformerConfig(vocab_size=320, context=512, layers=2, width=32, heads=4, kv_heads=2)
+DECODER = TransformerConfig(vocab_size=320, context=512, layers=1, width=32, heads=4, kv_heads=2)
 LIMITS = Limits(rows=8, queue=30, page=16, chunk=64)
 
 
@@ -29,11 +29,11 @@ def model(cfg):
 
 
 @contextlib.contextmanager
-def serving(cfg=DECODER, limits=LIMITS, chat=True, **options):
+def serving(cfg=DECODER, limits=LIMITS, chat=True, objective="classify", temperature=1.0, **options):
     """Yields the server and its address."""
     found, params = model(cfg)
-    if cfg.kind == "encoder":
-        server = Server(Texts(found, params, cfg, BYTES), Options("tiny", **options))
+    if cfg.kind == "encoder" or cfg.labels:
+        server = Server(Texts(found, params, cfg, BYTES, objective, temperature), Options("tiny", **options))
     else:
         server = Server(Engine(found, params, cfg, BYTES, limits), Options("tiny", **options), talk.chatting(BYTES, "chatml") if chat else None)
     running, known = [], threading.Event()

@@ -1,5 +1,6 @@
 """The server through the official client, through raw bytes, and through hostile requests."""
 
+import dataclasses
 import json
 import random
 import socket
@@ -86,6 +87,7 @@ def test_refusals_have_openais_shape(client, body, error, message):
     with pytest.raises(error, match=message) as found:
         client.post("/completions", body=body, cast_to=object)
     assert found.value.body["message"] and set(found.value.body) == {"message", "type", "param", "code"}
+    assert (found.value.body["code"] == "context_length_exceeded") == ("context" in message or "at most 510" in message)
 
 
 def test_bodies_hosts_and_methods(server):
@@ -104,6 +106,7 @@ def test_bodies_hosts_and_methods(server):
     assert httpx.get(f"{address}/v1/completions").status_code == 405 and httpx.get(f"{address}/nothing").json()["error"]["type"] == "invalid_request_error"
     assert post(b"{}", path="/v1/embeddings").status_code == post(b'{"input": "x"}', path="/v1/classify").status_code == 422
     assert post(b'{"prompt": "x", "answer": "y", "rating": 1}', path="/v1/feedback").status_code == 404
+    assert httpx.get(f"{address}/ping").status_code == 200
     health = httpx.get(f"{address}/health", headers={"origin": "http://x"})
     assert health.json() == {"status": "ok"} and "access-control-allow-origin" not in health.headers
     live.settled(server)
@@ -179,11 +182,43 @@ def test_encoders_embed_and_classify():
         with pytest.raises(openai.UnprocessableEntityError, match="602 tokens and the model reads 1 to 512"):
             client.embeddings.create(model="tiny", input="x" * 600)
     with live.serving(live.CLASSIFIER) as (server, address):
-        found = httpx.post(f"{address}/v1/classify", json={"input": ["fine", "awful"]}).json()
+        found = httpx.post(f"{address}/v1/classify", json={"input": ["fine", "awful"]}, timeout=60).json()
         assert found["labels"] == ["bad", "so-so", "good"]
         assert [row["label"] for row in found["data"]] == [found["labels"][int(np.argmax(row["probs"]))] for row in found["data"]]
         assert all(abs(sum(row["probs"]) - 1) < 1e-5 and row["num_classes"] == 3 for row in found["data"])
         assert httpx.get(f"{address}/v1/models").json()["data"][0]["task"] == "classify"
+        # What SageMaker sends is a body of an endpoint; Vertex AI's predict sends several.
+        assert httpx.post(f"{address}/invocations", json={"input": ["fine", "awful"]}).json() == found
+        several = httpx.post(f"{address}/invocations", json={"instances": [{"input": "fine"}, {"input": "awful"}], "parameters": {"model": "tiny"}}).json()
+        np.testing.assert_allclose([one["data"][0]["probs"] for one in several["predictions"]], [row["probs"] for row in found["data"]], atol=1e-5)
+        for body in ({"instances": []}, {"instances": [{"input": "x"}, {}]}, {"instances": [{"input": "x", "stream": True}]}, {}, [], {"prompt": "x"}):
+            assert httpx.post(f"{address}/invocations", json=body).status_code == 422, body
+        # Calibrated: the saved temperature divides the logits. Several labels: each has its own probability.
+        logits, texts = np.log([row["probs"] for row in found["data"]]), server.texts
+        texts.temperature = 2.5
+        want = np.exp(logits / 2.5) / np.exp(logits / 2.5).sum(-1, keepdims=True)
+        ask = lambda: httpx.post(f"{address}/v1/classify", json={"input": ["fine", "awful"]}).json()["data"]
+        np.testing.assert_allclose([row["probs"] for row in ask()], want, atol=1e-6)
+        texts.objective = "multi_label"
+        rows = ask()
+        assert [row["labels"] for row in rows] == [[name for name, share in zip(found["labels"], row["probs"]) if share > 0.5] for row in rows]
+        odds = np.log([row["probs"] for row in rows]) - np.log1p(-np.array([row["probs"] for row in rows]))
+        np.testing.assert_allclose((odds - odds[:, :1]) * 2.5, logits - logits[:, :1], atol=1e-4)
+        texts.objective = "regress"
+        np.testing.assert_allclose([row["value"] for row in ask()], odds[:, 0] * 2.5, atol=1e-4)
+
+
+def test_a_decoder_labels_a_text_by_its_last_token():
+    cfg = dataclasses.replace(live.DECODER, output="sequence_labels", labels=2, label_names=("no", "yes"))
+    model, params = live.model(cfg)
+    ids = live.BYTES.encode("Hi there")
+    row = np.array([[live.BYTES.bos, *ids, live.BYTES.eos]], np.int32)
+    hidden, _, _ = model.apply(params, {"tokens": row, "positions": np.arange(row.shape[1])[None], "segments": np.ones_like(row)})
+    logits = np.asarray(model.head(params, hidden[:, -1:]))[0]
+    with live.serving(cfg) as (server, address):
+        found = httpx.post(f"{address}/v1/classify", json={"input": ["Hi there", "Hi there, and a longer text beside it"]}, timeout=60).json()["data"][0]
+        np.testing.assert_allclose(np.log(found["probs"])[1] - np.log(found["probs"])[0], logits[1] - logits[0], atol=1e-4)
+        assert httpx.post(f"{address}/v1/completions", json={"prompt": "x"}).status_code == 422
 
 
 # --- hostile requests ---

@@ -10,6 +10,9 @@ from jaxlm import cli
 from tests.train import runs
 
 
+SMALL = ("--config.model.layers=1", "--config.model.width=16", "--config.model.dropout=0", "--config.train.eval_documents=1")
+
+
 def jaxlm(*arguments):
     with pytest.raises(SystemExit) as ended:
         cli.main(list(arguments))
@@ -24,7 +27,7 @@ def folder(tmp_path_factory):
     for name, word in (("web", "seen"), ("books", "read")):
         lines = [json.dumps({"text": f"{word} {number} " * (number % 7 + 1), "licence": ("MIT", "")[number % 2]}) for number in range(60)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    common = [f"--config={recipe}", "--config.train.eval_every=0 steps"]
+    common = [f"--config={recipe}", "--config.train.eval_every=0 steps", *SMALL]
     mixed = f"--config.data.source=web={folder / 'web.jsonl'},books={folder / 'books.jsonl'}"
     weights = '--config.data.weights=("web", 0.25), ("books", 0.75)'
     assert jaxlm("train", *common, mixed, weights, "--config.data.licence_key=licence", f"--workdir={folder / 'mixed'}") == 0
@@ -34,7 +37,7 @@ def folder(tmp_path_factory):
 
 def test_training_says_what_it_takes_of_each_source(folder, capsys):
     capsys.readouterr()
-    assert jaxlm("train", f"--config={folder / 'recipe.py'}", "--config.train.eval_every=0 steps", "--config.data.licence_key=licence",
+    assert jaxlm("train", f"--config={folder / 'recipe.py'}", "--config.train.eval_every=0 steps", *SMALL, "--config.data.licence_key=licence",
                  f"--config.data.source=web={folder / 'web.jsonl'},books={folder / 'books.jsonl'}",
                  '--config.data.weights=("web", 0.25), ("books", 0.75)', f"--workdir={folder / 'mixed'}") == 0
     out = capsys.readouterr().out

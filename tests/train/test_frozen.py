@@ -35,7 +35,7 @@ def test_frozen_leaves_stay_bit_by_bit_and_cost_no_state(single):
     assert all(map(lora.is_adapter, trees.flatten(kept))) and losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("mesh", [{"fsdp": 2, "tensor": 2}, {"stage": 2, "sequence": 2}])
+@pytest.mark.parametrize("mesh", [{"fsdp": 2, "tensor": 2, "stage": 2}, pytest.param({"sequence": 2}, marks=pytest.mark.slow)])
 def test_meshes_agree(single, mesh):
     others = {f"mesh__{axis}": size for axis, size in mesh.items() if axis not in ("fsdp", "tensor")}
     parts = build((1, mesh.get("fsdp", 1), mesh.get("tensor", 1)), **QLORA, **others)

@@ -66,25 +66,24 @@ def case(mesh, *options, slow=True, **more):
 
 
 ULYSSES, TWICE, ONCE = {"model__sequence_attention": "all_to_all"}, {"model__pipeline_repeats": 2}, {"model__pipeline_microbatches": 1}
+CHUNKS = {"objective__chunk_rows": 48}
 
 
 @pytest.mark.parametrize("mesh, kind, options", [
-    case({"sequence": 4}, "knobs", slow=False), case({"sequence": 2, "fsdp": 2}, "", slow=False, **ULYSSES),
-    case({"fsdp": 2, "tensor": 2, "stage": 2}, "", slow=False, **TWICE), case({"fsdp": 2, "expert": 4}, "moe", slow=False),
-    *(case({axis: n}, "") for axis in ("slice", "data", "fsdp", "stage", "sequence", "tensor") for n in (2, 4)), *(case({"expert": n}, "moe") for n in (2, 4)),
+    case({"sequence": 4}, "knobs", slow=False, **CHUNKS), case({"fsdp": 2, "tensor": 2, "stage": 2}, "knobs", slow=False, **TWICE, **CHUNKS),
+    *(case({axis: 4}, "") for axis in ("slice", "data", "stage", "tensor")), case({"slice": 2, "fsdp": 4}, "knobs"),
     case({"stage": 2}, "knobs", model__remat="full", train__microbatches=2), case({"stage": 2}, "", **TWICE, **ONCE),
-    case({"tensor": 2, "expert": 2}, "moe"), case({"stage": 2, "expert": 2, "sequence": 2}, "moe"), case({"stage": 2, "fsdp": 2}, "moe"),
-    case({"sequence": 2, "tensor": 2, "fsdp": 2}, "knobs"), case({"sequence": 2, "tensor": 2}, "knobs", **ULYSSES),
-    case({"sequence": 4, "fsdp": 2}, "", objective__chunk_rows=48), case({"slice": 2, "fsdp": 4}, "knobs"),
-    case({"fsdp": 2, "tensor": 4}, "knobs", model__remat="dots"), case({"stage": 2, "sequence": 2, "fsdp": 2}, "knobs")])
+    case({"fsdp": 2, "tensor": 2, "expert": 2}, "moe"), case({"stage": 2, "expert": 2, "sequence": 2}, "moe"),
+    *(case({"sequence": 2, "tensor": 2, "fsdp": 2}, "knobs", **options) for options in ({}, ULYSSES)),
+    case({"fsdp": 2, "tensor": 4}, "knobs", model__remat="dots")])
 def test_a_mesh_computes_what_one_device_does(mesh, kind, options):
     loss, grads = difference(mesh, kind, **options)
     assert loss < 1e-5 and grads < 1e-5, (loss, grads)
 
 
 @pytest.mark.parametrize("mesh, kind, options", [
-    case({"fsdp": 2, "sequence": 2, "stage": 2}, "bf16", slow=False), case({"tensor": 2, "fsdp": 4}, "bf16"), case({"tensor": 4, "slice": 2}, "bf16"),
-    case({"sequence": 4, "data": 2}, "bf16", **ULYSSES), case({"sequence": 4}, "bf16"), case({"stage": 4}, "bf16"), case({"expert": 4, "fsdp": 2}, "moe bf16")])
+    case({"fsdp": 2, "sequence": 2, "stage": 2}, "bf16", slow=False), case({"tensor": 2, "fsdp": 4}, "bf16"),
+    case({"sequence": 4, "data": 2}, "bf16", **ULYSSES), case({"expert": 4, "fsdp": 2}, "moe bf16")])
 def test_in_bfloat16_to_two_percent(mesh, kind, options):
     loss, grads = difference(mesh, kind, **options)
     assert loss < 2e-2 and grads < 2e-2, (loss, grads)
@@ -119,8 +118,8 @@ def test_a_row_longer_than_one_device_holds():
 
 @pytest.mark.slow
 def test_a_run_goes_on_the_same_on_five_other_meshes(tmp_path):
-    """The checkpoint is read bit by bit, moments too, whatever the order in which stages and sequences lie; two more steps have the losses of the run that
-    was not cut: the first says that parameters, the second that moments and counters are the run's."""
+    """The checkpoint is read bit by bit, moments too, whatever the order in which stages and sequences lie; on two of them two more steps have the losses of
+    the run that was not cut: the first says that parameters, the second that moments and counters are the run's."""
     leaves = lambda state: {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
     def train(parts, state, steps):
@@ -150,7 +149,8 @@ def test_a_run_goes_on_the_same_on_five_other_meshes(tmp_path):
             there = leaves(found)
             for path, leaf in saved.items():
                 np.testing.assert_array_equal(there[path], leaf, err_msg=f"{mesh} {path}")
-            np.testing.assert_allclose(train(parts, found, (2, 3)), expected[2:], rtol=1e-5, err_msg=str(mesh))
+            if "stage" in mesh or not mesh:
+                np.testing.assert_allclose(train(parts, found, (2, 3)), expected[2:], rtol=1e-5, err_msg=str(mesh))
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -173,11 +173,12 @@ def test_bad_input(changes, words):
     assert "\n" not in str(caught.value)
 
 
-def test_the_output_projection_is_gathered_once_for_all_chunks_of_the_loss():
-    """Under FSDP; gathered in the body of the loop over the chunks it would travel once for each, in both directions."""
+def test_the_output_projection_moves_once_for_all_chunks_of_the_loss():
+    """Under FSDP; gathered, or its gradient summed, in the body of the loop over the chunks it would travel once for each."""
     parts = build((1, 8, 1), model__vocab_size=192, model__tied=False, objective__chunk_rows=64)
     with jax.set_mesh(parts.mesh):
         program = hlo.parse(parts.gradient.lower(parts.target.params, parts.batch).compile().as_text())
-    found = [(c.times, c.loop) for c in hlo.collectives(program, parts.mesh.shape)
-             if c.kind == "all-gather" and 192 * 64 in {math.prod(a.shape) for a in c.arrays}]
-    assert found == [(1, "")] * 2, found  # the embedding, and the projection
+    found = [c for c in hlo.collectives(program, parts.mesh.shape) if 192 * 64 in {math.prod(a.shape) for a in c.arrays}]
+    gathers, sums = ([(c.times, c.loop) for c in found if (c.kind == "all-gather") == gather] for gather in (True, False))
+    assert gathers == [(1, "")] * 2, found  # the embedding, and the projection
+    assert sums and set(sums) == {(1, "")}, found

@@ -43,19 +43,24 @@ def get_config():
 """
 
 
-def recipe(folder, steps=250):
+def recipe(folder, steps=160):
     """Words and the same words backwards."""
     draw = random.Random(0)
-    words = sorted({"".join(draw.choice("abcdef") for _ in range(draw.randint(2, 4))) for _ in range(1500)})
+    words = sorted({"".join(draw.choice("abcdef") for _ in range(draw.randint(2, 3))) for _ in range(1500)})
     (folder / "pairs.jsonl").write_text("".join(json.dumps({"in": word, "out": word[::-1]}) + "\n" for word in words))
     (folder / "recipe.py").write_text(PAIRS.format(source=folder / "pairs.jsonl", steps=steps))
     return folder / "recipe.py"
 
 
 def jaxlm(*arguments):
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as ended, runs.devices(1):
         cli.main(list(arguments))
     return ended.value.code
+
+
+def run(cfg, workdir):
+    with runs.devices(1):
+        assert loop.run(cfg, workdir) == 0
 
 
 # --- from the command line ---
@@ -74,10 +79,10 @@ def test_a_model_learns_to_say_words_backwards(tmp_path, capsys):
     assert "nats per target token, given the input" in out and re.search(r"exact match +[01]\.\d{4} .* of whole greedy outputs \(\d+ pairs\)", out)
     one, two = follow.read(tmp_path / "run" / "eval.jsonl")
     assert one["loss"] == pytest.approx(two["loss"], abs=1e-5) and one["exact_match"] == two["exact_match"] and one["tokens"] == two["tokens"]
-    (tmp_path / "prompts").write_text("abc\nfade\ncab\n")
+    (tmp_path / "prompts").write_text("abc\nfad\ncab\n")
     assert jaxlm("generate", f"--workdir={tmp_path / 'run'}", f"--prompts_file={tmp_path / 'prompts'}", "--temperature=0", "--json") == 0
     answers = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
-    assert sum(answer == prompt for answer, prompt in zip(answers, ("cba", "edaf", "bac"))) >= 2
+    assert sum(answer == prompt for answer, prompt in zip(answers, ("cba", "daf", "bac"))) >= 2
     # A prompt as long as the encoder's row still gets an answer.
     assert jaxlm("generate", f"--workdir={tmp_path / 'run'}", f"--prompt={'ab' * 15}", "--temperature=0", "--nostream") == 0
     assert capsys.readouterr().out.startswith(f"{'ab' * 15}\n")
@@ -85,17 +90,18 @@ def test_a_model_learns_to_say_words_backwards(tmp_path, capsys):
 
 def test_spans_are_learned_and_a_resumed_run_goes_on_the_same(tmp_path, capsys):
     cfg = runs.load(tmp_path, SPANS, steps=70, every=35)
-    assert loop.run(cfg, tmp_path / "run") == 0
+    run(cfg, tmp_path / "run")
     out = capsys.readouterr().out
     losses = runs.losses(tmp_path / "run")
     assert sum(losses[i] for i in range(61, 71)) / 10 < losses[1] - 2 and "of the hidden spans' tokens right" in out
     assert "nats per token of the hidden spans" in out and "bits per byte" not in out.lower()
     shutil.copytree(tmp_path / "run", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "70")
-    assert loop.run(cfg, tmp_path / "cut") == 0
+    run(cfg, tmp_path / "cut")
     assert "resumed after step 35" in capsys.readouterr().out and runs.losses(tmp_path / "cut") == losses
-    run = saved.open_run(tmp_path / "run")
-    assert run.config.data.target_length > 0 and "<extra_id_19>" in run.tokenizer.special_tokens and "<extra_id_20>" not in run.tokenizer.special_tokens
+    opened = saved.open_run(tmp_path / "run")
+    assert opened.config.data.target_length > 0
+    assert "<extra_id_19>" in opened.tokenizer.special_tokens and "<extra_id_20>" not in opened.tokenizer.special_tokens
     assert jaxlm("eval", f"--workdir={tmp_path / 'run'}") == 0
     [row] = follow.read(tmp_path / "run" / "eval.jsonl")
     assert row["accuracy"] > 0.1 and "perplexity" not in row
@@ -125,14 +131,14 @@ def test_training_goes_on_from_t5(tmp_path, name, objective):
                  ("optim.lr", "3e-3")]
     if objective == "seq2seq":
         (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"in": text, "text": text[:20]}) + "\n" for text in texts))
-        overrides += [("data.source", str(tmp_path / "pairs.jsonl")), ("data.input_key", "in"), ("data.target_length", "16"), ("eval.outputs", "3")]
+        overrides += [("data.source", str(tmp_path / "pairs.jsonl")), ("data.input_key", "in"), ("data.target_length", "16"), ("eval.outputs", "0")]
     path = tmp_path / "recipe.py"
     path.write_text(re.sub(r"    c.model = .*\n", "", runs.RECIPE).format(source=tmp_path / "corpus.jsonl", steps=12, every=6))
-    assert loop.run(config.load(str(path), overrides), tmp_path / "run") == 0
+    run(config.load(str(path), overrides), tmp_path / "run")
     losses = runs.losses(tmp_path / "run")
     assert losses[12] < losses[1]
-    run = saved.open_run(tmp_path / "run")
-    assert run.config.model.encoder_layers == 2 and run.tokenizer.special_tokens["<extra_id_5>"] == 46
+    opened = saved.open_run(tmp_path / "run")
+    assert opened.config.model.encoder_layers == 2 and opened.tokenizer.special_tokens["<extra_id_5>"] == 46
 
 
 # --- how a step is cut ---

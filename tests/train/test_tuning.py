@@ -3,17 +3,17 @@
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
 from jaxlm import cli, config, trees
 from jaxlm.interop import peft
 from jaxlm.train import checkpoint, evaluation, loop, origin, report, saved
+from tests.train import runs
 
 pytestmark = pytest.mark.slow
 MODEL = {"model.context": "64", "model.layers": "2", "model.width": "32", "model.heads": "2", "model.kv_heads": "1", "model.tied": "false",
-         "model.feedforward": "48", "mesh.data": "1", "mesh.fsdp": "2", "mesh.tensor": "1"}
+         "model.feedforward": "48"}
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +35,13 @@ def settings(folder, source, more):
     values = {"data.source": f"({str(folder / source)!r},)", "data.format": form, "data.sequence_length": "64",
               "data.batch_size": "4", "data.validation": "0.2", "data.test": "0", "data.threads": "0", "optim.lr": "1e-2", "optim.warmup": "0",
               "train.steps": "4", "train.log_every": "1", "train.eval_every": "50%", "checkpoint.every": "50%", "checkpoint.keep_last": "9",
-              "eval.bootstrap": "10", "mesh.data": "1", "mesh.fsdp": "2"} | ({"data.chat_template": str(folder / "t.jinja")} if form != "text" else {})
+              "eval.bootstrap": "10", "mesh.fsdp": "-1"} | ({"data.chat_template": str(folder / "t.jinja")} if form != "text" else {})
     return config.load(str(folder / "recipe.py"), (values | more).items())
 
 
-def run(folder, name, *, source, more, sample=False):
-    """Trains on two devices; a sample, which compiles generation, is drawn only if asked for."""
-    two, real = jax.devices()[:2], jax.devices
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *kind: real(*kind) if kind else two)
+def run(folder, name, *, source, more, sample=False, devices=1):
+    """Trains on so many devices, which split the parameters; a sample, which compiles generation, is drawn only if asked for."""
+    with runs.devices(devices), pytest.MonkeyPatch.context() as patch:
         if not sample:
             patch.setattr(evaluation, "sample", lambda *_: "")
         assert loop.run(settings(folder, source, more), folder / name) == 0
@@ -93,15 +91,16 @@ def test_export_and_import(folder, tuned, tmp_path, capsys):
         np.testing.assert_array_equal(found[path], np.asarray(leaf), path)
     listed = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert listed["r"] == 4 and "model.layers.1.mlp.down_proj" in listed["target_modules"]
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit), runs.devices(1):
         cli.main(["export", f"--workdir={tuned}", f"--to={tmp_path / 'whole'}"])
     assert (tmp_path / "whole/chat_template.jinja").read_text() == (folder / "t.jinja").read_text()
     # On another base it is refused, and so are other matrices.
     other = run(folder, "other", source="text.jsonl", more={**MODEL, "tokenizer.kind": "bytes", "train.seed": "1", "train.steps": "1"})
     for start, words in (({"lora.init_from": str(tmp_path / "adapter")}, "another base"), ({"lora.init_from": str(tuned)}, "another base"),
                          ({"lora.init_from": str(tmp_path / "adapter"), "lora.rank": "2"}, "lora.rank=2, and the adapter")):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=words) as caught:
             run(folder, "refused", source="chats.json", more=LORA | {"train.init_from": str(other)} | start)
+        assert "\n" not in str(caught.value)
         shutil.rmtree(folder / "refused")
     # A base that has changed since is noticed when the run is opened.
     told_path = shutil.copytree(tuned, tmp_path / "moved")
@@ -112,11 +111,12 @@ def test_export_and_import(folder, tuned, tmp_path, capsys):
 
 def test_preferences_and_a_second_adapter(folder, tuned):
     dpo = run(folder, "dpo", source="pairs.json", more={"objective.name": "preference", "lora.rank": "4", "lora.alpha": "8",
-                                                       "train.init_from": str(folder / "base"), "optim.frozen_dtype": "int8", "lora.init_from": str(tuned)})
+                                                       "train.init_from": str(folder / "base"), "optim.frozen_dtype": "int8", "lora.init_from": str(tuned)},
+              devices=2)
     rows = [row for row in report.read_metrics(dpo) if "train/reward_margin" in row]
     assert rows[-1]["train/reward_margin"] > rows[0]["train/reward_margin"] and 0 <= rows[-1]["train/reward_accuracy"] <= 1
     assert any("eval/preferred" in row for row in report.read_metrics(dpo))
-    full = run(folder, "full", source="pairs.json", more={"objective.name": "preference", "train.init_from": str(tuned), "optim.lr": "1e-3"})
+    full = run(folder, "full", source="pairs.json", more={"objective.name": "preference", "train.init_from": str(tuned), "optim.lr": "1e-3"}, devices=2)
     first = losses(full)[0]
     assert abs(first - np.log(2)) < 1e-6  # the reference is what training began with: the merged model
     assert "companion" in json.loads(checkpoint.read_file(full, 4, origin.BASE)) and not any(path.startswith("companion") for path in params(full))
@@ -125,7 +125,7 @@ def test_preferences_and_a_second_adapter(folder, tuned):
 def test_distillation_from_every_other_layer(folder):
     more = {"objective.name": "next_token", "objective.teacher": str(folder / "base"), "train.init_from": str(folder / "base"), "train.init_layers": "(1,)",
             "objective.teacher_cosine": "0.5", "optim.frozen_dtype": "bfloat16"}
-    small = run(folder, "small", source="text.jsonl", more=more)
+    small = run(folder, "small", source="text.jsonl", more=more, devices=2)
     base, found = params(folder / "base"), params(small, 2)
     assert found["layers/attn/q"].shape[0] == 1 and found.keys() == base.keys()
     assert np.abs(found["layers/attn/q"][0] - base["layers/attn/q"][1]).mean() < np.abs(found["layers/attn/q"][0] - base["layers/attn/q"][0]).mean()
