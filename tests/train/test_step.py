@@ -194,6 +194,16 @@ def test_dropout_is_a_function_of_seed_and_step():
     assert a == b and a != c
 
 
+def test_first_parameters_compile_quickly_into_the_same_numbers(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    quickly, key = setup._compiled_quickly("cpu"), jax.random.key(0)
+    draw = jax.jit(lambda key: 0.02 * jax.random.normal(key, (64, 48))).lower(key)
+    np.testing.assert_array_equal(draw.compile(compiler_options=quickly)(key), draw.compile(compiler_options={"xla_backend_optimization_level": 3})(key))
+    assert setup._compiled_quickly("tpu") is None
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # the user's wins
+    assert setup._compiled_quickly("cpu") is None
+
+
 @pytest.mark.parametrize("changes, words", [
     ({"data__batch_size": 6, "mesh": (4, 1, 1)}, "must be a multiple of train.microbatches=1 times mesh.data = 4: try 8"),
     ({"mesh": (1, 1, 8)}, r"kv_heads=2 cannot be split over mesh.tensor=8; sizes that work: \[1, 2\]"),
