@@ -18,7 +18,7 @@ def single():
     parts = build(**QLORA)
     with jax.set_mesh(parts.mesh):
         before = gathered(parts.init())
-    return parts, before, *train(parts, 3)
+    return parts, before, *train(parts, 3, init=lambda parts: parts.init())
 
 
 def test_frozen_leaves_stay_bit_by_bit_and_cost_no_state(single):
