@@ -56,7 +56,10 @@ def parameters(cfg, seed):
 
 
 def start(parts):
-    """The state that `parts.init` makes, of a model without adapters."""
+    """The state that `parts.init` makes."""
+    forms = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    if forms(parts.target.params) != forms(parts.plain):  # adapters, frozen matrices in other forms
+        return parts.init()
     first = parameters(dataclasses.replace(parts.config.model, dropout=0.0, remat="none", attention="auto"), parts.config.train.seed)
     return parts.begin(jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), first, parts.target.params))
 
