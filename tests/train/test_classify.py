@@ -18,6 +18,9 @@ from jaxlm.evaluate import follow
 from jaxlm.interop import hf
 from jaxlm.models import kinds
 from jaxlm.objectives import OBJECTIVES, label_logits
+from jaxlm.serve import http
+from jaxlm.serve.app import Options
+from jaxlm.serve.engine import Limits
 from jaxlm.train import best, checkpoint, classified, loop, mistakes, saved
 from jaxlm.train import origin as origins
 from jaxlm.train.report import read_metrics
@@ -112,6 +115,9 @@ def test_eval_report_and_answers(trained, capsys):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(classified, "temperature", lambda *_, t=temperature: t)
             said = classified.label(run, ["good cup 7"])[0]["probabilities"]
+            texts = http.build(run, Limits(), Options("labels")).texts
+        [served] = texts.classify([texts.ids("good cup 7")])
+        assert dict(zip(texts.labels, served)) == pytest.approx(said, abs=2e-4)  # the server takes the checkpoint's temperature too
         odds.append(math.log(said["pos"] / said["neg"]))
     assert odds[0] > 0 and odds[0] == pytest.approx(2 * odds[1], rel=0.02)
     assert jaxlm("generate", f"--workdir={trained / 'run'}", "--prompt=a") == 2 and "ask with --classify" in capsys.readouterr().err
