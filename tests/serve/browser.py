@@ -60,7 +60,7 @@ class Page:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def until(self, expression: str, seconds: float = 120):
+    def until(self, expression: str, seconds: float = 20):
         """The value of an expression as soon as it is true."""
         end = time.monotonic() + seconds
         while not (value := self.js(f"(() => {{ try {{ const it = {expression}; return it instanceof Node || it; }} catch {{ return null; }} }})()")):
