@@ -7,7 +7,7 @@ import tensorflow_datasets
 
 from jaxlm.config import DataConfig, TokenizerConfig
 from jaxlm.data import corpora, prepare, tfds
-from tests.data.reviews import Reviews
+from tests.reviews import Reviews
 
 
 class Play(Reviews):

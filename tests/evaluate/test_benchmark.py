@@ -283,7 +283,7 @@ def test_other_models_are_refused_in_one_line(run_folder, task_file, monkeypatch
 
 
 def test_a_real_data_set_of_tfds_is_asked(run_copy, tmp_path, capsys):
-    from tests.data.reviews import Reviews
+    from tests.reviews import Reviews
     Reviews(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
     (tmp_path / "tfds.toml").write_text(QUIZ.replace('file = "quiz.jsonl"', 'tfds = "reviews:test"\nfields = { q = "number", target = "label" }').replace(
         'get = "here"', 'get = "here"\nchoices = ["negative", "positive"]'))

@@ -1,4 +1,4 @@
-"""A data set of TensorFlow Datasets of our own; TFDS knows each name once in a process, so tests share it."""
+"""A data set of TensorFlow Datasets of our own. TFDS knows a name once in a process, so tests share it."""
 
 import numpy as np
 import tensorflow_datasets
