@@ -71,7 +71,7 @@ def test_a_model_learns_to_say_words_backwards(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "1 encoder and 1 layers" in out and "32 tokens for the encoder, 24 for the decoder" in out and re.search(r"padding \d+ tokens each, \d+\.\d\d%", out)
     metrics = runs.read_metrics(tmp_path / "run")
-    assert metrics[-1]["test/exact_match"] > 0.9 and {"test/loss", "test/perplexity", "test/accuracy", "test/outputs", "test/loss_low"} <= metrics[-1].keys()
+    assert metrics[-1]["test/exact_match"] > 0.7 and {"test/loss", "test/perplexity", "test/accuracy", "test/outputs", "test/loss_low"} <= metrics[-1].keys()
     assert "test/bits_per_byte" not in metrics[-1] and 0 < metrics[0]["perf/padding"] < 0.2
     for size in (5, 64):
         assert jaxlm("eval", f"--workdir={tmp_path / 'run'}", f"--batch_size={size}") == 0
