@@ -28,6 +28,7 @@ class Corpus(NamedTuple):
 
 
 class Summary(NamedTuple):
+    """A run as its folder tells it."""
     workdir: pathlib.Path
     step: int | None  # of the checkpoint that this is about; None: there is none
     config: Config

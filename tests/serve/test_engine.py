@@ -181,3 +181,10 @@ def test_a_mesh_and_int8(params, engine):
     [(ids, _, _, tokens)], [(exact, _, _, true)] = (answers(e, [dataclasses.replace(given[0], logprobs=True)]) for e in (small, engine))
     assert ids[0] == exact[0] and 0 < abs(tokens[0].logprob - true[0].logprob) < 0.5
     small.close()
+
+
+def test_short_prompts_are_fed_together(engine, monkeypatch):
+    step, fed = Engine._step, []
+    monkeypatch.setattr(Engine, "_step", lambda self, rows, members, batch: (fed.append((rows.tokens.shape[1], len(members))), step(self, rows, members, batch))[1])
+    answers(engine, [ask(p, 4) for p in prompts(4, 20, seed=8)])
+    assert max(members for width, members in fed if width > 1) > 1, fed
