@@ -120,7 +120,7 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
     # Compiled before any data is read: a request to stop that came meanwhile is seen before the first step.
     lengths, mean = rows.padded(task, corpus.splits["train"]) if task.labelled else ([config.data.sequence_length], config.data.sequence_length)
     shapes = {length: setup.shortened(parts.batch, length) if task.labelled else parts.batch for length in {*lengths, lengths[-1]}}
-    compiled = {length: parts.step.lower(state, shape).compile() for length, shape in shapes.items()}
+    compiled = {length: setup.compiled(parts.step, state, shape) for length, shape in shapes.items()}
     step_fn = lambda state, batch: compiled.get(batch["tokens"].shape[1], parts.step)(state, batch) if task.labelled else compiled[lengths[0]](state, batch)
     batches = loader.batches(corpus, "train", task, batch_size=config.data.batch_size, seed=config.data.seed, start_step=start, stop_step=total,
                              rows=sharding.local_rows(parts.mesh, config.data.batch_size), threads=config.data.threads, prefetch=config.data.prefetch)

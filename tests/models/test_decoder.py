@@ -13,8 +13,8 @@ import pytest
 
 from jaxlm import trees
 from jaxlm.config import TransformerConfig
-from jaxlm.models import decoder, kinds, presets
-from jaxlm.ops import attention
+from jaxlm.models import decoder, kinds, layers, presets, stack
+from jaxlm.ops import attention, positions
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 BASE = TransformerConfig(vocab_size=64, context=64, layers=2, width=32, heads=4, kv_heads=2, init_std=0.2)
@@ -145,6 +145,26 @@ def test_how_it_is_computed_does_not_matter(name, change):
     cfg = dataclasses.replace(VARIANTS[name], attention="reference")
     one, other = gradient(cfg), gradient(dataclasses.replace(cfg, **change))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), one, other)
+
+
+@pytest.mark.parametrize("name, arrays", [("gpt2", 12), ("llama", 15)])
+def test_training_keeps_each_array_once_and_no_weights(name, arrays):
+    """For the backward pass a layer keeps, in arrays of [B, T, D]: both norms' results before and after their scale, queries, keys (of 2 heads of 4 in llama)
+    and values, attention's result, and the inputs of the activation (4 each); of its weights nothing, which lie in their stacks already."""
+    cfg = dataclasses.replace(VARIANTS[name], layers=3, feedforward=128, attention="blocked").filled()
+    params, x = jax.eval_shape(decoder.build(cfg).init, jax.random.key(0))["layers"], jax.ShapeDtypeStruct((2, 32, cfg.width), jnp.float32)
+    place = attention.Tokens(jnp.zeros((2, 32), jnp.int32), jnp.ones((2, 32), jnp.int32))
+    angles = positions.rotary_angles(place.positions, positions.frequencies(cfg.head_size, 1e4)) if cfg.positions == "rotary" else None
+
+    def kept(params, x):
+        run = lambda params, x: stack.run(cfg, params, x, layers.Slots(place, place, angles, None, None), None, None, lambda layer: layer)[0]
+        return jax.tree.leaves(jax.vjp(run, params, x)[1])
+
+    given = sorted(leaf.shape for leaf in jax.tree.leaves(params))
+    stacked = [leaf for leaf in jax.eval_shape(kept, params, x) if leaf.size > cfg.layers * cfg.width]
+    activations = [leaf for leaf in stacked if leaf.shape not in given]
+    assert sum(leaf.size for leaf in stacked if leaf.shape in given) <= sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert sum(leaf.size for leaf in activations) / (cfg.layers * x.size) < arrays + 0.5, [leaf.shape for leaf in activations]
 
 
 def test_blocked_attention_with_uneven_blocks():
