@@ -549,6 +549,8 @@ def _proto(model: bytes) -> Any:
 
 def _from_sentencepiece(files: Mapping[str, bytes], key: str, names: Mapping[str, Any], name: str) -> Tokenizer:
     """A SentencePiece model, with the tokens that Hugging Face's descriptions add to it as pieces of their own."""
+    from google.protobuf.message import DecodeError
+
     model = files[key]
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -556,6 +558,12 @@ def _from_sentencepiece(files: Mapping[str, bytes], key: str, names: Mapping[str
         processor = None
     if not model or processor is None:
         raise ValueError(f"{name} is not a SentencePiece model ({len(model)} bytes)")
+    try:
+        _proto(model)
+        for i in range(processor.vocab_size()):
+            processor.id_to_piece(i)
+    except (UnicodeDecodeError, DecodeError):
+        raise ValueError(f"{name} is a damaged SentencePiece model: a piece of it is not UTF-8") from None
     added = _added_to_sentencepiece(files, names, processor.vocab_size(), name)
     if added:
         proto = _proto(model)
