@@ -15,7 +15,7 @@ from jaxlm.data import tfds
 from jaxlm.evaluate import definition
 from jaxlm.evaluate.definition import Item, Source, Task
 
-_MOST = 1 << 29  # bytes of a file that is unpacked
+_MOST = 1 << 28  # bytes of a file that is unpacked
 SUMS = "sha256.json"  # beside the files: what was noted on their first use
 
 

@@ -42,7 +42,7 @@ class Watch:
     def __call__(self, event: str, arguments: tuple) -> None:
         if not self.folder:
             return
-        if event in _NEVER:
+        if event in _NEVER and arguments != (None,):  # dlopen(None) is this process
             self.seen.append(f"{event}{arguments!r:.200}")
         elif event in _PATHS:
             paths = [os.fsdecode(value) for value in arguments[:2] if isinstance(value, (str, bytes))]
