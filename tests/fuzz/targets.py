@@ -173,6 +173,17 @@ def _label_keys():
     return Keys("text", label="label", fields=("about",))
 
 
+def _states() -> list[Files]:
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_fingerprint": "x", "_indices_data_files": None}
+    return [{"state.json": json.dumps(state).encode(), "data-00000-of-00001.arrow": b"x"}, {"dataset_dict.json": b'{"splits": ["test", "validation"]}'}]
+
+
+def _feed_state(folder: pathlib.Path) -> None:
+    from jaxlm.data import hub
+    for path in hub.files(str(folder)):
+        assert pathlib.Path(path).resolve().is_relative_to(folder), path
+
+
 # --- tokenizers ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -550,7 +561,7 @@ TARGETS: dict[str, Target] = {
     "text": Target(_texts, _reader("text")), "jsonl": Target(lambda: [{"a.jsonl": LINES}, {"a.jsonl": json.dumps(ROWS[0]).encode()}], _reader("json_lines")),
     "labels": Target(_labels, _reader("json_lines", _label_keys)), "chats": Target(_chats, _feed_chats),
     "table": Target(_tables, _reader("table")), "packed": Target(_packed, _feed_packed), "parquet": Target(_columns, _reader("parquet")),
-    "arrow": Target(_arrows, _reader("arrow")), "html": Target(_pages, _feed_page), "warc": Target(_warcs, _reader("warc")),
+    "arrow": Target(_arrows, _reader("arrow")), "datasets": Target(_states, _feed_state), "html": Target(_pages, _feed_page), "warc": Target(_warcs, _reader("warc")),
     "sentencepiece": Target(_sentencepieces, _feed_tokenizer), "tokenizer": Target(_tokenizer_folders, _feed_tokenizer),
     "safetensors": Target(_headers, _feed_header), "huggingface": Target(_hf_folders, _feed_hf), "gguf": Target(_ggufs, _feed_gguf),
     "adapter": Target(_adapters, _feed_adapter), "corpus": Target(_corpora, _feed_corpus),
