@@ -330,7 +330,7 @@ def from_bytes(model: bytes, name: str = "the tokenizer") -> Tokenizer:
         files = {str(key): base64.b64decode(value["base64"], validate=True) if isinstance(value, dict) else value.encode()
                  for key, value in tree["files"].items()}
         size = int(tree.get("vocab_size", 0))
-    except (KeyError, TypeError, AttributeError, ValueError):
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         raise ValueError(f"{name} is JSON, but neither Hugging Face's tokenizer.json nor {_BYTES_FILE.decode().strip()}") from None
     return from_files(files, vocab_size=size, name=name)
 
@@ -511,7 +511,7 @@ def _readable(piece: bytes) -> str:
 def _token_text(value: Any) -> str:
     """The text of a special token, however it is described; "" where it has none."""
     text = value.get("content") if isinstance(value, Mapping) else value
-    return text if isinstance(text, str) else ""
+    return text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""
 
 
 def _byte_level_tree(files: Mapping[str, bytes], names: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -49,8 +49,9 @@ class Watch:
             writes = event != "open" or (isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")) or (
                 isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
             paths = paths[:1] if event == "open" else paths
-            outside = [path for path in paths if not os.path.abspath(path).startswith((self.folder, "/dev/null"))]
-            if writes and outside and not any("jaxlm-fuzz-http-" in path for path in outside):
+            kept = os.environ.get("JAX_COMPILATION_CACHE_DIR", "/dev/null")
+            outside = [path for path in paths if not os.path.abspath(path).startswith((self.folder, "/dev/null", kept)) and "jaxlm-fuzz-http-" not in path]
+            if writes and outside:
                 self.seen.append(f"{event} {outside}")
 
 

@@ -87,8 +87,13 @@ def test_tokens_that_sentencepiece_cannot_have(added):
         tokenizer.from_files({"tokenizer.model": targets._own("bpe"), "added_tokens.json": json.dumps(added).encode()})
 
 
+def test_a_vocabulary_without_end():
+    with pytest.raises(ValueError, match="is JSON, but neither"):
+        tokenizer.from_bytes(b'{"kind": "huggingface", "vocab_size": Infinity, "files": {"tokenizer.json": "{}"}}')
+
+
 def test_special_tokens_without_a_text_are_none():
-    named = json.dumps({"eos_token": {"id": 3}, "pad_token": {"content": [1]}}).encode()
+    named = json.dumps({"eos_token": {"id": 3}, "pad_token": {"content": [1]}, "bos_token": "\ud800"}).encode()
     assert tokenizer.from_files({"tokenizer.model": targets._own("bpe"), "special_tokens_map.json": named}).eos == tokenizer.from_bytes(targets._own("bpe")).eos
 
 

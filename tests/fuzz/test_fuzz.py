@@ -97,8 +97,8 @@ def test_what_is_not_allowed_is_found(monkeypatch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", targets.TARGETS)
 def test_many_changed_inputs(name, seeds):
-    """Those that tools/fuzz.py makes first: as many as half a second of CPU allows, and 5 at least."""
-    first, end = len(seeds(name)), time.process_time() + 0.5
+    """Those that tools/fuzz.py makes first: as many as a quarter of a second of CPU allows, and 5 at least."""
+    first, end = len(seeds(name)), time.process_time() + 0.25
     for number in range(first, first + 2000):
         never(name, driver.made(name, number, seeds(name)))
         if time.process_time() > end and number > first + 5:
