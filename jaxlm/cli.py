@@ -24,6 +24,7 @@ VERBS = {
     "export": "write a checkpoint as a Hugging Face directory",
 }
 
+_LONGEST_LINE = 2000  # characters of an error
 _HELP = """jaxlm {version}: from raw text to a trained, evaluated language model
 
 Usage: jaxlm VERB [--flag=value ...] [--config.part.key=value ...]
@@ -83,7 +84,14 @@ def run(verb: str, argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         if values["v"].value or not (isinstance(error, OSError) or _raised_here(error)):
             raise
-        _fail(" ".join(str(error).split()))
+        _fail(one_line(error))
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, for a terminal: it may quote a name or a value out of a file of somebody else, which must not write escape sequences there."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]} ..."
+    return "".join(character if character.isprintable() else character.encode("unicode_escape").decode() for character in text)
 
 
 def take_overrides(argv: Sequence[str]) -> list[tuple[str, str]]:

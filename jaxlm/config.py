@@ -745,7 +745,7 @@ def _literal(key: str, text: str, hint) -> Any:
         return text.lower() == "true"
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = text
     if typing.get_origin(hint) is tuple and not isinstance(value, (tuple, list)):
         # `a,b` and a single value are lists too; a comma inside is read by literal_eval unless the items are bare words.
