@@ -1,12 +1,15 @@
-"""A jaxlm command with a fault in it: python tools/chaos_child.py '{"log": FILE, "point": NAME, "hit": N, "delay": S, "do": SIGNAL}' train ...
+"""Starts jaxlm commands with a fault in each: what tools/chaos.py drives.
 
-Runs the real command line in this process after it has wrapped some of jaxlm's functions from outside: jaxlm itself carries no hooks. When the named
-point is reached for the N-th time the fault happens: a signal to this very process after `delay` seconds, while the command goes on, or what else `do` says.
+A request is a JSON line on stdin. {"argv": ["train", ...], "out": FILE, "plan": {...}} forks this process, which has imported everything and started
+nothing, and answers with the process id; {"poll": PID} answers with its exit code, the negative number of a signal, or null while it runs.
 
-Besides it writes down, a JSON line each, synced, what a witness outside needs: the sum of each state that was handed over to be saved, each
-acknowledgement, the sum of each state that was restored, the fault and when it came.
+The fork runs jaxlm's real command line after it has wrapped some of its functions from outside: jaxlm itself carries no hooks. When the plan's `point` is
+reached for the `hit`-th time the fault happens: the signal `do`, or "raise" or "hang", after `delay` seconds in which the command goes on. Besides it
+writes to `log`, a JSON line each, synced, what a witness outside needs: the sum of each state that was handed over to be saved, each acknowledgement, the
+sum of each state that was restored, the first step, the fault.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -47,25 +50,28 @@ class Fault:
         self._log = open(plan["log"], "a", buffering=1)
         self._point, self._left, self._delay, self._do = plan.get("point", ""), plan.get("hit", 1), plan.get("delay", 0.0), plan.get("do", "SIGKILL")
         self._stall = plan.get("stall", 0.0)
-        self._lock = threading.Lock()
+        self._index, self._lock, self.sealing, self.begun = plan.get("index", 0), threading.RLock(), False, False
 
     def write(self, **row) -> None:
         """A line for the witness, on the disk before anything else happens."""
         with self._lock:
-            self._log.write(json.dumps({"time": time.time(), "pid": os.getpid(), **row}) + "\n")
+            self._log.write(json.dumps({"time": time.time(), "process": self._index, **row}) + "\n")
             os.fsync(self._log.fileno())
 
-    def at(self, point: str) -> bool:
-        """Says that a point is reached; whether it is the one where the fault begins."""
-        if point != self._point:
-            return False
-        self._left -= 1
-        if self._left:
-            return False
+    def at(self, point: str, later: bool = False) -> bool:
+        """Says that a point is reached; whether it is the one where the fault begins. `later`: the caller lets it happen."""
+        with self._lock:
+            if point != self._point or self._left < 1:
+                return False
+            self._left -= 1
+            if self._left:
+                return False
+        if later:
+            return True
         if self._delay:
             threading.Thread(target=self._later, daemon=True, name="fault").start()
         else:
-            self._now()
+            self.happen()
         return True
 
     def stall(self) -> None:
@@ -76,9 +82,10 @@ class Fault:
 
     def _later(self) -> None:
         time.sleep(self._delay)
-        self._now()
+        self.happen()
 
-    def _now(self) -> None:
+    def happen(self) -> None:
+        """The fault itself."""
         self.write(event="fault", point=self._point, do=self._do)
         if self._do == "raise":
             raise RuntimeError("planted by tools/chaos.py")
@@ -127,42 +134,54 @@ def plant(fault: Fault) -> None:
     import jax
     import orbax.checkpoint as ocp
 
-    from jaxlm.data import loader, prepare
-    from jaxlm.train import checkpoint, durable, evaluation, loop, report
+    from jaxlm.data import prepare
+    from jaxlm.train import checkpoint, durable, evaluation, loop
 
     before(loop, "_adopt", lambda *_: fault.at("config"))
     before(prepare.run, "Work", lambda *_: fault.at("prepare"))
     before(jax.stages.Lowered, "compile", lambda *_, **__: fault.at("compile"))
     before(checkpoint, "restore", lambda *_: fault.at("restore"))
+    after(checkpoint, "restore", lambda state, workdir, step, *_: fault.write(event="restored", step=step, sum=digest(state)))
     before(evaluation, "score", lambda *_, **__: fault.at("eval"))
     before(evaluation, "sample", lambda *_, **__: fault.at("sample"))
-    before(loop._Clock, "finished", lambda *_: fault.at("step"))
     before(loop, "_finish", lambda *_: fault.at("finish"))
     before(checkpoint.Checkpoints, "save", lambda self, step, state, *_: (fault.write(event="saving", step=step, sum=digest(state)), fault.at("save.before")))
     after(ocp.CheckpointManager, "save", lambda *_, **__: fault.at("save.inside"))
-    before(durable, "checksum", lambda path: "checkpoints" in str(path) and threading.current_thread().name.startswith("ThreadPool") and fault.at("save.sums"))
+    before(durable, "checksum", lambda *_: fault.sealing and fault.at("save.sums"))
     before(os, "replace", lambda source, target, **_: str(target).endswith(checkpoint.MANIFEST) and fault.at("save.manifest"))
-    after(checkpoint, "_seal", lambda _, folder, facts: (fault.write(event="acknowledged", step=facts["step"]), fault.at("save.after")))
+    before(checkpoint, "_seal", lambda *_: setattr(fault, "sealing", True))
+    after(checkpoint, "_seal", lambda _, folder, facts: (fault.write(event="acknowledged", step=facts["step"]), fault.at("save.after"),
+                                                         setattr(fault, "sealing", False)))
     before(checkpoint, "_remove", lambda *_: fault.at("save.delete"))
-    after(checkpoint, "restore", lambda state, workdir, step, *_: fault.write(event="restored", step=step, sum=digest(state)))
-    _wrap_metrics(report, fault)
-    _wrap_batches(loader, fault)
+    _wrap_steps(loop, fault)
+    _wrap_metrics(fault)
+    _wrap_batches(fault)
 
 
-def _wrap_metrics(report, fault: Fault) -> None:
-    scalars = report.Reporter.scalars
+def _wrap_steps(loop, fault: Fault) -> None:
+    def finished(*_) -> None:
+        if not fault.begun:
+            fault.begun = True
+            fault.write(event="stepped")
+        fault.at("step")
 
-    def torn(self, step, values):
-        if fault._point == "metrics" and fault._left == 1:
+    before(loop._Clock, "finished", finished)
+
+
+def _wrap_metrics(fault: Fault) -> None:
+    from jaxlm.train import report
+
+    def torn(self, step, values) -> None:
+        if fault.at("metrics", later=True):
             self._file.write(f'{{"step": {step}, "train/lo')
             self._file.flush()
-        fault.at("metrics")
-        return scalars(self, step, values)
+            fault.happen()
 
-    report.Reporter.scalars = torn
+    before(report.Reporter, "scalars", torn)
 
 
-def _wrap_batches(loader, fault: Fault) -> None:
+def _wrap_batches(fault: Fault) -> None:
+    from jaxlm.data import loader
     original = loader.batches
 
     def slow(*args, **kwargs):
@@ -174,15 +193,38 @@ def _wrap_batches(loader, fault: Fault) -> None:
     loader.batches = slow
 
 
+def start(request: dict) -> int:
+    """Forks; the child comes back with 0 and with its output in a file of its own. It dies with this process."""
+    pid = os.fork()
+    if not pid:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        os.close(0)
+        descriptor = os.open(request["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+    return pid
+
+
 def main() -> None:
-    fault = Fault(json.loads(sys.argv[1]))
-    fault.write(event="begin")
-    plant(fault)
+    import jaxlm.bin.train  # noqa: F401
+    import jaxlm.train.loop  # noqa: F401
     from jaxlm import cli
-    code = cli.run(sys.argv[2], sys.argv[3:])
-    fault.write(event="end", code=code)
-    fault.at("exit")
-    sys.exit(code)
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "poll" in request:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+        elif pid := start(request):
+            print(pid, flush=True)
+        else:
+            fault = Fault(request["plan"])
+            fault.write(event="begin")
+            plant(fault)
+            code = cli.run(request["argv"][0], request["argv"][1:])
+            fault.write(event="end", code=code)
+            fault.at("exit")
+            sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -102,3 +102,20 @@ def plot(rows: list[dict], path: pathlib.Path) -> None:
 def read(path: pathlib.Path) -> list[dict]:
     """The samples so far."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def show(samples: pathlib.Path, picture: pathlib.Path | None) -> int:
+    """Judges what `watch` wrote, prints the figures, draws them; 1 where something grew."""
+    rows = read(samples)
+    found = verdict(rows)
+    print(json.dumps(found, indent=1))
+    if picture:
+        plot(rows, picture)
+    return 0 if found["passed"] else 1
+
+
+def run(recipe: pathlib.Path, workdir: pathlib.Path, out: pathlib.Path, minutes: float) -> None:
+    """A soak of the recipe, which has no end of its own."""
+    command = [sys.executable, "-m", "jaxlm", "train", f"--config={recipe}", f"--workdir={workdir}", "--config.train.log_every=50",
+               "--config.train.eval_every=1000", "--config.checkpoint.every=250", "--config.checkpoint.keep_best=1"]
+    watch(command, dict(os.environ), workdir, out, minutes)
