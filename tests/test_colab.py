@@ -5,14 +5,12 @@ import json
 import pathlib
 import re
 import shlex
-import shutil
-import string
 
 import pytest
 from absl import flags
 
 from jaxlm import cli, config
-from tests import notebook
+from tests import notebook, test_docs
 from tests.train import runs
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -68,13 +66,9 @@ def test_quickstart_from_nothing_to_a_chat(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_sentiment_from_a_table_to_labels(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    encoder = shutil.copytree(ROOT / "tests/interop/fixtures/encoders/bert", tmp_path / "bert")
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.ascii_lowercase, *("##" + letter for letter in string.ascii_lowercase)]
-    (encoder / "vocab.txt").write_text("\n".join(pieces) + "\n")
-    (tmp_path / "mine.csv").write_text("text,label\n" + "".join(f"{word} {draw},{label}\n" for draw in ("cup", "film", "book", "bed", "fork", "lamp", "door", "shoe")
-                                                               for word, label in (("good", "up"), ("fine", "up"), ("bad", "down"), ("awful", "down"))))
+    test_docs.reviews(tmp_path)
     text = notebook.run(ROOT / "colab/sentiment.ipynb", {
-        "TABLE": "mine.csv", "ENCODER": "hf:bert", "OPTIONS": TINY.replace("=64", "=24") + "--config.data.validation=0.2 --config.data.test=0.3"})
+        "TABLE": "reviews.csv", "ENCODER": "hf:minilm", "OPTIONS": TINY.replace("=64", "=24") + "--config.data.validation=0.2 --config.data.test=0.3"})
     for seen in ("There is NO ACCELERATOR here", "TF-IDF + logistic regression", "mcc", "report-test.html", "not in Colab: open", "I would buy it again."):
         assert seen in text, (seen, text)
-    assert re.search(r"(up|down) \d\.\d{3} .*Not bad at all", text)
+    assert re.search(r"(positive|negative) \d\.\d{3} .*Not bad at all", text)
