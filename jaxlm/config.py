@@ -616,6 +616,7 @@ def load(name: str, overrides: Iterable[tuple[str, str]] = ()) -> Config:
 
     path, argument = find(name)
     spec = importlib.util.spec_from_file_location(f"jaxlm_recipe_{path.stem}", path)
+    assert spec and spec.loader, path
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -715,10 +716,12 @@ def steps_of(key: str, duration: str, *, tokens_per_step: int, tokens_per_epoch:
     """
     number, unit = _split_duration(key, duration)
     if unit == "%":
-        _need(total is not None, f"{key}={duration!r}: a share of the run cannot define the run itself; use steps, tokens or epochs")
+        if total is None:
+            raise ValueError(f"{key}={duration!r}: a share of the run cannot define the run itself; use steps, tokens or epochs")
         return math.ceil(number / 100 * total - 1e-9)
     if unit == "epoch":
-        _need(tokens_per_epoch is not None, f"{key}={duration!r}: epochs are not known here; use steps or tokens")
+        if tokens_per_epoch is None:
+            raise ValueError(f"{key}={duration!r}: epochs are not known here; use steps or tokens")
         return math.ceil(number * tokens_per_epoch / tokens_per_step - 1e-9)
     if unit == "token":
         return math.ceil(number / tokens_per_step - 1e-9)
@@ -727,7 +730,8 @@ def steps_of(key: str, duration: str, *, tokens_per_step: int, tokens_per_epoch:
 
 def _split_duration(key: str, duration: str) -> tuple[float, str]:
     match = _DURATION.match(duration)
-    _need(match is not None, f"{key}={duration!r} is not a duration: write '2000 steps', '3 epochs', '1e9 tokens', '5%' or a number of steps")
+    if match is None:
+        raise ValueError(f"{key}={duration!r} is not a duration: write '2000 steps', '3 epochs', '1e9 tokens', '5%' or a number of steps")
     return float(match[1].replace("_", "")), (match[2] or "step").rstrip("s")
 
 
