@@ -19,7 +19,7 @@ if [ -n "$check" ]; then
 else
   [ -z "$(git status --porcelain)" ] || fail "the working tree has changes: commit or drop them first"
   [ -z "$(git tag --list "v$version")" ] || fail "there is a tag v$version already"
-  [ "$(printf '%s\n' "$now" "$version" | sort -V | tail -1)" = "$version" ] || fail "VERSION=$version is below $now, the version in jaxlm/__init__.py"
+  [ "$(printf '%s\n' "${now/rc/~rc}" "${version/rc/~rc}" | sort -V | tail -1)" = "${version/rc/~rc}" ] || fail "VERSION=$version is below $now, the version in jaxlm/__init__.py"
   grep -q '^## Unreleased' docs/changelog.md || fail "docs/changelog.md has no section '## Unreleased': say what has changed"
   sed -i "s/^__version__ = .*/__version__ = \"$version\"/" jaxlm/__init__.py
   sed -i "s/^## Unreleased.*/## $version, $(date -u +%Y-%m-%d)/" docs/changelog.md

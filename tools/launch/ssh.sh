@@ -33,6 +33,7 @@ home=$(printf '%q' "$folder")
 # shellcheck disable=SC2329  # the trap calls it
 stop() {
   trap '' INT TERM
+  interrupted=1
   for host in "${hosts[@]}"; do
     ssh -o BatchMode=yes "$host" "cd $home && kill -TERM \$(cat .jaxlm.$host.pid)" || true
   done
@@ -54,10 +55,12 @@ done
 
 worst=0
 for process in ${waiting[@]+"${waiting[@]}"}; do
-  while kill -0 "$process" 2> /dev/null; do # a trap ends one wait, not the process
+  interrupted=1
+  while [ -n "$interrupted" ]; do # the trap ends a wait, not the process
+    interrupted=''
     code=0
     wait "$process" || code=$?
   done
-  if [ "${code:-0}" -gt "$worst" ]; then worst=$code; fi
+  if [ "$code" -gt "$worst" ]; then worst=$code; fi
 done
 exit "$worst"
