@@ -13,6 +13,7 @@ VERBS = {
     "prepare": "read, clean and de-duplicate text, split it, train a tokenizer, write token shards and a report",
     "tokenizer": "train a tokenizer alone, or look at what one does to a text",
     "train": "train a model, or resume the run in a workdir",
+    "search": "which learning rate, batch size, width ...: many short runs, the worse ones stopped early, over any number of processes",
     "fit": "before you rent: does a config fit on these TPUs or GPUs, how fast, at what cost",
     "eval": "loss and bits per byte of a checkpoint, figures of a classifier, tasks (HellaSwag, your own), which of two is better, is it biased; --watch follows a run",
     "report": "a page about a run (curves, data, figures, bias, samples, how to reproduce) and a model card",

@@ -680,6 +680,43 @@ def build(tree: Mapping[str, Any]) -> Config:
     return Config(**built)
 
 
+def override(config: Config, overrides: Iterable[tuple[str, str]]) -> Config:
+    """`config` with keys set as `--config.key=text` sets them.
+
+    Raises:
+      ValueError: as `load`.
+    """
+    tree = to_dict(config)
+    for key, text in overrides:
+        _override(tree, key, text)
+    return build(tree)
+
+
+def kind(key: str) -> Any:
+    """The annotated type of a dotted key.
+
+    Raises:
+      ValueError: one line, with the nearest right name.
+    """
+    part, _, name = key.partition(".")
+    parts = typing.get_type_hints(Config)
+    hint = typing.get_type_hints(parts[part]).get(name) if part in parts else None
+    if hint is None:
+        raise ValueError(_unknown(key))
+    return hint
+
+
+def read(key: str, text: str) -> Any:
+    """The value that `--config.key=text` gives a key by itself, whatever the others are.
+
+    Raises:
+      ValueError: one line: an unknown key, or a value of another type.
+    """
+    tree: dict = {}
+    _override(tree, key, text)
+    return _coerce(key, *tree[key.partition(".")[0]].values(), kind(key))
+
+
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """All keys as nested dicts."""
     return dataclasses.asdict(config)
@@ -693,6 +730,16 @@ def to_json(config: Config) -> str:
 def from_json(text: str) -> Config:
     """The inverse of `to_json`; JSON lists become tuples."""
     return build(json.loads(text))
+
+
+def to_recipe(config: Config, text: str) -> str:
+    """A config file that `load` turns into `config`: the keys that are not at their defaults, under `text` as its docstring."""
+    text = text.replace("\\", "/").replace('"', "'")
+    default, lines = to_dict(Config()), []
+    for part, values in to_dict(config).items():
+        if changed := {key: value for key, value in values.items() if value != default[part][key]}:
+            lines.append(f"    c.{part} = ConfigDict(dict({', '.join(f'{key}={value!r}' for key, value in changed.items())}))")
+    return "\n".join([f'"""{text}"""', "", "from ml_collections import ConfigDict", "", "", "def get_config():", "    c = ConfigDict()", *lines, "    return c", ""])
 
 
 def difference(old: Config, new: Config) -> list[str]:
@@ -737,10 +784,7 @@ def _split_duration(key: str, duration: str) -> tuple[float, str]:
 
 def _override(tree: dict, key: str, text: str) -> None:
     part, _, name = key.partition(".")
-    hints = typing.get_type_hints(Config)
-    hint = typing.get_type_hints(hints[part]).get(name) if part in hints else None
-    if hint is None:
-        raise ValueError(_unknown(key))
+    hint = kind(key)
     tree.setdefault(part, {})[name] = text if hint in (str, Duration) or typing.get_origin(hint) is Literal else _literal(key, text, hint)
 
 

@@ -32,8 +32,20 @@ FREE = ("mesh.", "checkpoint.", "eval.", "audit.", "train.microbatches", "train.
         "objective.chunk_rows")
 
 
-def run(config: Config, workdir: pathlib.Path) -> int:
+# Of a run among many (jaxlm search): told the step and the figure of each evaluation (None where it is not finite) and says whether the run ends there.
+Judge = Callable[[int, float | None], bool]
+
+
+class Diverged(ValueError):
+    """Losses or gradients that stay infinite or undefined."""
+
+
+def run(config: Config, workdir: pathlib.Path, judge: Judge | None = None) -> int:
     """Trains, or resumes, until the last step or a request to stop.
+
+    Args:
+      judge: of a run whose use is its figure on the validation split: it shows no samples, and never looks at the test split. A run that the judge ends is
+        saved and not marked as finished, so that it can go on. In several processes all must be told the same.
 
     Returns:
       The exit code: 0 at the end or after SIGTERM, 130 after Ctrl-C; either way everything is saved.
@@ -51,7 +63,7 @@ def run(config: Config, workdir: pathlib.Path) -> int:
         peak = report.peak_flops()
         mesh = sharding.make_mesh(config.mesh)
         folder = pathlib.Path(config.data.dir) if config.data.dir else workdir / "data"
-        corpus = _corpus(config, folder, note)
+        corpus = open_corpus(config, folder, note)
         tokenizer = tokenizers.load(corpus.tokenizer_path)
         task = rows.build(config, tokenizer, corpus)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, target_length=task.target_length))
@@ -65,7 +77,7 @@ def run(config: Config, workdir: pathlib.Path) -> int:
         keep_every = parts.steps("checkpoint.keep_every", config.checkpoint.keep_every)
         with checkpoint.Checkpoints(lock, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best, keep_every=keep_every,
                                     log=note) as checkpoints, jax.set_mesh(mesh):
-            return _train(parts, subject, epoch, workdir, checkpoints, stop, progress, peak)
+            return _train(parts, subject, epoch, workdir, checkpoints, stop, progress, peak, judge)
 
 
 def _adopt(config: Config, workdir: pathlib.Path) -> None:
@@ -80,7 +92,7 @@ def _adopt(config: Config, workdir: pathlib.Path) -> None:
     temporary.replace(path)
 
 
-def _corpus(config: Config, folder: pathlib.Path, note) -> shards.Corpus:
+def open_corpus(config: Config, folder: pathlib.Path, note: Callable[[str], None]) -> shards.Corpus:
     """Process 0 prepares what is missing; then all open the same shards. A `data.dir` without a `data.source` is taken as it is."""
     if config.data.source or not config.data.dir:
         sharding.first(lambda: prepare.prepare(config.data, config.tokenizer, folder, clean=config.clean, filter=config.filter, dedup=config.dedup,
@@ -89,7 +101,7 @@ def _corpus(config: Config, folder: pathlib.Path, note) -> shards.Corpus:
 
 
 def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSize, workdir: pathlib.Path, checkpoints: checkpoint.Checkpoints,
-           stop: StopRequest, progress: report.Progress, peak: tuple[float, str]) -> int:
+           stop: StopRequest, progress: report.Progress, peak: tuple[float, str], judge: Judge | None) -> int:
     config, total, primary = parts.config, parts.total, jax.process_index() == 0
     corpus, tokenizer, task = subject.corpus, subject.tokenizer, subject.task
     note = progress.note if primary else lambda line: None
@@ -130,10 +142,10 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
                mean / config.data.sequence_length)
     pending: tuple[int, dict] | None = None
     saved_step, step, found, costs = start, start, None, best.history(config, workdir, start)
-    early = best.ends(config, workdir, costs)  # killed after its last evaluation
+    early, judged = best.ends(config, workdir, costs), False  # the first: killed after its last evaluation
     stop.arm()
     with Watchdog(config.train.watchdog_seconds) as watchdog, contextlib.closing(reporter) if primary else contextlib.nullcontext():
-        while step < total and not early and not stop.at(step):
+        while step < total and not early and not judged and not stop.at(step):
             with clock.waiting():
                 batch = sharding.to_device(parts.mesh, next(batches)[1], config.data.batch_size)
             state, new = step_fn(state, batch)
@@ -149,10 +161,11 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
             with clock.paused():
                 found = None
                 if due("eval", step) and not stop.now():
-                    found = _evaluate(subject, state, step, reporter, progress, watchdog, stop)
+                    found = _evaluate(subject, state, step, reporter, progress, watchdog, stop, sampled=judge is None)
                     costs += [value] if (value := best.cost(config, found)) is not None else []
                     early = best.ends(config, workdir, costs)
-                if due("save", step) or early:
+                    judged = judge is not None and found is not None and judge(step, best.figure(config, found)) and step < total
+                if due("save", step) or early or judged:
                     save(step, state, found)
                     saved_step = step
         if pending:
@@ -162,11 +175,17 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
         acknowledged = checkpoints.wait()
         if early:
             note(f"step {step}: {config.train.patience} evaluations without a better {config.checkpoint.metric}, so the run ends here (train.patience)")
+        elif judged:
+            note(f"step {step} of {total}: the search ends this run here; its checkpoint is whole, and jaxlm train goes on from there")
+            return stop.exit_code
         elif step < total:
             safe = "nothing is lost, nothing was done yet" if acknowledged is None else f"the checkpoint of step {acknowledged} is safe"
             note(f"stopped at step {step} of {total}; {safe}; the same command goes on from there")
             return stop.exit_code
-        _finish(step, early, subject, _best(parts, state, step, workdir, note), workdir, reporter, progress, watchdog, stop)
+        if judge is None:
+            _finish(step, early, subject, _best(parts, state, step, workdir, note), workdir, reporter, progress, watchdog, stop)
+        elif primary:
+            _mark(workdir, step, early)
     return stop.exit_code
 
 
@@ -230,14 +249,14 @@ def _introduction(parts: setup.Setup, epoch: pack.EpochSize, state: State, start
 
 
 def _evaluate(subject: evaluation.Subject, state: State, step: int, reporter: report.Reporter | None, progress: report.Progress, watchdog: Watchdog,
-              stop: StopRequest) -> dict[str, float] | None:
-    """Figures of the validation split; None without one, or when the run was asked to stop meanwhile."""
+              stop: StopRequest, sampled: bool) -> dict[str, float] | None:
+    """Figures of the validation split, with a sample if one is wanted; None without one, or when the run was asked to stop meanwhile."""
     if not len(subject.corpus.splits["validation"].tokens):
         return None
     summary = _score(subject, _averaged(state), "validation", subject.config.train.eval_documents, watchdog, stop)
     if summary is None:
         return None
-    sample = evaluation.sample(subject, _averaged(state))
+    sample = evaluation.sample(subject, _averaged(state)) if sampled else ""
     if reporter:
         reporter.scalars(step, {f"eval/{name}": value for name, value in summary.items()})
         progress.note(f"step {step}  {evaluation.line(subject.config, summary)}")
@@ -305,7 +324,7 @@ def _finish(step: int, early: bool, subject: evaluation.Subject, chosen: tuple[A
     if sample:
         reporter.text(step, "sample", sample)
         progress.note(f"\nA sample, after the prompt in brackets:\n{sample}\n")
-    (workdir / "FINISHED").write_text(json.dumps({"step": step} | ({"early": step} if early else {})) + "\n", encoding="utf-8")
+    _mark(workdir, step, early)
     prompt = "an input" if config.objective.name == "seq2seq" else "Return the"
     continues = [f"  jaxlm generate --workdir={workdir} --prompt=\"{prompt}\""] * (bool(sample))
     if subject.task.labelled:
@@ -313,6 +332,11 @@ def _finish(step: int, early: bool, subject: evaluation.Subject, chosen: tuple[A
     progress.note("\n".join([
         "Next:", *continues, f"  jaxlm eval --workdir={workdir}" + " --split=test --report" * subject.task.labelled,
         f"  tensorboard --logdir={workdir}        (pip install tensorboard)"]))
+
+
+def _mark(workdir: pathlib.Path, step: int, early: bool) -> None:
+    """Says that the run is complete."""
+    (workdir / "FINISHED").write_text(json.dumps({"step": step} | ({"early": step} if early else {})) + "\n", encoding="utf-8")
 
 
 class _Log:
@@ -396,7 +420,7 @@ class _Health:
         if self._in_a_row >= self._config.train.bad_steps:
             rows = self._config.data.batch_size
             saved = checkpoint.steps(self._workdir)
-            raise ValueError(
+            raise Diverged(
                 f"the loss or gradient was not finite in {self._in_a_row} steps in a row (train.bad_steps), the last at step {step}, rows "
                 f"{(step - 1) * rows} to {step * rows - 1} of the token stream (data.seed={self._config.data.seed}); those updates were skipped; "
                 f"try a lower optim.lr or optim.clip; {f'the newest checkpoint is step {saved[-1]}' if saved else 'there is no checkpoint yet'}")
