@@ -510,13 +510,16 @@ class TrainConfig:
     patience: int = 0  # the run ends after so many evaluations in a row without a better checkpoint.metric; 0: never
     eval_documents: int = 200  # validation documents of the evaluations during training; 0: all
     bad_steps: int = 10  # stop after so many non-finite losses or gradients in a row; each is skipped and counted
+    spike: float = 0.0  # a step whose loss or gradient norm lies so many robust deviations above the median of the last 128 is a spike: it is counted and named
+    # with its documents in bad_steps.jsonl; 8 is a good value, 0: off
+    on_spike: Literal["warn", "skip"] = "warn"  # the update of a spike is made all the same, or skipped as one that is not finite, and counts for bad_steps
     watchdog_seconds: float = 1800.0  # end the process when no step finishes for so long; 0: off
     sample_prompt: str = ""  # text continued at each evaluation; empty: the beginning of a validation document
 
     def __post_init__(self):
         for key in ("microbatches", "bad_steps"):
             _need(getattr(self, key) > 0, f"train.{key}={getattr(self, key)} must be positive")
-        for key in ("eval_documents", "watchdog_seconds", "patience"):
+        for key in ("eval_documents", "watchdog_seconds", "patience", "spike"):
             _need(getattr(self, key) >= 0, f"train.{key}={getattr(self, key)} must not be negative")
 
 
