@@ -511,7 +511,7 @@ class TrainConfig:
     eval_documents: int = 200  # validation documents of the evaluations during training; 0: all
     bad_steps: int = 10  # stop after so many non-finite losses or gradients in a row; each is skipped and counted
     spike: float = 0.0  # a step whose loss or gradient norm lies so many robust deviations above the median of the last 128 is a spike: it is counted and named
-    # with its documents in bad_steps.jsonl; 8 is a good value, 0: off
+    # with its documents in bad_steps.jsonl; 6 is a good value, 0: off
     on_spike: Literal["warn", "skip"] = "warn"  # the update of a spike is made all the same, or skipped as one that is not finite, and counts for bad_steps
     watchdog_seconds: float = 1800.0  # end the process when no step finishes for so long; 0: off
     sample_prompt: str = ""  # text continued at each evaluation; empty: the beginning of a validation document

@@ -41,7 +41,7 @@ def numbers(folder: pathlib.Path, trials: int, dice: random.Random) -> Counter:
             what = (path, dice.randrange(layers), dice.choice([float("nan"), float("inf"), -float("inf")]))
             wrong = planted.parameter(base, step, *what, workdir)
         elif kind == "token":
-            what = dice.choice(planted.LETTERS)
+            what = dice.choice([letter for letter in planted.LETTERS if planted.visited(base, letter, step)])
             wrong = planted.activation(base, step, what, workdir)
         else:
             what = visits[number // 5 % len(visits)]

@@ -18,7 +18,7 @@ does the steps from there again on one CPU device, with the rows that the ledger
 
 A document that is at fault can be looked up (jaxlm data audit WORKDIR --doc=ID says at which steps it was seen) and left out of the next corpus; a layer that
 is at fault wants a lower optim.lr, a longer optim.warmup, optim.clip, objective.z_loss, model.qk_norm or model.dtype=float32. To go on past it: the same
-command as before, with --config.train.spike=8 --config.train.on_spike=skip, skips updates that stand out.
+command as before, with --config.train.spike=6 --config.train.on_spike=skip, skips updates that stand out.
 
 It needs the memory of a training step of the model on this machine, and the time of the steps since the checkpoint: keep more of them with
 checkpoint.keep_last.

@@ -20,7 +20,7 @@ from tests.train import runs
 LETTERS = "ABCDEFGHIJKLMNOPQRST"  # each in one document only
 POISONED = 5  # documents of noise
 OVERRIDES = [("model.layers", "3"), ("model.tied", "False"), ("model.width", "16"), ("model.heads", "2"), ("model.dropout", "0"), ("train.eval_every", "0"), ("optim.lr", "0.01"), ("data.validation", "0"),
-             ("data.test", "0"), ("checkpoint.keep_last", "99"), ("train.bad_steps", "3"), ("train.spike", "8"), ("optim.schedule", "constant")]
+             ("data.test", "0"), ("checkpoint.keep_last", "99"), ("train.bad_steps", "3"), ("train.spike", "6"), ("optim.schedule", "constant")]
 
 
 class Base(NamedTuple):
@@ -58,6 +58,13 @@ def base(folder: pathlib.Path, steps: int, every: int = 10) -> Base:
 def document(of: Base, letter: str) -> str:
     """Id of the document that holds a letter."""
     return next(of.corpus.document_id("train", i) for i in range(len(of.corpus.splits["train"].tokens)) if ord(letter) in of.corpus.read("train", i))
+
+
+def visited(of: Base, letter: str, step: int) -> set[int]:
+    """The 50 steps after `step` that see the letter: its place is the first in its document, and a row may hold another part."""
+    name, data = document(of, letter), of.config.data
+    return {number for number in range(step + 1, step + 51) for one in audit.occupants(of.corpus, of.task, data.seed, data.batch_size, number)
+            if one.id == name and one.piece.start <= 1 < one.piece.stop}
 
 
 def plant(of: Base, step: int, path: str, place: tuple[int, ...], value: float, workdir: pathlib.Path) -> None:
@@ -104,10 +111,9 @@ def activation(of: Base, step: int, letter: str, workdir: pathlib.Path) -> str:
     (workdir / "config.json").write_text(config.to_json(config_))
     loop.run(config_, workdir)
     skipped = {row["step"]: row for row in bad_steps(workdir) if row["step"] > step}
-    data = of.config.data
-    expected = {number for number in range(step + 1, last + 1) for one in audit.occupants(of.corpus, of.task, data.seed, data.batch_size, number)
-                if one.id == name and one.piece.start <= 1 < one.piece.stop}  # the letter is its first one, and a row may hold another part
-    if not expected or set(skipped) != expected or not all(name in [one["id"] for one in row["documents"]] for row in skipped.values()):
+    expected = visited(of, letter, step)
+    assert expected, "a letter that is not seen plants nothing"
+    if set(skipped) != expected or not all(name in [one["id"] for one in row["documents"]] for row in skipped.values()):
         return f"skipped {sorted(skipped)}, the document {name} lies in {sorted(expected)}"
     found = replay.run(workdir, min(expected), log=lambda line: None)
     first = found.rows[0]
