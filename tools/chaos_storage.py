@@ -31,14 +31,13 @@ from tests.train import runs  # noqa: E402
 def numbers(folder: pathlib.Path, trials: int, dice: random.Random) -> Counter:
     """Two fifths each of spoilt parameters and of tokens that overflow, the rest documents of noise."""
     base = planted.base(folder, 560, 40)
-    paths = [(path, layers) for path, layers in (("layers/attn/q", 3), ("layers/attn/o", 3), ("layers/mlp/up", 3), ("layers/mlp/down", 3), ("layers/attn_norm/scale", 3))]
+    paths = [f"layers/{name}" for name in ("attn/q", "attn/o", "mlp/up", "mlp/down", "attn_norm/scale")]
     visits, found = planted.noise(base), Counter()
     for number in range(trials):
         workdir, step = folder / str(number), dice.choice(range(200, 521, 40))
         kind = ("parameter", "parameter", "token", "token", "noise")[number % 5]
         if kind == "parameter":
-            path, layers = dice.choice(paths)
-            what = (path, dice.randrange(layers), dice.choice([float("nan"), float("inf"), -float("inf")]))
+            what = (dice.choice(paths), dice.randrange(3), dice.choice([float("nan"), float("inf"), -float("inf")]))
             wrong = planted.parameter(base, step, *what, workdir)
         elif kind == "token":
             what = dice.choice([letter for letter in planted.LETTERS if planted.visited(base, letter, step)])

@@ -130,12 +130,12 @@ class Health:
         held = f"{_named(found)} ({self._workdir / FILE} lists them)"
         replay = f"jaxlm replay --workdir={self._workdir} --step="
         if not ends:
-            return self._note(f"step {step}: {_what(bad)}; the update was {'skipped' if bad.skipped else 'made all the same (train.on_spike=warn)'}; in its rows: "
-                              f"{held}; which of them it was: {replay}{step}")
+            made = "skipped" if bad.skipped else "made all the same (train.on_spike=warn)"
+            return self._note(f"step {step}: {_what(bad)}; the update was {made}; in its rows: {held}; which of them it was: {replay}{step}")
         newest, first = self._newest(), step - self._in_a_row + 1
         raise ValueError(
-            f"the loss or gradient was {'not finite' if bad.why == 'not finite' else 'a spike'} in {self._in_a_row} steps in a row (train.bad_steps), the first "
-            f"at step {first}, the last at step {step}, {where}: {held}; those updates were skipped; {replay}{first} says in which layer and with "
+            f"the loss or gradient was {bad.why.replace('spike', 'a spike')} in {self._in_a_row} steps in a row (train.bad_steps), the first at "
+            f"step {first}, the last at step {step}, {where}: {held}; those updates were skipped; {replay}{first} says in which layer and with "
             f"which document it began; try a lower optim.lr or optim.clip; "
             f"{'there is no checkpoint yet' if newest is None else f'the newest checkpoint is step {newest}'}")
 

@@ -113,8 +113,8 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
                              rows=sharding.local_rows(parts.mesh, config.data.batch_size), threads=config.data.threads, prefetch=config.data.prefetch)
     reporter = report.Reporter(workdir, start, {"config": configs.to_json(config), "parameters": report.overview(state.params)}) if primary else None
     clock, judge = _Clock(), health.Health(
-        config.train, workdir, start, recent, rows=config.data.batch_size, note=note, primary=primary, newest=lambda: max(checkpoint.steps(workdir), default=None),
-        occupants=lambda step: audit.occupants(corpus, task, config.data.seed, config.data.batch_size, step))
+        config.train, workdir, start, recent, rows=config.data.batch_size, note=note, primary=primary,
+        newest=lambda: max(checkpoint.steps(workdir), default=None), occupants=lambda step: audit.occupants(corpus, task, config.data.seed, config.data.batch_size, step))
     log = _Log(parts, epoch, trees.count(parts.plain), peak[0], clock, judge, reporter, progress, lambda step: due("log", step),
                mean / config.data.sequence_length)
     pending: tuple[int, dict] | None = None
@@ -297,8 +297,8 @@ class _Log:
         if self._due(step):
             self._reporter.scalars(step, {
                 **{f"train/{name}": value for name, value in means.items()}, **{f"train/{name}": float(value) for name, value in values.items()},
-                "train/skipped": self._judge.skipped, "train/spikes": self._judge.spikes, "train/tokens": step * self._tokens, "perf/tokens_per_second": self._computed / seconds,
-                "perf/mfu": self._load / seconds, "perf/step_seconds": seconds, "perf/data_wait": self._clock.wait_share(), "perf/padding": self._padding,
+                "train/skipped": self._judge.skipped, "train/spikes": self._judge.spikes, "train/tokens": step * self._tokens,
+                "perf/tokens_per_second": self._computed / seconds, "perf/mfu": self._load / seconds, "perf/step_seconds": seconds, "perf/data_wait": self._clock.wait_share(), "perf/padding": self._padding,
                 **report.memory_gib()})
         self._progress.show(f"step {step}/{self._total}  loss {means['loss']:.3f}  {report.count(self._computed / seconds)} tokens/s  "
                             f"MFU {self._load / seconds:.0%}  left {report.duration((self._total - step) * seconds)}", final=step == self._total)

@@ -116,7 +116,8 @@ def run(workdir: pathlib.Path, step: int, folder: str = "", log: Callable[[str],
             state, metrics = program(number, state, batch)
             done.append(_judged(number, metrics, recent, logged))
             progress.show(f"step {number}/{step}  loss {done[-1].loss:.3f}", final=number == step - 1)
-        spoilt = [_place(parts, trees.path_name(path) or "state", leaf) for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt, state.ema))
+        spoilt = [_place(trees.path_name(path) or "state", leaf) for path, leaf in
+                  jax.tree_util.tree_leaves_with_path((state.params, state.opt, state.ema))
                   if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all())]
         layers = _layers(parts, state, _gradient(parts, state, batch), before)
         per_row = _rows(parts, state.params, batch, audit.occupants(corpus, task, config.data.seed, config.data.batch_size, step), corpus, tokenizer, step)
@@ -182,7 +183,7 @@ def _layers(parts: setup.Setup, state: State, gradient: Any, before: dict[tuple[
     return [Layer(*place, norm, norms[place], before.get(place)) for place, norm in _norms(gradient).items()]
 
 
-def _place(parts: setup.Setup, path: str, leaf: jax.Array) -> str:
+def _place(path: str, leaf: jax.Array) -> str:
     """A leaf of the state with values that are not finite: its name, and which layers."""
     bad = ~np.isfinite(np.asarray(leaf, np.float32))
     of = f", layers {', '.join(map(str, np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1))))}" if "layers" in path.split("/") and bad.ndim else ""
@@ -275,8 +276,8 @@ def _compared(steps: list[Done], start: int) -> str:
     if not wrong:
         return where + "all equal bit by bit" * bool(logged) + "so nothing could be compared" * (not logged) + tail
     far = max(abs(one.loss - one.logged["loss"]) / max(abs(one.logged["loss"]), 1e-30) for one in wrong)
-    return (f"{where}{len(wrong)} of them differ, the first at step {wrong[0].step} (logged loss {wrong[0].logged['loss']!r}, here {wrong[0].loss!r}), by at most "
-            f"{far:.1e} of the loss: that is rounding (another mesh, device or version of jax) where it is small{tail}")
+    return (f"{where}{len(wrong)} of them differ, the first at step {wrong[0].step} (logged loss {wrong[0].logged['loss']!r}, here {wrong[0].loss!r}), by at "
+            f"most {far:.1e} of the loss: that is rounding (another mesh, device or version of jax) where it is small{tail}")
 
 
 def _against(last: Done) -> str:

@@ -59,7 +59,8 @@ def _curves(of: Summary) -> str:
     parts += [page.chart({"learning rate": _series(of, "train/lr")}, "step", "learning rate"),
               page.chart({"gradient norm": _series(of, "train/grad_norm")}, "step", "gradient norm")]
     if skipped := max((row.get("train/skipped", 0) for row in of.metrics), default=0):
-        parts.append(f'<div class="warn">{skipped:,.0f} steps were skipped for a loss or gradient that is not finite, or a spike: bad_steps.jsonl names them</div>')
+        parts.append(f'<div class="warn">{skipped:,.0f} steps were skipped for a loss or gradient that is not finite or a spike: bad_steps.jsonl names them'
+                     "</div>")
     return "".join(parts)
 
 

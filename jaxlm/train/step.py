@@ -26,8 +26,9 @@ def init_state(params: Any, tx: optax.GradientTransformation, trainable: Mapping
     return State(jnp.zeros((), jnp.int32), params, tx.init(trained), jax.tree.map(jnp.copy, trained) if ema else None, key)
 
 
-def train_step(state: State, batch: Mapping[str, jax.Array], limits: jax.Array | None = None, *, objective: Callable[..., Sums], tx: optax.GradientTransformation,
-               rate: Callable[[jax.Array], jax.Array], trainable: Mapping[str, bool], microbatches: int = 1, ema: float = 0.0) -> tuple[State, dict[str, Any]]:
+def train_step(state: State, batch: Mapping[str, jax.Array], limits: jax.Array | None = None, *, objective: Callable[..., Sums],
+               tx: optax.GradientTransformation, rate: Callable[[jax.Array], jax.Array], trainable: Mapping[str, bool], microbatches: int = 1,
+               ema: float = 0.0) -> tuple[State, dict[str, Any]]:
     """Gradient of the sum of losses over the sum of weights of the whole batch, however it is cut; then one update.
 
     A loss or gradient that is not finite leaves parameters and moments as they are; only the step and the optimiser's counters (whole scalars) go on.

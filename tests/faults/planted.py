@@ -19,8 +19,9 @@ from tests.train import runs
 
 LETTERS = "ABCDEFGHIJKLMNOPQRST"  # each in one document only
 POISONED = 5  # documents of noise
-OVERRIDES = [("model.layers", "3"), ("model.tied", "False"), ("model.width", "16"), ("model.heads", "2"), ("model.dropout", "0"), ("train.eval_every", "0"), ("optim.lr", "0.01"), ("data.validation", "0"),
-             ("data.test", "0"), ("checkpoint.keep_last", "99"), ("train.bad_steps", "3"), ("train.spike", "6"), ("optim.schedule", "constant")]
+OVERRIDES = [("model.layers", "3"), ("model.tied", "False"), ("model.width", "16"), ("model.heads", "2"), ("model.dropout", "0"), ("train.eval_every", "0"),
+             ("optim.lr", "0.01"), ("data.validation", "0"), ("data.test", "0"), ("checkpoint.keep_last", "99"), ("train.bad_steps", "3"), ("train.spike", "6"),
+             ("optim.schedule", "constant")]
 
 
 class Base(NamedTuple):
@@ -57,7 +58,8 @@ def base(folder: pathlib.Path, steps: int, every: int = 10) -> Base:
 
 def document(of: Base, letter: str) -> str:
     """Id of the document that holds a letter."""
-    return next(of.corpus.document_id("train", i) for i in range(len(of.corpus.splits["train"].tokens)) if ord(letter) in of.corpus.read("train", i))
+    every = range(len(of.corpus.splits["train"].tokens))
+    return next(of.corpus.document_id("train", i) for i in every if ord(letter) in of.corpus.read("train", i))
 
 
 def visited(of: Base, letter: str, step: int) -> set[int]:
@@ -69,7 +71,8 @@ def visited(of: Base, letter: str, step: int) -> set[int]:
 
 def plant(of: Base, step: int, path: str, place: tuple[int, ...], value: float, workdir: pathlib.Path) -> None:
     """A copy of the run that ends with the checkpoint of `step`, in which one parameter has another value."""
-    shutil.copytree(of.workdir, workdir, ignore=lambda folder, names: [n for n in names if n == "FINISHED" or folder.endswith("checkpoints") and int(n) >= step])
+    later = lambda folder, names: [name for name in names if name == "FINISHED" or folder.endswith("checkpoints") and int(name) >= step]
+    shutil.copytree(of.workdir, workdir, ignore=later)
     parts = resume.build(of.config, sharding.make_mesh(of.config.mesh, jax.devices()[:1]), of.corpus)[0]
     state = checkpoint.restore(of.workdir, step, parts.target)
     flat = trees.flatten(state.params)
@@ -86,8 +89,8 @@ def bad_steps(workdir: pathlib.Path) -> list[dict]:
 
 
 def parameter(of: Base, step: int, path: str, layer: int, value: float, workdir: pathlib.Path) -> str:
-    """A value that is not finite in one parameter of one layer: the run must end and name the step and its documents; replay must name parameter and layer. What is not
-    right, "" for nothing."""
+    """A value that is not finite in one parameter of one layer: the run must end and name the step and its documents; replay must name parameter and layer.
+    Returns what is not right, "" for nothing."""
     plant(of, step, path, (layer,), value, workdir)
     try:
         loop.run(of.config, workdir)

@@ -80,7 +80,7 @@ def test_a_spike_is_skipped_when_asked_for(base, tmp_path, capsys):
     original = health.Recent.limits
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(health.Recent, "limits", lambda self, step: np.array([0.5, 100], np.float32) if step > 41 else original(self, step))
-        with pytest.raises(ValueError, match="the loss or gradient was a spike in 2 steps in a row .*, the first at step 42, the last at step 43, rows 336 to 343"):
+        with pytest.raises(ValueError, match="was a spike in 2 steps in a row .*, the first at step 42, the last at step 43, rows 336 to 343"):
             loop.run(cfg, tmp_path / "run")
     rows = [row for row in planted.bad_steps(tmp_path / "run") if row["step"] > 40]
     assert [(row["step"], row["why"], row["skipped"]) for row in rows] == [(42, "spike", True), (43, "spike", True)]
@@ -104,7 +104,8 @@ def test_the_operation_that_made_it_is_found_through_loops():
     find = lambda w, x: nonfinite.find(jax.jit(jax.grad(f)), (w, x), ["w", "x"], loop_name)
     assert find(jnp.ones(3), jnp.full(4, 1e9)) is None  # 1e9, 20.7, 3.03, 1.1
     found = find(jnp.array([1.0, -1.0, 1.0]), jnp.full(4, 1e9))
-    assert (found.operation, found.what, found.loops, found.backward, found.bad) == ("log", "NaN", ("layer 2 of 3",), False, 4) and "test_numbers.py" in found.line
+    assert (found.operation, found.what, found.loops, found.backward, found.bad) == ("log", "NaN", ("layer 2 of 3",), False, 4)
+    assert "test_numbers.py" in found.line
     assert "layer 2 of 3, the forward pass: log at" in str(found)
     spoilt = find(jnp.array([1.0, jnp.nan, 1.0]), jnp.full(4, 1e9))
     assert spoilt.operation == "w" and spoilt.first == (1,) and str(spoilt) == "w: 1 of 3 values is NaN, the first at [1]"
@@ -125,7 +126,8 @@ def test_replay_does_a_good_step_again_and_refuses_what_is_none(base, tmp_path, 
     with pytest.raises(SystemExit) as ended:
         cli.main(["replay", f"--workdir={base.workdir}", "--step=47", "--rows=2", f"--json={tmp_path / 'out.json'}"])
     out = capsys.readouterr().out
-    assert ended.value.code == 0 and "from the checkpoint of step 40: 7 steps to do" in out and "steps 41 to 46: 6 of 6 were logged, all equal bit by bit" in out
+    assert ended.value.code == 0 and "from the checkpoint of step 40: 7 steps to do" in out
+    assert "steps 41 to 46: 6 of 6 were logged, all equal bit by bit" in out
     assert "(as logged, bit by bit); its update was made" in out and "not finite" not in out.lower()
     found = json.loads((tmp_path / "out.json").read_text())
     assert {one["id"] for row in found["rows"] for one in row["documents"]} == base.occupants(47) and len(found["rows"]) == 8
