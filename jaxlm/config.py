@@ -697,6 +697,18 @@ def from_json(text: str) -> Config:
     return build(json.loads(text))
 
 
+def read(path: pathlib.Path) -> Config:
+    """The config.json of a workdir.
+
+    Raises:
+      ValueError: one line that names the file, when it cannot be read.
+    """
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}): bring back the config.json in the files/ of a checkpoint beside it") from None
+
+
 def difference(old: Config, new: Config) -> list[str]:
     """One line per key whose value differs: `optim.lr: 0.001 -> 0.003`."""
     a, b = to_dict(old), to_dict(new)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import tests.conftest  # noqa: E402, F401  machine code that compiles quickly
 
 from jaxlm.train import report, setup  # noqa: E402
-from tests.faults import planted  # noqa: E402
+from tests.faults import damaged, planted  # noqa: E402
 from tests.train import runs  # noqa: E402
 
 
@@ -49,6 +49,19 @@ def numbers(folder: pathlib.Path, trials: int, dice: random.Random) -> Counter:
     return found
 
 
+def flips(folder: pathlib.Path, trials: int, dice: random.Random) -> Counter:
+    """As many of each kind; the files of a kind in turn, then by their size."""
+    world, found = damaged.world(folder), Counter()
+    for kind in damaged.KINDS:
+        for path in damaged.files_of(world, kind, -(-trials // len(damaged.KINDS)), dice):
+            how = dice.choice(["flip", "zero", "cut"])
+            said = damaged.trial(world, kind, path, how, dice)
+            found[f"{kind}, {said}" if said == "harmless" else kind, said in ("named", "harmless")] += 1
+            if said not in ("named", "harmless"):
+                print(f"{kind} {path.relative_to(folder)} {how}: {said}", file=sys.stderr, flush=True)
+    return found
+
+
 def _count(found: Counter, kind: str, what: object, wrong: str) -> None:
     found[kind, not wrong] += 1
     if wrong:
@@ -57,7 +70,7 @@ def _count(found: Counter, kind: str, what: object, wrong: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = {"numbers": (numbers, 50)}
+    kinds = {"numbers": (numbers, 50), "flips": (flips, 500)}
     parser.add_argument("kind", choices=kinds)
     parser.add_argument("--trials", type=int)
     parser.add_argument("--seed", type=int, default=0)

@@ -22,12 +22,6 @@ from jaxlm.train import lock as locks
 from jaxlm.train.state import State
 from jaxlm.train.stop import StopRequest, Watchdog
 
-# What may differ when a run goes on in its workdir: how it is computed and reported, not what is computed.
-FREE = ("mesh.", "checkpoint.", "eval.", "audit.", "train.microbatches", "train.log_every", "train.eval_every", "train.eval_documents", "train.bad_steps",
-        "train.spike", "train.on_spike", "train.watchdog_seconds", "train.sample_prompt", "data.dir", "data.source", "data.threads", "data.prefetch",
-        "model.remat", "model.attention", "model.sequence_attention", "model.pipeline_", "objective.chunk_rows")
-
-
 def run(config: Config, workdir: pathlib.Path) -> int:
     """Trains, or resumes, until the last step or a request to stop.
 
@@ -61,9 +55,8 @@ def _adopt(config: Config, workdir: pathlib.Path) -> None:
     """Writes the config of a new workdir, refuses that of another run."""
     path = workdir / "config.json"
     if path.exists():
-        changed = [line for line in configs.difference(configs.from_json(path.read_text(encoding="utf-8")), config) if not line.startswith(FREE)]
-        if changed:
-            raise ValueError(f"{workdir} holds a run with another config ({'; '.join(changed)}): choose another --workdir, or undo the change")
+        if changed := resume.changed(configs.read(path), config):
+            raise ValueError(f"{workdir} holds a run with another config ({changed}): choose another --workdir, or undo the change")
     temporary = path.with_suffix(".tmp")
     temporary.write_text(configs.to_json(config), encoding="utf-8")
     temporary.replace(path)

@@ -132,8 +132,7 @@ def _config(workdir: pathlib.Path) -> Config:
     path = workdir / "config.json"
     if not path.exists():
         raise ValueError(f"{workdir} holds no run (no config.json): give the workdir of jaxlm train")
-    config = configs.from_json(path.read_text(encoding="utf-8"))
-    return dataclasses.replace(config, mesh=MeshConfig())
+    return dataclasses.replace(configs.read(path), mesh=MeshConfig())
 
 
 def _logged(workdir: pathlib.Path) -> dict[int, dict[str, float]]:

@@ -10,12 +10,24 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxlm import config as configs
 from jaxlm import lora, trees
 from jaxlm.config import Config
 from jaxlm.data import ledger, loader, mixture, pack, rows, shards
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.train import checkpoint, health, initial, origin, setup
 from jaxlm.train.state import State
+
+
+# What may differ when a run goes on in its workdir: how it is computed and reported, not what is computed.
+FREE = ("mesh.", "checkpoint.", "eval.", "audit.", "train.microbatches", "train.log_every", "train.eval_every", "train.eval_documents", "train.bad_steps",
+        "train.spike", "train.on_spike", "train.watchdog_seconds", "train.sample_prompt", "data.dir", "data.source", "data.threads", "data.prefetch",
+        "model.remat", "model.attention", "model.sequence_attention", "model.pipeline_", "objective.chunk_rows")
+
+
+def changed(old: Config, new: Config) -> str:
+    """What differs of what may not; "" for nothing."""
+    return "; ".join(line for line in configs.difference(old, new) if not line.startswith(FREE))
 
 
 def build(config: Config, mesh: Mesh, corpus: shards.Corpus) -> tuple[setup.Setup, rows.Task, tokenizers.Tokenizer, pack.EpochSize]:
@@ -48,6 +60,9 @@ def start(parts: setup.Setup, corpus: shards.Corpus, task: rows.Task, workdir: p
             ours = {path: lora.is_adapter(path) for path in parts.kept}
             params = trees.merge(initial.adapter(parts.config, notes["base"], trees.split(parts.target.params, ours)[0]), trees.split(params, ours)[1])
         return 0, parts.begin(params), history, {origin.BASE: json.dumps(notes).encode()} if notes else {}
+    if differs := changed(configs.from_json(checkpoint.read_file(workdir, start, "config.json").decode()), parts.config):
+        raise ValueError(f"the checkpoint of step {start} in {workdir} was trained with another config than this one ({differs}): choose another --workdir, or "
+                         f"undo the change, in {workdir / 'config.json'} too")
     saved = json.loads(checkpoint.read_file(workdir, start, ledger.FILE))
     regrouped = task.mixture != mixture.Mixture() and saved["sources"] != ledger.sources_sha256(corpus)
     if saved["manifest"] != corpus.fingerprint or regrouped:
