@@ -510,13 +510,16 @@ class TrainConfig:
     patience: int = 0  # the run ends after so many evaluations in a row without a better checkpoint.metric; 0: never
     eval_documents: int = 200  # validation documents of the evaluations during training; 0: all
     bad_steps: int = 10  # stop after so many non-finite losses or gradients in a row; each is skipped and counted
+    spike: float = 0.0  # a step whose loss or gradient norm lies so many robust deviations above the median of the last 128 is a spike: it is counted and named
+    # with its documents in bad_steps.jsonl; 6 is a good value, 0: off
+    on_spike: Literal["warn", "skip"] = "warn"  # the update of a spike is made all the same, or skipped as one that is not finite, and counts for bad_steps
     watchdog_seconds: float = 1800.0  # end the process when no step finishes for so long; 0: off
     sample_prompt: str = ""  # text continued at each evaluation; empty: the beginning of a validation document
 
     def __post_init__(self):
         for key in ("microbatches", "bad_steps"):
             _need(getattr(self, key) > 0, f"train.{key}={getattr(self, key)} must be positive")
-        for key in ("eval_documents", "watchdog_seconds", "patience"):
+        for key in ("eval_documents", "watchdog_seconds", "patience", "spike"):
             _need(getattr(self, key) >= 0, f"train.{key}={getattr(self, key)} must not be negative")
 
 
@@ -706,7 +709,7 @@ def kind(key: str) -> Any:
     return hint
 
 
-def read(key: str, text: str) -> Any:
+def parse(key: str, text: str) -> Any:
     """The value that `--config.key=text` gives a key by itself, whatever the others are.
 
     Raises:
@@ -740,6 +743,18 @@ def to_recipe(config: Config, text: str) -> str:
         if changed := {key: value for key, value in values.items() if value != default[part][key]}:
             lines.append(f"    c.{part} = ConfigDict(dict({', '.join(f'{key}={value!r}' for key, value in changed.items())}))")
     return "\n".join([f'"""{text}"""', "", "from ml_collections import ConfigDict", "", "", "def get_config():", "    c = ConfigDict()", *lines, "    return c", ""])
+
+
+def read(path: pathlib.Path) -> Config:
+    """The config.json of a workdir.
+
+    Raises:
+      ValueError: one line that names the file, when it cannot be read.
+    """
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}): bring back the config.json in the files/ of a checkpoint beside it") from None
 
 
 def difference(old: Config, new: Config) -> list[str]:
