@@ -7,12 +7,14 @@ import json
 import os
 import random
 import resource
+import subprocess
+import sys
 from collections import Counter
 
 import jax
 import pytest
 
-from jaxlm import config
+from jaxlm import cli, config
 from jaxlm.data import sums
 from jaxlm.train import checkpoint, durable, loop, report, setup
 from jaxlm.train.lock import Lock
@@ -211,3 +213,31 @@ def test_a_limit_of_file_sizes_and_a_lost_permission_cost_one_checkpoint(tmp_pat
         checkpoints.save(4, big(4), {})
         assert checkpoints.wait() == 4
     assert checkpoint.steps(tmp_path / "run") == [1, 4] and checkpoint.newest(tmp_path / "run", log=pytest.fail) == 4
+
+
+# --- out of memory ---
+
+
+def test_another_verb_that_runs_out_of_memory_says_so_in_one_line(monkeypatch, tmp_path, capsys):
+    from jaxlm.train import replay
+    for error in (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.\nmore"), MemoryError()):
+        monkeypatch.setattr(replay, "run", lambda *_, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(SystemExit) as ended:
+            cli.run("replay", [f"--workdir={tmp_path}", "--step=1"])
+        said = capsys.readouterr().err.strip()
+        assert ended.value.code == 2 and said.startswith("jaxlm: out of memory (") and "jaxlm fit --config=" in said and "\n" not in said
+    monkeypatch.setattr(replay, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
+    with pytest.raises(RuntimeError, match="boom"):
+        cli.run("replay", [f"--workdir={tmp_path}", "--step=1"])
+
+
+@pytest.mark.slow
+def test_memory_that_really_ends_is_one_line_with_the_command(tmp_path):
+    """Under a limit of the system on this process's memory: parameters that do not fit, on a CPU."""
+    recipe = runs.recipe(tmp_path)
+    limited = ["prlimit", f"--as={9 * 10**9}", sys.executable, "-m", "jaxlm"]
+    arguments = ["train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--config.model.width=16384", "--config.model.heads=8"]
+    done = subprocess.run([*limited, *arguments], env=runs.environment(), capture_output=True, text=True, timeout=120)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr and last.startswith("jaxlm: out of memory on 1 x cpu (INTERNAL")
+    assert f"jaxlm fit --config={recipe} --topology=v5e:2x2 --search --config.model.width=16384 --config.model.heads=8" in last
