@@ -9,21 +9,26 @@ import textwrap
 import traceback
 from collections.abc import Sequence
 
+from jaxlm import bin
+
 VERBS = {
     "prepare": "read, clean and de-duplicate text, split it, train a tokenizer, write token shards and a report",
     "tokenizer": "train a tokenizer alone, or look at what one does to a text",
     "train": "train a model, or resume the run in a workdir",
+    "search": "which learning rate, batch size, width ...: many short runs, the worse ones stopped early, over any number of processes",
     "fit": "before you rent: does a config fit on these TPUs or GPUs, how fast, at what cost",
     "eval": "loss and bits per byte of a checkpoint, figures of a classifier, tasks (HellaSwag, your own), which of two is better, is it biased; --watch follows a run",
     "report": "a page about a run (curves, data, figures, bias, samples, how to reproduce) and a model card",
     "generate": "continue prompts with a checkpoint, or label texts",
     "serve": "serve a checkpoint over HTTP, with OpenAI's interface",
     "data": "which documents a checkpoint has seen, how often and when (data audit)",
+    "replay": "do one step of a run again, and name the documents and the layer that made it what it was",
     "import": "turn a Hugging Face directory into a checkpoint",
     "verify": "compare a config's training on many meshes with one device",
     "export": "write a checkpoint as a Hugging Face directory",
 }
 
+_LONGEST_LINE = 2000  # characters of an error
 _HELP = """jaxlm {version}: from raw text to a trained, evaluated language model
 
 Usage: jaxlm VERB [--flag=value ...] [--config.part.key=value ...]
@@ -80,10 +85,22 @@ def run(verb: str, argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\njaxlm: interrupted", file=sys.stderr)
         return 130
+    except (RuntimeError, MemoryError) as error:
+        if values["v"].value or not bin.out_of_memory(error):
+            raise
+        _fail(f"out of memory ({(str(error) or 'of this machine').splitlines()[0][:200]}): take smaller batches or shorter texts, a smaller model, or a machine "
+              "with more; jaxlm fit --config=... says what training needs")
     except (ValueError, OSError) as error:
         if values["v"].value or not (isinstance(error, OSError) or _raised_here(error)):
             raise
-        _fail(" ".join(str(error).split()))
+        _fail(one_line(error))
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, for a terminal: it may quote a name or a value out of a file of somebody else, which must not write escape sequences there."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]} ..."
+    return "".join(character if character.isprintable() else character.encode("unicode_escape").decode() for character in text)
 
 
 def take_overrides(argv: Sequence[str]) -> list[tuple[str, str]]:

@@ -490,6 +490,8 @@ class CheckpointConfig:
     keep_best: int = 1  # the k with the lowest validation loss, or the best checkpoint.metric
     metric: str = "loss"  # what is best on the validation split: "loss", or a figure that jaxlm eval prints, such as "accuracy", "f1_macro", "mcc"
     keep_every: Duration = Duration("0")  # and every m-th for good
+    on_error: Literal["stop", "go_on"] = "stop"  # when a checkpoint or a line of the log cannot be written (full disk, quota, permission): end the run, or say so
+    # and try again when the next one is due; the last checkpoint of a run must succeed
 
     def __post_init__(self):
         _need(self.keep_last >= 1, f"checkpoint.keep_last={self.keep_last} must be at least 1")
@@ -510,13 +512,16 @@ class TrainConfig:
     patience: int = 0  # the run ends after so many evaluations in a row without a better checkpoint.metric; 0: never
     eval_documents: int = 200  # validation documents of the evaluations during training; 0: all
     bad_steps: int = 10  # stop after so many non-finite losses or gradients in a row; each is skipped and counted
+    spike: float = 0.0  # a step whose loss or gradient norm lies so many robust deviations above the median of the last 128 is a spike: it is counted and named
+    # with its documents in bad_steps.jsonl; 6 is a good value, 0: off
+    on_spike: Literal["warn", "skip"] = "warn"  # the update of a spike is made all the same, or skipped as one that is not finite, and counts for bad_steps
     watchdog_seconds: float = 1800.0  # end the process when no step finishes for so long; 0: off
     sample_prompt: str = ""  # text continued at each evaluation; empty: the beginning of a validation document
 
     def __post_init__(self):
         for key in ("microbatches", "bad_steps"):
             _need(getattr(self, key) > 0, f"train.{key}={getattr(self, key)} must be positive")
-        for key in ("eval_documents", "watchdog_seconds", "patience"):
+        for key in ("eval_documents", "watchdog_seconds", "patience", "spike"):
             _need(getattr(self, key) >= 0, f"train.{key}={getattr(self, key)} must not be negative")
 
 
@@ -680,6 +685,43 @@ def build(tree: Mapping[str, Any]) -> Config:
     return Config(**built)
 
 
+def override(config: Config, overrides: Iterable[tuple[str, str]]) -> Config:
+    """`config` with keys set as `--config.key=text` sets them.
+
+    Raises:
+      ValueError: as `load`.
+    """
+    tree = to_dict(config)
+    for key, text in overrides:
+        _override(tree, key, text)
+    return build(tree)
+
+
+def kind(key: str) -> Any:
+    """The annotated type of a dotted key.
+
+    Raises:
+      ValueError: one line, with the nearest right name.
+    """
+    part, _, name = key.partition(".")
+    parts = typing.get_type_hints(Config)
+    hint = typing.get_type_hints(parts[part]).get(name) if part in parts else None
+    if hint is None:
+        raise ValueError(_unknown(key))
+    return hint
+
+
+def parse(key: str, text: str) -> Any:
+    """The value that `--config.key=text` gives a key by itself, whatever the others are.
+
+    Raises:
+      ValueError: one line: an unknown key, or a value of another type.
+    """
+    tree: dict = {}
+    _override(tree, key, text)
+    return _coerce(key, *tree[key.partition(".")[0]].values(), kind(key))
+
+
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """All keys as nested dicts."""
     return dataclasses.asdict(config)
@@ -693,6 +735,28 @@ def to_json(config: Config) -> str:
 def from_json(text: str) -> Config:
     """The inverse of `to_json`; JSON lists become tuples."""
     return build(json.loads(text))
+
+
+def to_recipe(config: Config, text: str) -> str:
+    """A config file that `load` turns into `config`: the keys that are not at their defaults, under `text` as its docstring."""
+    text = text.replace("\\", "/").replace('"', "'")
+    default, lines = to_dict(Config()), []
+    for part, values in to_dict(config).items():
+        if changed := {key: value for key, value in values.items() if value != default[part][key]}:
+            lines.append(f"    c.{part} = ConfigDict(dict({', '.join(f'{key}={value!r}' for key, value in changed.items())}))")
+    return "\n".join([f'"""{text}"""', "", "from ml_collections import ConfigDict", "", "", "def get_config():", "    c = ConfigDict()", *lines, "    return c", ""])
+
+
+def read(path: pathlib.Path) -> Config:
+    """The config.json of a workdir.
+
+    Raises:
+      ValueError: one line that names the file, when it cannot be read.
+    """
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}): bring back the config.json in the files/ of a checkpoint beside it") from None
 
 
 def difference(old: Config, new: Config) -> list[str]:
@@ -737,10 +801,7 @@ def _split_duration(key: str, duration: str) -> tuple[float, str]:
 
 def _override(tree: dict, key: str, text: str) -> None:
     part, _, name = key.partition(".")
-    hints = typing.get_type_hints(Config)
-    hint = typing.get_type_hints(hints[part]).get(name) if part in hints else None
-    if hint is None:
-        raise ValueError(_unknown(key))
+    hint = kind(key)
     tree.setdefault(part, {})[name] = text if hint in (str, Duration) or typing.get_origin(hint) is Literal else _literal(key, text, hint)
 
 
@@ -749,7 +810,7 @@ def _literal(key: str, text: str, hint) -> Any:
         return text.lower() == "true"
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = text
     if typing.get_origin(hint) is tuple and not isinstance(value, (tuple, list)):
         # `a,b` and a single value are lists too; a comma inside is read by literal_eval unless the items are bare words.

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxlm import trees
 from jaxlm.config import TransformerConfig
+from jaxlm.data import sums
 from jaxlm.interop import hf_config, hf_files, hf_names
 from jaxlm.models import kinds
 
@@ -38,11 +39,15 @@ def open_directory(folder: pathlib.Path | str) -> Source:
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a directory: give one with config.json and model.safetensors")
+    sums.check(folder, lambda name: name.endswith(".safetensors") or name in ("config.json", hf_files.INDEX))
     config = hf_files.read_json(folder / "config.json")
     family, cfg = hf_config.read(config)
     files = hf_files.open_files(folder)
     ours = shapes(cfg)
-    places = hf_names.places(family.table, ours, rows(cfg))
+    try:
+        places = hf_names.places(family.table, ours, rows(cfg))
+    except AssertionError:
+        raise ValueError(f"{folder / 'config.json'} describes a model that {family.architecture} is never: download it again") from None
     # Files saved from the model without its head lack the prefix that all other names have.
     prefix = family.prefix or places[0].theirs.partition(".")[0] + "."
     names, missing = {}, []
