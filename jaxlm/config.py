@@ -719,7 +719,8 @@ def parse(key: str, text: str) -> Any:
     """
     tree: dict = {}
     _override(tree, key, text)
-    return _coerce(key, *tree[key.partition(".")[0]].values(), kind(key))
+    part, _, name = key.partition(".")
+    return _coerce(key, tree[part][name], kind(key))
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
