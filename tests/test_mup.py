@@ -1,6 +1,7 @@
 """muP: at the base width nothing changes; wider, each weight has the size and the rate of its role; exports compute the same without it."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,14 @@ from jaxlm.config import Config, OptimConfig, TransformerConfig
 from jaxlm.interop import hf
 from jaxlm.models import decoder
 
-CFG = TransformerConfig(vocab_size=64, context=16, layers=2, width=64, heads=4, kv_heads=2, feedforward=128)
+CFG = TransformerConfig(vocab_size=64, context=16, layers=1, width=64, heads=4, kv_heads=2, feedforward=64)
 WIDE = dataclasses.replace(CFG, mup_width=16)
 FULL = dataclasses.replace(WIDE, tied=False, bias=True, norm="layer", positions="learned", mup_head_size=4)
-SPARSE = dataclasses.replace(WIDE, experts=4, shared_feedforward=32, shared_gate=True, dense_layers=(0,))
+SPARSE = dataclasses.replace(WIDE, experts=4, shared_feedforward=32, shared_gate=True)
 INPUTS = {key: jnp.arange(16, dtype=jnp.int32)[None] for key in ("tokens", "positions")} | {"segments": jnp.ones((1, 16), jnp.int32)}
 
 
+@functools.cache
 def init(cfg):
     return trees.flatten(jax.jit(decoder.build(cfg).init)(jax.random.key(0)))
 
@@ -27,7 +29,7 @@ def table(cfg):
     return trees.match(decoder.build(cfg).axes, init(cfg), "axes")
 
 
-@pytest.mark.parametrize("cfg", [WIDE, FULL, SPARSE], ids=["tied", "full", "sparse"])
+@pytest.mark.parametrize("cfg", [FULL, SPARSE], ids=["full", "sparse"])
 def test_first_weights_and_rates_by_role(cfg):
     plain, wide, axes = init(dataclasses.replace(cfg, mup_width=0, mup_head_size=0)), init(cfg), table(cfg)
     roles = {path: mup.role(path, names) for path, names in axes.items()}
@@ -50,15 +52,16 @@ def test_first_weights_and_rates_by_role(cfg):
 def test_at_its_own_width_nothing_changes():
     same = dataclasses.replace(CFG, mup_width=CFG.width)
     assert all(np.array_equal(a, b) for a, b in zip(init(CFG).values(), init(same).values())) and (same.hidden_scale, same.score_scale) == (1, CFG.score_scale)
-    make = lambda cfg: optim.build(OptimConfig(), lambda step: 1.0, table(cfg), cfg)
-    assert jax.tree.structure(make(same).init(trees.unflatten(init(CFG)))) == jax.tree.structure(make(CFG).init(trees.unflatten(init(CFG))))
+    state = lambda cfg: jax.tree.structure(optim.build(OptimConfig(), lambda step: 1.0, table(cfg), cfg).init(trees.unflatten(init(CFG))))
+    assert state(same) == state(CFG)
 
 
-@pytest.mark.parametrize("more", [dict(), dict(tied=False), dict(mup_head_size=4, qk_norm="head", norm_offset=True), dict(mup_head_size=4, qkv_bias=True)],
-                         ids=["tied", "untied", "query norm", "query bias"])
+@pytest.mark.parametrize("more", [dict(), dict(mup_head_size=4, qk_norm="head", norm_offset=True), dict(mup_head_size=4, qkv_bias=True)],
+                         ids=["tied", "query norm", "query bias"])
 def test_an_export_computes_the_same_without_it(tmp_path, more):
     cfg = dataclasses.replace(WIDE, **more)
-    params = trees.map_paths(lambda path, w: w + 0.02 * jax.random.normal(jax.random.key(len(path)), w.shape), decoder.build(cfg).init(jax.random.key(1)))
+    draw = np.random.default_rng(0)
+    params = trees.unflatten({path: w + 0.02 * draw.standard_normal(w.shape, np.float32) for path, w in init(cfg).items()})
     plain, moved = mup.folded(cfg, params)
     assert not plain.mup_width and not plain.mup_head_size
 

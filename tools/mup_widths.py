@@ -10,7 +10,6 @@ few steps of Adam at one learning rate: where a parametrisation is right, no act
 import argparse
 import functools
 import json
-import math
 import pathlib
 import random
 import sys
@@ -29,13 +28,13 @@ from jaxlm.data import python_docs  # noqa: E402
 from jaxlm.models import decoder, stack  # noqa: E402
 from jaxlm.objectives import OBJECTIVES  # noqa: E402
 
-LENGTH, ROWS, GROWTH = 64, 8, 0.25  # tokens of a row, rows of a batch; slope over the width, both in logarithms, from which activations count as growing
+LENGTH, ROWS, GROWTH = 32, 4, 0.25  # tokens of a row, rows of a batch; slope over the width, both in logarithms, from which activations count as growing
 NAMES = ("standard", "muP")
 
 
 def model(width: int, base: int) -> TransformerConfig:
     """A decoder of a width; `base` 0 is the standard parametrisation."""
-    return TransformerConfig(vocab_size=256, context=LENGTH, layers=2, width=width, heads=width // 16, feedforward=2 * width, gated=False, activation="gelu_tanh",
+    return TransformerConfig(vocab_size=256, context=LENGTH, layers=2, width=width, heads=width // 16, feedforward=2 * width, gated=False, activation="gelu_tanh", init_std=0.06,
                              mup_width=base)
 
 
@@ -111,54 +110,56 @@ def slope(widths: list[int], values: list[float]) -> float:
     return float(np.polyfit(np.log2(widths), np.log2(values), 1)[0])
 
 
-def rates(text: np.ndarray, widths: list[int], steps: int, exponents: list[float], seeds: int) -> dict[str, dict[int, list[float]]]:
-    """parametrisation -> width -> loss on held-out text at each learning rate, 2 to the power of `exponents`, mean over seeds."""
+def rates(text: np.ndarray, widths: list[int], steps: int, first: float, seeds: int) -> dict[str, dict[int, dict[float, float]]]:
+    """parametrisation -> width -> power of 2 that is the learning rate -> loss on held-out text, mean over seeds. Of each width as many rates, a factor of 2 apart,
+    as it takes to have worse ones on both sides of the best, from the best of the width before (of the first width: from 2^`first`)."""
     held_out, train = text[:len(text) // 20], text[len(text) // 20:]
-    found: dict[str, dict[int, list[float]]] = {name: {} for name in NAMES}
-    for name in NAMES:
-        for width in widths:
-            cfg = model(width, widths[0] * (name == "muP"))
-            start, step, loss = parts(cfg)
-            losses = []
-            for exponent in exponents:
-                ends = []
-                for seed in range(seeds):
-                    (params, opt), stream = start(seed), batches(train, seed)
-                    for number in range(steps):  # a tenth of warm-up, then linearly to 0
-                        share = min((number + 1) / (0.1 * steps), (steps - number) / (0.9 * steps), 1.0)
-                        params, opt = step(params, opt, next(stream), jnp.float32(2.0 ** exponent * share))
-                    test = batches(held_out, 99)
-                    ends.append(np.mean([float(loss(params, next(test))) for _ in range(8)]))
-                losses.append(float(np.mean(ends)))
-            found[name][width] = losses
-            print(f"{name:<9} width {width:<5} best 2^{optimum(exponents, losses):6.2f}   " + " ".join(f"{value:7.4f}" for value in losses), flush=True)
+    found: dict[str, dict[int, dict[float, float]]] = {name: {} for name in NAMES}
+
+    def trained(cfg: TransformerConfig, exponent: float) -> float:
+        (start, step, loss), ends = parts(cfg), []
+        for seed in range(seeds):
+            (params, opt), stream, test = start(seed), batches(train, seed), batches(held_out, 99)
+            for number in range(steps):  # a tenth of warm-up, then linearly to 0
+                share = min((number + 1) / (0.1 * steps), (steps - number) / (0.9 * steps), 1.0)
+                params, opt = step(params, opt, next(stream), jnp.float32(2.0 ** exponent * share))
+            ends.append(np.mean([float(loss(params, next(test))) for _ in range(32)]))
+        return float(np.mean(ends)) if np.isfinite(ends).all() else 99.0
+
+    for width in widths:
+        for name in NAMES:
+            if name == "muP" and width == widths[0]:  # which is the standard one
+                found[name][width] = found["standard"][width]
+                continue
+            best = round(optimum(found[name][widths[widths.index(width) - 1]])) if found[name] else first
+            losses: dict[float, float] = {}
+            while missing := [e for e in (best, best - 1, best + 1) if e not in losses]:
+                losses |= {e: trained(model(width, widths[0] * (name == "muP")), e) for e in missing}
+                best = min(losses, key=losses.get)
+            found[name][width] = dict(sorted(losses.items()))
+            print(f"{name:<9} width {width:<5} best 2^{optimum(losses):6.2f}   " + "  ".join(f"2^{e:g} {value:.4f}" for e, value in found[name][width].items()), flush=True)
     return found
 
 
-def optimum(exponents: list[float], losses: list[float]) -> float:
+def optimum(losses: dict[float, float]) -> float:
     """The exponent where the parabola through the least loss and its neighbours is lowest."""
-    losses = [value if math.isfinite(value) else 99.0 for value in losses]
-    i = int(np.argmin(losses))
-    if i in (0, len(losses) - 1):
-        return exponents[i]
-    a, b, c = losses[i - 1:i + 2]
-    return exponents[i] + (exponents[i + 1] - exponents[i]) * 0.5 * (a - c) / (a - 2 * b + c)
+    best = min(losses, key=losses.get)
+    a, b, c = losses[best - 1], losses[best], losses[best + 1]
+    return best + 0.5 * (a - c) / (a - 2 * b + c)
 
 
-def draw(found: dict[str, dict[int, list[float]]], exponents: list[float], path: str) -> None:
+def draw(found: dict[str, dict[int, dict[float, float]]], path: str) -> None:
     """Loss over the learning rate, a line for each width, both parametrisations side by side."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     FigureCanvasSVG(figure)
-    for axes, name in zip(figure.subplots(1, 2, sharey=True), NAMES):
+    for axes, name in zip(figure.subplots(1, 2, sharex=True, sharey=True), NAMES):
         for number, (width, losses) in enumerate(found[name].items()):
-            colour = f"C{number}"
-            axes.plot([2.0 ** e for e in exponents], losses, color=colour, marker=".", label=f"width {width}")
-            axes.axvline(2.0 ** optimum(exponents, losses), color=colour, linestyle=":")
-        low = min(min(losses) for by in found.values() for losses in by.values())
-        axes.set(title=name, xlabel="learning rate (dotted: the best)", xscale="log", ylim=(low - 0.05, low + 1.0))
+            axes.plot([2.0 ** e for e in losses], list(losses.values()), color=f"C{number}", marker=".", label=f"width {width}")
+            axes.axvline(2.0 ** optimum(losses), color=f"C{number}", linestyle=":")
+        axes.set(title=name, xlabel="learning rate (dotted: the best)", xscale="log")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("loss on held-out text")
     figure.axes[1].legend(fontsize="small")
@@ -169,14 +170,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["coordinates", "rates"])
     parser.add_argument("--widths", default="64,128,256,512")
-    parser.add_argument("--steps", type=int, default=0, help="default: 4 for coordinates, 60 for rates")
-    parser.add_argument("--exponents", default="-11,-10,-9,-8,-7,-6,-5,-4", help="learning rates of `rates`, as powers of 2")
+    parser.add_argument("--steps", type=int, default=0, help="default: 4 for coordinates, 100 for rates")
+    parser.add_argument("--first", type=int, default=-7, help="the power of 2 that `rates` begins with")
     parser.add_argument("--rate", type=float, default=2.0 ** -7, help="learning rate of `coordinates`")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--svg", default="")
     parser.add_argument("--json", default="")
     given = parser.parse_args()
-    widths, exponents = [int(w) for w in given.widths.split(",")], [float(e) for e in given.exponents.split(",")]
+    widths = [int(w) for w in given.widths.split(",")]
     texts = [text for _, text in python_docs.texts()]
     random.Random(0).shuffle(texts)
     text = np.frombuffer("\n".join(texts).encode(), np.uint8)
@@ -185,14 +186,14 @@ def main() -> int:
         growing = [key for key, row in found["muP"].items() if slope(widths, row) > GROWTH]
         print(f"\nmuP: {', '.join(growing) or 'nothing'} grows with the width")
         return int(bool(growing))
-    found = rates(text, widths, given.steps or 60, exponents, given.seeds)
+    found = rates(text, widths, given.steps or 100, given.first, given.seeds)
     for name, by in found.items():
-        best = [optimum(exponents, losses) for losses in by.values()]
+        best = [optimum(losses) for losses in by.values()]
         print(f"{name}: the best learning rate drifts by a factor of {2 ** (max(best) - min(best)):.2f} over widths {widths[0]} to {widths[-1]}")
     if given.json:
-        pathlib.Path(given.json).write_text(json.dumps({"exponents": exponents, "losses": found}) + "\n")
+        pathlib.Path(given.json).write_text(json.dumps(found) + "\n")
     if given.svg:
-        draw(found, exponents, given.svg)
+        draw(found, given.svg)
     return 0
 
 
