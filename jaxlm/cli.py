@@ -20,11 +20,13 @@ VERBS = {
     "generate": "continue prompts with a checkpoint, or label texts",
     "serve": "serve a checkpoint over HTTP, with OpenAI's interface",
     "data": "which documents a checkpoint has seen, how often and when (data audit)",
+    "replay": "do one step of a run again, and name the documents and the layer that made it what it was",
     "import": "turn a Hugging Face directory into a checkpoint",
     "verify": "compare a config's training on many meshes with one device",
     "export": "write a checkpoint as a Hugging Face directory",
 }
 
+_LONGEST_LINE = 2000  # characters of an error
 _HELP = """jaxlm {version}: from raw text to a trained, evaluated language model
 
 Usage: jaxlm VERB [--flag=value ...] [--config.part.key=value ...]
@@ -84,7 +86,14 @@ def run(verb: str, argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         if values["v"].value or not (isinstance(error, OSError) or _raised_here(error)):
             raise
-        _fail(" ".join(str(error).split()))
+        _fail(one_line(error))
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, for a terminal: it may quote a name or a value out of a file of somebody else, which must not write escape sequences there."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]} ..."
+    return "".join(character if character.isprintable() else character.encode("unicode_escape").decode() for character in text)
 
 
 def take_overrides(argv: Sequence[str]) -> list[tuple[str, str]]:

@@ -64,7 +64,7 @@ def main(values: flags.FlagValues) -> int:
         return _write_stablehlo(values, to)
 
     from jaxlm import mup
-    from jaxlm.data import chat
+    from jaxlm.data import chat, sums
     from jaxlm.interop import gguf, hf
     from jaxlm.train import card, saved, summary
 
@@ -90,6 +90,7 @@ def main(values: flags.FlagValues) -> int:
         tokenizer.write_huggingface(folder)
         written = run.workdir / card.FILE
         card.write(summary.gather(run.workdir, run.step), folder / "README.md", written.read_text(encoding="utf-8") if written.is_file() else "")
+        sums.write(folder)
         if to.exists():
             to.rmdir()
         os.replace(folder, to)
@@ -103,6 +104,7 @@ def _write_stablehlo(values: flags.FlagValues, to) -> int:
     import pathlib
     import tempfile
 
+    from jaxlm.data import sums
     from jaxlm.interop import stablehlo
     from jaxlm.train import saved
 
@@ -115,6 +117,7 @@ def _write_stablehlo(values: flags.FlagValues, to) -> int:
         folder.mkdir()
         error = stablehlo.write(folder, run.config.model, run.model, run.params, values.length or min(run.config.model.context, 512), values.dtype)
         run.tokenizer.write_huggingface(folder)
+        sums.write(folder)
         if to.exists():
             to.rmdir()
         os.replace(folder, to)
@@ -129,6 +132,7 @@ def _write_adapter(values: flags.FlagValues, to) -> int:
     import pathlib
     import tempfile
 
+    from jaxlm.data import sums
     from jaxlm.interop import peft
     from jaxlm.train import saved
 
@@ -142,6 +146,7 @@ def _write_adapter(values: flags.FlagValues, to) -> int:
         folder = pathlib.Path(temporary) / "export"
         folder.mkdir()
         modules = peft.save(folder, config.model, config.lora, adapters, base=told["origin"], fingerprint=told["fingerprint"], architecture=values.architecture)
+        sums.write(folder)
         if to.exists():
             to.rmdir()
         os.replace(folder, to)

@@ -100,7 +100,7 @@ def read(given: str, config: Config) -> Space:
         space[key] = _range(key, text, match, hint) if match else Choice(tuple(_split(text, ",")))
         if isinstance(space[key], Choice):
             for value in space[key].values:
-                configs.read(key, value)
+                configs.parse(key, value)
             if len(set(space[key].values)) < len(space[key].values):
                 raise ValueError(f"--space: {key}={text} has a value twice")
     if not space:
@@ -185,7 +185,7 @@ def _range(key: str, text: str, match: re.Match, hint: Any) -> Range:
     if hint is Duration and len(units) > 1 or hint is not Duration and units != {""}:
         raise ValueError(f"--space: {key}={text}: " + ("both ends need one unit, such as uniform(1%,10%)" if hint is Duration else "this key has no unit"))
     for part in parts[:2]:
-        configs.read(key, part[0].strip())
+        configs.parse(key, part[0].strip())
     whole = hint is int or hint is Duration and units <= {"", "step"} and low == int(low) and high == int(high)
     if not low < high or match[1] == "log" and low <= 0:
         raise ValueError(f"--space: {key}={text} must go from low to high" + ", both above 0" * (match[1] == "log"))

@@ -20,7 +20,7 @@ from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.search import space as spaces
 from jaxlm.search.space import Space
-from jaxlm.train import best, initial, loop
+from jaxlm.train import best, initial, resume
 from jaxlm.train.lock import Lock, Locked
 
 if TYPE_CHECKING:
@@ -365,7 +365,7 @@ def _adopt(folder: pathlib.Path, config: Config, space: Space, storage: str) -> 
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path} cannot be read ({error}): choose another --workdir") from None
     changed = [f"space of {key}: {theirs.get(key, 'none')} -> {own.get(key, 'none')}" for key in {**theirs, **own} if theirs.get(key) != own.get(key)]
-    changed += [line for line in configs.difference(before, config) if not line.startswith(loop.FREE)]
+    changed += [line for line in configs.difference(before, config) if not line.startswith(resume.FREE)]
     if storage and storage != identity["storage"]:
         changed.append(f"storage: {identity['storage']} -> {storage}")
     if changed:

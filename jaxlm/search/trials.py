@@ -13,7 +13,7 @@ from jaxlm.config import Config
 from jaxlm.search import space as spaces
 from jaxlm.search import study as studies
 from jaxlm.search.study import Study, Taken
-from jaxlm.train import best, loop
+from jaxlm.train import best, health, loop
 
 FAILURES = 3  # trials in a row that may fail before a search gives up
 
@@ -94,7 +94,7 @@ def _one(study: Study, taken: Taken) -> tuple[int, str | None]:
         (workdir / "config.py").write_text(configs.to_recipe(config, f"Trial {number} of {study.folder}: {describe(study, taken.values)}"), encoding="utf-8")
         with open(workdir / "log.txt", "a", encoding="utf-8") as file, contextlib.redirect_stdout(file), _signals():
             code = loop.run(config, workdir, judge)
-    except loop.Diverged as error:
+    except health.Diverged as error:
         studies.finish(study, taken, pruned=True, note=f"not finite: {error}")
         return 0, f"ends early: {error}"
     except (ValueError, jax.errors.JaxRuntimeError) as error:

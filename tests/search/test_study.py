@@ -10,7 +10,7 @@ import pytest
 from jaxlm import cli, config
 from jaxlm.config import Config
 from jaxlm.search import jobs, show, space, study, trials
-from jaxlm.train import loop
+from jaxlm.train import health, loop
 from tests.train import runs
 
 LINE = "optim.lr=log(1e-4,1e-1,5);model.layers=1,2"
@@ -94,7 +94,7 @@ def test_what_cannot_be_trained_is_told_and_left_behind(tmp_path, monkeypatch):
     assert "must divide model.width" in by["0.1", "3"].note and "not finite" in by["0.1", "4"].note and len(begun) == 2
 
     def diverge(cfg, workdir, judge):
-        raise loop.Diverged("the loss was not finite")
+        raise health.Diverged("the loss was not finite")
     monkeypatch.setattr(loop, "run", diverge)
     opened = open_study(tmp_path / "all")
     trials.run(opened, "random", "none", 2, 0, said.append)
