@@ -44,7 +44,7 @@ def main() -> int:
                                        env=runs.environment(optimised=True) | {"JAXLM_API_KEY": attacks.KEY})
         try:
             place = attacks.place_of(process.stdout.readline().split(" at ")[1].strip(), process.pid)
-            attacks.honest(place)
+            attacks.warm(place)
             chosen = attacks.attacks(given.scale, min(given.connections, files - 100))
             print(f"{files:,} open files are allowed\n\n| attack | sent | came back | honest client, worst s: during / after | memory MiB | descriptors |\n|---|---|---|---|---|---|")
             bad = []
