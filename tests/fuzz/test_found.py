@@ -172,3 +172,14 @@ def test_values_in_config_json_that_cannot_be(change):
 def test_errors_write_no_escape_sequences():
     assert cli.one_line(ValueError("a \x1b[2J\ud800\u202e\n b " + "c" * 9999)).startswith("a \\x1b[2J\\ud800\\u202e b ccc")
     assert len(cli.one_line(ValueError("c" * 9999))) < 2100
+
+
+def test_zstandard_that_unpacks_to_gigabytes_does_so_bit_by_bit(tmp_path):
+    import zstandard
+    with open(tmp_path / "a.jsonl.zst", "wb") as file, zstandard.ZstdCompressor().stream_writer(file) as packed:
+        for _ in range(400):
+            packed.write(bytes(1 << 20))
+    assert (tmp_path / "a.jsonl.zst").stat().st_size < 100_000
+    with readers._ZstdFile(str(tmp_path / "a.jsonl.zst")) as file:
+        file.read(1)
+        assert len(file._plain) <= 128 << 20
