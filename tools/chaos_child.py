@@ -153,19 +153,21 @@ def plant(fault: Fault) -> None:
     after(checkpoint, "_seal", lambda _, folder, facts: (fault.write(event="acknowledged", step=facts["step"]), fault.at("save.after"),
                                                          setattr(fault, "sealing", False)))
     before(checkpoint, "_remove", lambda *_: fault.at("save.delete"))
-    _wrap_steps(loop, fault)
+    _wrap_steps(fault)
     _wrap_metrics(fault)
     _wrap_batches(fault)
 
 
-def _wrap_steps(loop, fault: Fault) -> None:
+def _wrap_steps(fault: Fault) -> None:
+    from jaxlm.train import goodput
+
     def finished(*_) -> None:
         if not fault.begun:
             fault.begun = True
             fault.write(event="stepped")
         fault.at("step")
 
-    before(loop._Clock, "finished", finished)
+    before(goodput.Goodput, "finished", finished)
 
 
 def _wrap_metrics(fault: Fault) -> None:

@@ -48,7 +48,8 @@ def log(workdir, steps=(1, 2, 3, 4)):
                                 "perf/tokens_per_second": 1000.0 + step, "perf/mfu": 0.25, "perf/data_wait": 0.01, "perf/step_seconds": 0.1, "memory/peak_gib": 1.5})
         reporter.scalars(step, {"eval/loss": 5.1 - step / 4, "eval/bits_per_byte": 3.0 - step / 8})
         reporter.text(step, "sample", f"[the] sample {step} {EVIL}")
-    reporter.scalars(steps[-1], {"test/loss": 4.0, "test/bits_per_byte": 2.5, "test/bits_per_byte_low": 2.4, "test/bits_per_byte_high": 2.6, "test/documents": 9})
+    reporter.scalars(steps[-1], {"test/loss": 4.0, "test/bits_per_byte": 2.5, "test/bits_per_byte_low": 2.4, "test/bits_per_byte_high": 2.6, "test/documents": 9,
+                                 "time/steps": 60.0, "time/lost": 20.0, "energy/kwh": 2.0, "energy/kwh_low": 1.0, "energy/kwh_high": 3.0, "energy/kg_co2": 0.962, "energy/dollars": 1.5})
     reporter.close()
     (workdir / "FINISHED").write_text('{"step": 4}')
 
