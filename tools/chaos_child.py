@@ -153,21 +153,19 @@ def plant(fault: Fault) -> None:
     after(checkpoint, "_seal", lambda _, folder, facts: (fault.write(event="acknowledged", step=facts["step"]), fault.at("save.after"),
                                                          setattr(fault, "sealing", False)))
     before(checkpoint, "_remove", lambda *_: fault.at("save.delete"))
-    _wrap_steps(fault)
+    _wrap_steps(loop, fault)
     _wrap_metrics(fault)
     _wrap_batches(fault)
 
 
-def _wrap_steps(fault: Fault) -> None:
-    from jaxlm.train import goodput
-
+def _wrap_steps(loop, fault: Fault) -> None:
     def finished(*_) -> None:
         if not fault.begun:
             fault.begun = True
             fault.write(event="stepped")
         fault.at("step")
 
-    before(goodput.Goodput, "finished", finished)
+    before(loop.Clock, "finished", finished)
 
 
 def _wrap_metrics(fault: Fault) -> None:
@@ -175,8 +173,8 @@ def _wrap_metrics(fault: Fault) -> None:
 
     def torn(self, step, values) -> None:
         if fault.at("metrics", later=True):
-            self._file.write(f'{{"step": {step}, "train/lo')
-            self._file.flush()
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(f'{{"step": {step}, "train/lo')
             fault.happen()
 
     before(report.Reporter, "scalars", torn)

@@ -13,7 +13,7 @@ import jaxlm
 from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.evaluate import classification, likelihood, results
-from jaxlm.train import energy, goodput, report
+from jaxlm.train import clock, energy, report
 from jaxlm.train.summary import Summary
 
 FILE = "MODEL_CARD.md"
@@ -201,7 +201,7 @@ def _training(of: Summary) -> str:
 def spent(of: Summary) -> list[tuple[str, str]]:
     """What the run took in time, electricity, CO2 and money: what and how much."""
     row = next((row for row in reversed(of.metrics) if "energy/kwh" in row), {})
-    return [*goodput.told(row), *energy.told(row, of.config.energy)]
+    return [*clock.told(row), *energy.told(row, of.config.energy)]
 
 
 def _evaluation(of: Summary) -> str:

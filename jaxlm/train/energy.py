@@ -38,7 +38,8 @@ class Power(NamedTuple):
 
     def watts(self, use: float) -> tuple[float, float]:
         """At a utilisation from 0 to 1."""
-        return tuple(idle + (busy - idle) * min(max(use, 0.0), 1.0) for idle, busy in (self.low, self.high))
+        low, high = (idle + (busy - idle) * min(max(use, 0.0), 1.0) for idle, busy in (self.low, self.high))
+        return low, high
 
 
 def power(cfg: EnergyConfig, platform: str, kind: str, devices: int) -> Power:

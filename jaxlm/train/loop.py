@@ -3,7 +3,6 @@
 import contextlib
 import json
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +15,10 @@ from jaxlm.config import Config
 from jaxlm.data import audit, chat, ledger, loader, mixture, pack, prepare, rows, shards
 from jaxlm.data import stream as streams
 from jaxlm.evaluate import classify, compression
-from jaxlm.train import best, checkpoint, classified, energy, evaluation, goodput, health, initial, report, resume, setup
+from jaxlm.train import best, checkpoint, classified, durable, energy, evaluation, health, initial, report, resume, setup
+from jaxlm.train import clock as clocks
 from jaxlm.train import lock as locks
-from jaxlm.train.goodput import Goodput
+from jaxlm.train.clock import Clock
 from jaxlm.train.state import State
 from jaxlm.train.stop import StopRequest, Watchdog
 
@@ -43,7 +43,7 @@ def run(config: Config, workdir: pathlib.Path, judge: Judge | None = None) -> in
     stop = StopRequest()
     progress = report.Progress()
     note = progress.note if jax.process_index() == 0 else lambda line: None
-    clock, account = Goodput(), energy.Account(config.energy)
+    clock, account = Clock(note), energy.Account(config.energy)
     with locks.Lock(workdir) as lock, account:
         config = initial.resolve(config, workdir)
         sharding.first(lambda: _adopt(config, workdir))
@@ -66,9 +66,7 @@ def _adopt(config: Config, workdir: pathlib.Path) -> None:
     if path.exists():
         if changed := resume.changed(configs.read(path), config):
             raise ValueError(f"{workdir} holds a run with another config ({changed}): choose another --workdir, or undo the change")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(configs.to_json(config), encoding="utf-8")
-    temporary.replace(path)
+    durable.rewrite(path, configs.to_json(config))
 
 
 def open_corpus(config: Config, folder: pathlib.Path, note: Callable[[str], None]) -> shards.Corpus:
@@ -80,7 +78,7 @@ def open_corpus(config: Config, folder: pathlib.Path, note: Callable[[str], None
 
 
 def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSize, workdir: pathlib.Path, checkpoints: checkpoint.Checkpoints,
-           stop: StopRequest, progress: report.Progress, peak: tuple[float, str], judge: Judge | None, clock: Goodput, account: energy.Account) -> int:
+           stop: StopRequest, progress: report.Progress, peak: tuple[float, str], judge: Judge | None, clock: Clock, account: energy.Account) -> int:
     config, total, primary = parts.config, parts.total, jax.process_index() == 0
     corpus, tokenizer, task = subject.corpus, subject.tokenizer, subject.task
     note = progress.note if primary else lambda line: None
@@ -102,12 +100,15 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
     if template := corpus.manifest.get("chat_template"):
         files[chat.FILE] = template.encode()
 
-    def save(step: int, state: State, found: dict[str, float] | None) -> None:
+    tolerance = durable.Tolerance(config.checkpoint.on_error == "go_on", note)
+
+    def save(step: int, state: State, found: dict[str, float] | None) -> int:
         entry = ledger.entry(corpus, step, config.data.seed, config.data.batch_size, history)
         calibration = {key: found[key] for key in ("temperature", "documents")} if found and task.labelled else None
         more = {evaluation.CALIBRATION: json.dumps(calibration).encode()} if calibration else {}
         state = state._replace(params=trees.split(state.params, parts.kept)[0])
         checkpoints.save(step, state, files | more | recent.files() | {ledger.FILE: json.dumps(entry).encode()}, best.cost(config, found))
+        return step
 
     # Compiled before any data is read: a request to stop that came meanwhile is seen before the first step.
     recent = health.Recent(config.train.spike, checkpoint.find_file(workdir, start, health.RECENT) if start else None)
@@ -119,20 +120,22 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
     clock.resume(before, start)
     account.resume(before)
     spent = lambda: clock.row() | account.row()
-    reporter = report.Reporter(workdir, start, {"config": configs.to_json(config), "parameters": report.overview(state.params)}) if primary else None
+    reporter = report.Reporter(workdir, start, {"config": configs.to_json(config), "parameters": report.overview(state.params)},
+                               tolerance) if primary else None
     if reporter and before:  # the rows after the checkpoint are gone, what they took is not
         reporter.scalars(start, spent())
     vitals = health.Health(
-        config.train, workdir, start, recent, rows=config.data.batch_size, note=note, primary=primary,
-        newest=lambda: max(checkpoint.steps(workdir), default=None), occupants=lambda step: audit.occupants(corpus, task, config.data.seed, config.data.batch_size, step))
+        config.train, workdir, start, recent, rows=config.data.batch_size, note=note, tolerance=tolerance, primary=primary,
+        newest=lambda: max(checkpoint.steps(workdir), default=None),
+        occupants=lambda step: audit.occupants(corpus, task, config.data.seed, config.data.batch_size, step))
     log = _Log(parts, epoch, trees.count(parts.plain), peak[0], clock, account, vitals, reporter, progress, lambda step: due("log", step),
                mean / config.data.sequence_length)
     pending: tuple[int, dict] | None = None
     saved_step, step, found, costs = start, start, None, best.history(config, workdir, start)
     early, judged = best.ends(config, workdir, costs), False  # the first: killed after its last evaluation
     stop.arm()
-    clock.begin()
-    with Watchdog(config.train.watchdog_seconds) as watchdog, contextlib.closing(reporter) if primary else contextlib.nullcontext():
+    clock.begin(str(corpus.folder))
+    with Watchdog(config.train.watchdog_seconds) as watchdog, clock, contextlib.closing(reporter) if primary else contextlib.nullcontext():
         while step < total and not early and not judged and not stop.at(step):
             with clock.spent("data"):
                 batch = sharding.to_device(parts.mesh, next(batches)[1], config.data.batch_size)
@@ -155,15 +158,20 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
                     judged = judge is not None and found is not None and judge(step, best.figure(config, found)) and step < total
             if due("save", step) or early or judged:
                 with clock.spent("checkpoint"):
-                    save(step, state, found)
-                saved_step = step
+                    with tolerance():
+                        checkpoints.wait()  # the one before: when it fails, this one is tried all the same
+                    with tolerance():
+                        saved_step = save(step, state, found)
             if reporter and step < total:
                 reporter.scalars(step, spent())
         if pending:
             log(*pending)
         with clock.spent("checkpoint"):
-            if step > saved_step:
-                save(step, state, None)
+            failed = tolerance.failed
+            with tolerance():
+                checkpoints.wait()
+            if step > saved_step or tolerance.failed > failed:  # the last one must succeed
+                save(step, state, found if step == total or early else None)
             acknowledged = checkpoints.wait()
         if reporter:
             reporter.scalars(step, spent())
@@ -289,7 +297,7 @@ def _finish(step: int, early: bool, subject: evaluation.Subject, chosen: tuple[A
     if sample:
         reporter.text(step, "sample", sample)
         progress.note(f"\nA sample, after the prompt in brackets:\n{sample}\n")
-    progress.note("\n".join(f"{what:<9}{said}" for what, said in [*goodput.told(row), *energy.told(row, config.energy)]))
+    progress.note("\n".join(f"{what:<9}{said}" for what, said in [*clocks.told(row), *energy.told(row, config.energy)]))
     _mark(workdir, step, early)
     prompt = "an input" if config.objective.name == "seq2seq" else "Return the"
     continues = [f"  jaxlm generate --workdir={workdir} --prompt=\"{prompt}\""] * (bool(sample))
@@ -302,14 +310,14 @@ def _finish(step: int, early: bool, subject: evaluation.Subject, chosen: tuple[A
 
 def _mark(workdir: pathlib.Path, step: int, early: bool) -> None:
     """Says that the run is complete."""
-    (workdir / "FINISHED").write_text(json.dumps({"step": step} | ({"early": step} if early else {})) + "\n", encoding="utf-8")
+    durable.rewrite(workdir / "FINISHED", json.dumps({"step": step} | ({"early": step} if early else {})) + "\n")
 
 
 class _Log:
     """Reads a finished step's metrics, looks at their health, shows and writes them. Of labelled texts, whose batches differ in length, `share` is the mean
     length over the longest one: speed counts what was computed."""
 
-    def __init__(self, parts: setup.Setup, epoch: pack.EpochSize, params: int, peak: float, clock: Goodput, account: energy.Account, vitals: health.Health,
+    def __init__(self, parts: setup.Setup, epoch: pack.EpochSize, params: int, peak: float, clock: Clock, account: energy.Account, vitals: health.Health,
                  reporter: report.Reporter | None, progress: report.Progress, due: Callable[[int], bool], share: float):
         self._total, self._clock, self._account, self._vitals, self._reporter, self._progress, self._due = parts.total, clock, account, vitals, reporter, progress, due
         config = parts.config
@@ -331,7 +339,7 @@ class _Log:
             self._reporter.scalars(step, {
                 **{f"train/{name}": value for name, value in means.items()}, **{f"train/{name}": float(value) for name, value in values.items()},
                 "train/skipped": self._vitals.skipped, "train/spikes": self._vitals.spikes, "train/tokens": step * self._tokens,
-                "perf/tokens_per_second": self._computed / seconds, "perf/mfu": self._load / seconds, "perf/step_seconds": seconds, "perf/data_wait": self._clock.wait_share(), "perf/padding": self._padding,
-                **report.memory_gib(), **self._clock.row(), **self._account.row()})
+                "perf/tokens_per_second": self._computed / seconds, "perf/mfu": self._load / seconds, "perf/step_seconds": seconds,
+                "perf/data_wait": self._clock.wait_share(), "perf/padding": self._padding, **report.memory_gib(), **self._clock.row(), **self._account.row()})
         self._progress.show(f"step {step}/{self._total}  loss {means['loss']:.3f}  {report.count(self._computed / seconds)} tokens/s  "
                             f"MFU {self._load / seconds:.0%}  left {report.duration((self._total - step) * seconds)}", final=step == self._total)

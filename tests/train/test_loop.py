@@ -15,7 +15,7 @@ import pytest
 
 from jaxlm import cli
 from jaxlm.data import prepare
-from jaxlm.train import checkpoint, goodput, health, loop, report, saved
+from jaxlm.train import checkpoint, clock, health, loop, report, saved
 from jaxlm.train.lock import Lock
 from jaxlm.train.stop import StopRequest
 from tests.train import runs
@@ -56,7 +56,7 @@ def test_what_a_run_leaves(whole):
     assert checkpoint.steps(folder / "run") == [8, 12]
     assert json.loads((folder / "run" / "FINISHED").read_text()) == {"step": 12}
     spent = rows[-1]
-    parts = [spent[f"time/{part}"] for part in goodput.PARTS]
+    parts = [spent[f"time/{part}"] for part in clock.PARTS]
     assert min(parts[:-1]) > 0 and parts[-1] == 0 and spent["time/goodput"] == pytest.approx(parts[0] / sum(parts))
     assert 0 < spent["energy/kwh_low"] <= spent["energy/kwh"] <= spent["energy/kwh_high"] and spent["energy/kg_co2"] == pytest.approx(0.481 * spent["energy/kwh"])
 
@@ -107,7 +107,7 @@ def test_a_lost_checkpoint_costs_steps_not_truth(whole, tmp_path, capsys):
     assert "damaged" in out and "resumed after step 8" in out
     assert runs.losses(tmp_path / "run") == runs.losses(folder / "run")
     before, after = (runs.read_metrics(run / "run") for run in (folder, tmp_path))
-    done = lambda row: sum(row.get(f"time/{part}", 0) for part in goodput.PARTS)
+    done = lambda row: sum(row.get(f"time/{part}", 0) for part in clock.PARTS)
     kept = [row for row in before if row["step"] <= 8 and "time/steps" in row][-1]
     assert after[-1]["time/lost"] == pytest.approx(done(before[-1]) - done(kept)) and after[-1]["energy/kwh"] > before[-1]["energy/kwh"]
     assert "lost to restarts" in out and "kWh (modelled" in out
