@@ -1,14 +1,15 @@
-"""What a run takes in electricity, CO2 and money: measured where a meter can be read, else modelled as a range from the power of the devices and how busy they were.
+"""What a run takes in electricity, CO2 and money: measured where a meter can be read, else modelled as a range from the power of the devices and how busy
+they were.
 
-Counted are the devices (with NVML and RAPL: and the processors and memory of this machine, with all that runs on it); not the rest of the machine, cooling and the
-network: in data centres these add some 10 to 60 %.
+Counted are the devices (with NVML and RAPL: and the processors and memory of this machine, with all that runs on it); not the rest of the machine, cooling and
+the network: in data centres these add some 10 to 60 %.
 
 The model, in watts of one device, low and high, each growing from idle to busy with the utilisation:
-* TPU v4: 90 idle, 170 mean, 192 most (docs.cloud.google.com/tpu/docs/v4). Other TPUs: the same shares of the table's watts (chips.py), which are estimates there, so
-  a quarter less for low and a quarter more for high. Utilisation is the MFU, which says at least how busy a chip was: high is all the time the most.
+* TPU v4: 90 idle, 170 mean, 192 most (docs.cloud.google.com/tpu/docs/v4). Other TPUs: the same shares of the table's watts (chips.py), which are estimates
+  there, so a quarter less for low and a quarter more for high. Utilisation is the MFU, which says at least how busy a chip was: high is all the time the most.
 * GPUs: a tenth of the data sheet's power idle (estimate), all of it at most. Utilisation as above.
-* CPUs, a logical one: 0.74 to 3.5, the means of Amazon's servers (cloudcarbonfootprint.org/docs/methodology), to 2 to 10, a desktop's (estimate). Utilisation is the
-  processor time of this process.
+* CPUs, a logical one: 0.74 to 3.5, the means of Amazon's servers (cloudcarbonfootprint.org/docs/methodology), to 2 to 10, a desktop's (estimate).
+  Utilisation is the processor time of this process.
 * Others: 50 to 1000.
 The figure that is shown is the middle of low and high.
 """
@@ -166,9 +167,11 @@ def told(row: Mapping[str, float], cfg: EnergyConfig) -> list[tuple[str, str]]:
         return []
     kwh, low, high, measured, kg = (row.get(f"energy/{name}", 0.0) for name in TOTALS[:5])
     share = measured / kwh if kwh else 0.0
-    how = "measured" if share > 0.999 else (f"{share:.0%} of it measured, the rest " if share > 0.001 else "") + f"modelled, {low:.3g} to {high:.3g}"
+    unit, scale = ("kWh", 1.0) if kwh >= 0.1 else ("Wh", 1e3)
+    how = "measured" if share > 0.999 else (f"{share:.0%} of it measured, the rest " if share > 0.001 else "") + f"modelled, {low * scale:.3g} to {high * scale:.3g}"
     grams, source = grid.intensity(cfg.region)
     mass = f"{kg:.3g} kg" if kg >= 1 else f"{kg * 1e3:.3g} g"
     price = "energy.price_per_hour" if cfg.price_per_hour else "list price"
-    return [("energy", f"{kwh:.3g} kWh ({how})"), ("CO2", f"{mass} at {grams:g} g/kWh ({source})"),
-            *([("cost", f"${row['energy/dollars']:.2f} ({price})")] if "energy/dollars" in row else [])]
+    dollars = row.get("energy/dollars", 0.0)
+    return [("energy", f"{kwh * scale:.3g} {unit} ({how})"), ("CO2", f"{mass} at {grams:g} g/kWh ({source})"),
+            *([("cost", f"${dollars:.2f} ({price})" if dollars >= 0.1 else f"${dollars:.2g} ({price})")] if dollars else [])]

@@ -1,8 +1,9 @@
 """How much CO2 a kilowatt hour of electricity stands for, by country.
 
 Grams of CO2-equivalent per kWh generated in 2023, over the life cycle of the plants: Ember and Energy Institute, processed by Our World in Data
-(ourworldindata.org/grapher/carbon-intensity-electricity), read on 2026-11-22 from the copy in codecarbon 3.3.2; the world's mean for 2023: Ember 2024. A year's mean of
-a whole country: the hour, the grid zone and a supplier's contract can each change it by more than half, so give your own number where you know it.
+(ourworldindata.org/grapher/carbon-intensity-electricity), read on 2026-11-22 from the copy in codecarbon 3.3.2; the world's mean for 2023: Ember 2024.
+A year's mean of a whole country: the hour, the grid zone and a supplier's contract can each change it by more than half, so give your own number where you know
+it.
 """
 
 SOURCE = "Ember 2023"

@@ -319,7 +319,8 @@ class _Log:
 
     def __init__(self, parts: setup.Setup, epoch: pack.EpochSize, params: int, peak: float, clock: Clock, account: energy.Account, vitals: health.Health,
                  reporter: report.Reporter | None, progress: report.Progress, due: Callable[[int], bool], share: float):
-        self._total, self._clock, self._account, self._vitals, self._reporter, self._progress, self._due = parts.total, clock, account, vitals, reporter, progress, due
+        self._total, self._clock, self._account, self._vitals = parts.total, clock, account, vitals
+        self._reporter, self._progress, self._due = reporter, progress, due
         config = parts.config
         self._tokens, self._padding = config.data.batch_size * setup.row_tokens(config), epoch.padding / epoch.positions
         flops = report.flops_per_token(config.model, params, config.data.sequence_length, config.data.target_length)

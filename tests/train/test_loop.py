@@ -110,7 +110,7 @@ def test_a_lost_checkpoint_costs_steps_not_truth(whole, tmp_path, capsys):
     done = lambda row: sum(row.get(f"time/{part}", 0) for part in clock.PARTS)
     kept = [row for row in before if row["step"] <= 8 and "time/steps" in row][-1]
     assert after[-1]["time/lost"] == pytest.approx(done(before[-1]) - done(kept)) and after[-1]["energy/kwh"] > before[-1]["energy/kwh"]
-    assert "lost to restarts" in out and "kWh (modelled" in out
+    assert "lost to restarts" in out and "Wh (modelled" in out
 
 
 def test_another_mesh_goes_on_within_rounding(whole, tmp_path, capsys):
