@@ -168,7 +168,8 @@ def told(row: Mapping[str, float], cfg: EnergyConfig) -> list[tuple[str, str]]:
     kwh, low, high, measured, kg = (row.get(f"energy/{name}", 0.0) for name in TOTALS[:5])
     share = measured / kwh if kwh else 0.0
     unit, scale = ("kWh", 1.0) if kwh >= 0.1 else ("Wh", 1e3)
-    how = "measured" if share > 0.999 else (f"{share:.0%} of it measured, the rest " if share > 0.001 else "") + f"modelled, {low * scale:.3g} to {high * scale:.3g}"
+    part = f"{share:.0%} of it measured, the rest " if share > 0.001 else ""
+    how = "measured" if share > 0.999 else f"{part}modelled, {low * scale:.3g} to {high * scale:.3g}"
     grams, source = grid.intensity(cfg.region)
     mass = f"{kg:.3g} kg" if kg >= 1 else f"{kg * 1e3:.3g} g"
     price = "energy.price_per_hour" if cfg.price_per_hour else "list price"
