@@ -573,6 +573,18 @@ class AuditConfig:
 
 
 @dataclass(frozen=True)
+class EnergyConfig:
+    """What a run's electricity, CO2 and cost are reckoned with (docs/monitoring.md)."""
+    region: str = "world"  # whose electricity: world, an ISO code of three letters (FRA, USA, ... jaxlm/train/grid.py), or grams of CO2 per kWh: "35"
+    watts: float = 0.0  # what one device draws while it trains, of CPUs the machine; 0: measured where a meter can be read, else modelled as a range
+    price_per_hour: float = 0.0  # dollars for an hour of one device, of CPUs the machine; 0: the list price where it is known (jaxlm/chips.py), else no cost
+
+    def __post_init__(self):
+        for key in ("watts", "price_per_hour"):
+            _need(0 <= getattr(self, key) < math.inf, f"energy.{key}={getattr(self, key)} must be positive, or 0 for what is known of the device")
+
+
+@dataclass(frozen=True)
 class Config:
     """All parts; `load` makes one of a recipe and overrides."""
 
@@ -587,6 +599,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
+    energy: EnergyConfig = field(default_factory=EnergyConfig)
     clean: CleanConfig = field(default_factory=CleanConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)

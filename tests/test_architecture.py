@@ -11,13 +11,13 @@ ROOT = pathlib.Path(__file__).parents[1] / "jaxlm"
 
 # Room of each module -> level. Rooms on one level do not know each other; a room knows itself and lower levels.
 LEVELS = {
-    "trees": 0, "config": 0, "page": 0, "ops": 1, "data": 1, "sharding": 2, "moments": 2, "mup": 2, "models": 3, "optim": 3, "lora": 3, "objectives": 4, "metrics": 4, "generate": 5, "evaluate": 5, "interop": 5,
+    "trees": 0, "config": 0, "chips": 0, "page": 0, "ops": 1, "data": 1, "sharding": 2, "moments": 2, "mup": 2, "models": 3, "optim": 3, "lora": 3, "objectives": 4, "metrics": 4, "generate": 5, "evaluate": 5, "interop": 5,
     "train": 6, "verify": 7, "aot": 7, "serve": 7, "search": 7, "bin": 8, "cli": 9, "__main__": 10, "__init__": -1,
 }
 
 HOMES = {
     "sentencepiece": {"data/tokenizer.py"}, "tokenizers": {"data/tokenizer.py"}, "gguf": {"interop/gguf.py"}, "flatbuffers": set(), "grain": {"data/loader.py"}, "array_record": {"data/shards.py"}, "pyarrow": {"data/readers.py"}, "tensorflow_datasets": {"data/tfds.py"},
-    "zstandard": {"data/readers.py"}, "tensorboardX": {"train/report.py"}, "clu": {"train/report.py"}, "orbax": {"train/checkpoint.py"},
+    "zstandard": {"data/readers.py"}, "tensorboardX": {"train/report.py"}, "pynvml": {"train/meters.py"}, "clu": {"train/report.py"}, "orbax": {"train/checkpoint.py"},
     "optax": {"optim.py", "moments.py", "train/step.py"}, "flax": {"models/layers.py"}, "ml_collections": {"config.py"}, "safetensors": {"interop/hf_files.py"},
     "absl": {"cli.py", "bin/prepare.py", "bin/tokenizer.py", "bin/train.py", "bin/eval.py", "bin/generate.py",
              "bin/import.py", "bin/export.py", "bin/search.py", "bin/data.py", "bin/replay.py", "bin/verify.py", "bin/fit.py", "bin/report.py", "bin/serve.py"},

@@ -23,8 +23,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from absl import flags  # noqa: E402
 
-from jaxlm import config  # noqa: E402
-from jaxlm.aot import chips, compiler, plan, show  # noqa: E402
+from jaxlm import chips, config  # noqa: E402
+from jaxlm.aot import compiler, plan, show  # noqa: E402
 
 # Recipe -> tokens of a row, rows on each device.
 MODELS = {"llama_7b": (2048, 1), "llama_1b": (2048, 4)}

@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxlm import sharding
 from jaxlm.aot import formula, hlo, roofline, schedule
-from jaxlm.aot.chips import Topology
+from jaxlm.chips import Topology
 from jaxlm.config import LABELLED, Config, MeshConfig
 from jaxlm.data import rows
 from jaxlm.train import initial, setup

@@ -11,9 +11,9 @@ from typing import Any
 
 from jaxlm import sharding, trees
 from jaxlm.aot import compiler, formula, roofline
-from jaxlm.aot.chips import Topology
 from jaxlm.aot.hlo import Collective
 from jaxlm.aot.schedule import Operation
+from jaxlm.chips import Topology
 from jaxlm.config import Config
 from jaxlm.train import setup
 

@@ -8,8 +8,8 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from jaxlm.aot.chips import Topology
 from jaxlm.aot.hlo import Collective
+from jaxlm.chips import Topology
 
 # By formula: the share of the peak at which matrix products run, and the shares of memory traffic and of communication inside a slice that nothing hides,
 # as in the schedules of our compiled programs (docs/performance.md).

@@ -11,7 +11,7 @@ parameters; what lies outside is extrapolated.
 import dataclasses
 import math
 
-from jaxlm.aot.chips import Topology
+from jaxlm.chips import Topology
 
 E, A, ALPHA, B, BETA = 1.8172, 482.01, 0.3478, 2085.43, 0.3658
 FITTED = (70e6, 16e9)  # parameters of the runs behind the law

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 
 from jaxlm.aot import hlo, roofline
-from jaxlm.aot.chips import Topology
+from jaxlm.chips import Topology
 
 # Share of the peak at which splash attention's kernels run, an assumption; docs/performance.md has the check against published steps.
 _KERNEL_SHARE = 0.5

@@ -24,7 +24,7 @@ Of a config it compiles the step. For TPUs this needs libtpu (pip install 'jaxlm
                against published steps in docs/performance.md. By formula (GPUs, --search's first ranking) the time is coarser.
   operations   with --operations=N, the N kinds of operations that take longest.
 
-All figures are predicted. Prices and watts come from a table (jaxlm/aot/chips.py, with sources); list prices change and the power of new TPUs is not
+All figures are predicted. Prices and watts come from a table (jaxlm/chips.py, with sources); list prices change and the power of new TPUs is not
 published, so put in your own: --prices=FILE with {"v5e": {"dollars_per_hour": 0.6, "watts": 180}}.
 
 A compilation takes 1 to 3 minutes of one core for a model of 1 to 70 B parameters; --quick takes a third of it, with memory up to a tenth higher and
@@ -64,7 +64,7 @@ def main(values: flags.FlagValues, overrides: list[tuple[str, str]]) -> int:
     import os
 
     from jaxlm import config
-    from jaxlm.aot import chips
+    from jaxlm import chips
 
     table = chips.read_prices(values.prices) if values.prices else chips.CHIPS
     if asked := {name: values[name].value for name in ("tokens", "flops", "dollars", "parameters") if values[name].value is not None}:
@@ -115,7 +115,8 @@ def _size(values: flags.FlagValues, asked: dict[str, float], table: dict) -> int
     import dataclasses
     import json
 
-    from jaxlm.aot import chips, scaling
+    from jaxlm import chips
+    from jaxlm.aot import scaling
 
     if values.config or len(asked) > 1 and asked.keys() != {"tokens", "parameters"}:
         raise ValueError("give one of --tokens, --flops, --dollars and --parameters, or --tokens with --parameters, and no --config")

@@ -3,7 +3,7 @@
   jaxlm report --workdir=runs/quickstart                 WORKDIR/report.html and WORKDIR/MODEL_CARD.md
   jaxlm report --workdir=runs/quickstart --step=400      about another checkpoint than the newest (or best) one
 
-report.html is one file that needs no network: learning curves, throughput, data with sources and licences, the ledger, figures of held-out text and tasks with
+report.html is one file that needs no network: learning curves, throughput, time and energy, data with sources and licences, the ledger, figures of held-out text and tasks with
 95 % intervals, confusion and error pages of a classifier, the audit for bias, samples over time, the config, and how to make the model again. It shows
 what is there and says what is not, and which command makes it; runs that have not finished, or only begun, have a page too.
 

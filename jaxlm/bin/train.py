@@ -51,7 +51,7 @@ def main(values: flags.FlagValues, overrides: list[tuple[str, str]]) -> int:
 
 def out_of_memory(error: str, config: str, overrides: list[tuple[str, str]], kind: str, devices: int) -> str:
     """One line for a run that died of it: what the device said, and the command that tells what would fit."""
-    from jaxlm.aot import chips
+    from jaxlm import chips
 
     command = ["jaxlm", "fit", f"--config={config}", f"--topology={chips.like(kind, devices)}", "--search", *(f"--config.{key}={text}" for key, text in overrides)]
     what = error.splitlines()[0][:200] if error else "this machine's own memory"

@@ -13,7 +13,7 @@ import jaxlm
 from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.evaluate import classification, likelihood, results
-from jaxlm.train import report
+from jaxlm.train import clock, energy, report
 from jaxlm.train.summary import Summary
 
 FILE = "MODEL_CARD.md"
@@ -103,6 +103,9 @@ def _metadata(of: Summary, before: str) -> str:
              f"- {'encoder-decoder' if model.encoder_layers else model.kind}"]
     languages = [name for name, row in (of.corpus.report or {}).get("languages", {}).items() if re.fullmatch("[a-z]{2,3}", name)][:10] if of.corpus else []
     lines += ["language:", *(f"- {json.dumps(name)}" for name in languages)] if languages else []
+    if row := next((row for row in reversed(of.metrics) if "energy/kg_co2" in row), None):
+        lines += ["co2_eq_emissions:", f"  emissions: {row['energy/kg_co2'] * 1e3:.3g}", f"  source: {json.dumps('jaxlm, ' + dict(spent(of))['energy'])}",
+                  "  training_type: " + ("fine-tuning" if of.origins() else "pre-training"), f"  geographical_location: {json.dumps(of.config.energy.region)}"]
     entries = []
     for dataset, kind, split, figures in _measured(of):
         entries += ["  - task:", f"      type: {task}", "    dataset:", f"      type: {json.dumps(kind)}", f"      name: {json.dumps(dataset)}",
@@ -192,7 +195,13 @@ def _training(of: Summary) -> str:
     rows += [["tokens read", f"{last['train/tokens']:,.0f}"]] if "train/tokens" in last else []
     rows += [["rows of a step", f"{of.config.data.batch_size} x {of.config.data.sequence_length} tokens"],
              ["optimiser", f"{of.config.optim.name}, learning rate {of.config.optim.lr:g}, {of.config.optim.schedule}"]]
-    return _table(["", ""], rows)
+    return _table(["", ""], [*rows, *(list(row) for row in spent(of))])
+
+
+def spent(of: Summary) -> list[tuple[str, str]]:
+    """What the run took in time, electricity, CO2 and money: what and how much."""
+    row = next((row for row in reversed(of.metrics) if "energy/kwh" in row), {})
+    return [*clock.told(row), *energy.told(row, of.config.energy)]
 
 
 def _evaluation(of: Summary) -> str:

@@ -15,7 +15,8 @@ from jaxlm.config import Config
 from jaxlm.data import audit, chat, ledger, loader, mixture, pack, prepare, rows, shards
 from jaxlm.data import stream as streams
 from jaxlm.evaluate import classify, compression
-from jaxlm.train import best, checkpoint, classified, durable, evaluation, health, initial, report, resume, setup
+from jaxlm.train import best, checkpoint, classified, durable, energy, evaluation, health, initial, report, resume, setup
+from jaxlm.train import clock as clocks
 from jaxlm.train import lock as locks
 from jaxlm.train.clock import Clock
 from jaxlm.train.state import State
@@ -42,7 +43,8 @@ def run(config: Config, workdir: pathlib.Path, judge: Judge | None = None) -> in
     stop = StopRequest()
     progress = report.Progress()
     note = progress.note if jax.process_index() == 0 else lambda line: None
-    with locks.Lock(workdir) as lock:
+    clock, account = Clock(note), energy.Account(config.energy)
+    with locks.Lock(workdir) as lock, account:
         config = initial.resolve(config, workdir)
         sharding.first(lambda: _adopt(config, workdir))
         peak = report.peak_flops()
@@ -55,7 +57,7 @@ def run(config: Config, workdir: pathlib.Path, judge: Judge | None = None) -> in
         keep_every = parts.steps("checkpoint.keep_every", config.checkpoint.keep_every)
         with checkpoint.Checkpoints(lock, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best, keep_every=keep_every,
                                     log=note) as checkpoints, jax.set_mesh(mesh):
-            return _train(parts, subject, epoch, workdir, checkpoints, stop, progress, peak, judge)
+            return _train(parts, subject, epoch, workdir, checkpoints, stop, progress, peak, judge, clock, account)
 
 
 def _adopt(config: Config, workdir: pathlib.Path) -> None:
@@ -76,12 +78,13 @@ def open_corpus(config: Config, folder: pathlib.Path, note: Callable[[str], None
 
 
 def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSize, workdir: pathlib.Path, checkpoints: checkpoint.Checkpoints,
-           stop: StopRequest, progress: report.Progress, peak: tuple[float, str], judge: Judge | None) -> int:
+           stop: StopRequest, progress: report.Progress, peak: tuple[float, str], judge: Judge | None, clock: Clock, account: energy.Account) -> int:
     config, total, primary = parts.config, parts.total, jax.process_index() == 0
     corpus, tokenizer, task = subject.corpus, subject.tokenizer, subject.task
     note = progress.note if primary else lambda line: None
     start, state, history, borrowed = resume.start(parts, corpus, task, workdir, note)
-    note(_introduction(parts, epoch, state, start, peak[1], [*_sources(parts, corpus, task), *rows.notes(task, corpus.splits["train"])]))
+    note(_introduction(parts, epoch, state, start, peak[1], [*_sources(parts, corpus, task), *rows.notes(task, corpus.splits["train"]),
+                                                             f"energy is {account.source}"]))
     finished = workdir / "FINISHED"
     if finished.exists() and (start >= total or json.loads(finished.read_text(encoding="utf-8")).get("early") == start):
         note(f"this run is finished (step {start}); jaxlm eval and jaxlm generate use it; for a longer one choose another --workdir")
@@ -109,24 +112,32 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
 
     # Compiled before any data is read: a request to stop that came meanwhile is seen before the first step.
     recent = health.Recent(config.train.spike, checkpoint.find_file(workdir, start, health.RECENT) if start else None)
-    run_step, mean = resume.compiled(parts, corpus, task, state, recent)
+    with clock.spent("compile"):
+        run_step, mean = resume.compiled(parts, corpus, task, state, recent)
     batches = loader.batches(corpus, "train", task, batch_size=config.data.batch_size, seed=config.data.seed, start_step=start, stop_step=total,
                              rows=sharding.local_rows(parts.mesh, config.data.batch_size), threads=config.data.threads, prefetch=config.data.prefetch)
+    before = report.read_metrics(workdir)
+    clock.resume(before, start)
+    account.resume(before)
+    spent = lambda: clock.row() | account.row()
     reporter = report.Reporter(workdir, start, {"config": configs.to_json(config), "parameters": report.overview(state.params)},
                                tolerance) if primary else None
-    clock, vitals = Clock(note, str(corpus.folder)), health.Health(
+    if reporter and before:  # the rows after the checkpoint are gone, what they took is not
+        reporter.scalars(start, spent())
+    vitals = health.Health(
         config.train, workdir, start, recent, rows=config.data.batch_size, note=note, tolerance=tolerance, primary=primary,
         newest=lambda: max(checkpoint.steps(workdir), default=None),
         occupants=lambda step: audit.occupants(corpus, task, config.data.seed, config.data.batch_size, step))
-    log = _Log(parts, epoch, trees.count(parts.plain), peak[0], clock, vitals, reporter, progress, lambda step: due("log", step),
+    log = _Log(parts, epoch, trees.count(parts.plain), peak[0], clock, account, vitals, reporter, progress, lambda step: due("log", step),
                mean / config.data.sequence_length)
     pending: tuple[int, dict] | None = None
     saved_step, step, found, costs = start, start, None, best.history(config, workdir, start)
     early, judged = best.ends(config, workdir, costs), False  # the first: killed after its last evaluation
     stop.arm()
+    clock.begin(str(corpus.folder))
     with Watchdog(config.train.watchdog_seconds) as watchdog, clock, contextlib.closing(reporter) if primary else contextlib.nullcontext():
         while step < total and not early and not judged and not stop.at(step):
-            with clock.waiting():
+            with clock.spent("data"):
                 batch = sharding.to_device(parts.mesh, next(batches)[1], config.data.batch_size)
             step += 1
             state, new = run_step(step, state, batch)
@@ -138,26 +149,32 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
                 continue
             log(*pending)
             pending = None
-            with clock.paused():
-                found = None
-                if due("eval", step) and not stop.now():
+            found = None
+            if due("eval", step) and not stop.now():
+                with clock.spent("evaluation"):
                     found = _evaluate(subject, state, step, reporter, progress, watchdog, stop, sampled=judge is None)
                     costs += [value] if (value := best.cost(config, found)) is not None else []
                     early = best.ends(config, workdir, costs)
                     judged = judge is not None and found is not None and judge(step, best.figure(config, found)) and step < total
-                if due("save", step) or early or judged:
+            if due("save", step) or early or judged:
+                with clock.spent("checkpoint"):
                     with tolerance():
                         checkpoints.wait()  # the one before: when it fails, this one is tried all the same
                     with tolerance():
                         saved_step = save(step, state, found)
+            if reporter and step < total:
+                reporter.scalars(step, spent())
         if pending:
             log(*pending)
-        failed = tolerance.failed
-        with tolerance():
-            checkpoints.wait()
-        if step > saved_step or tolerance.failed > failed:  # the last one must succeed
-            save(step, state, found if step == total or early else None)
-        acknowledged = checkpoints.wait()
+        with clock.spent("checkpoint"):
+            failed = tolerance.failed
+            with tolerance():
+                checkpoints.wait()
+            if step > saved_step or tolerance.failed > failed:  # the last one must succeed
+                save(step, state, found if step == total or early else None)
+            acknowledged = checkpoints.wait()
+        if reporter:
+            reporter.scalars(step, spent())
         if early:
             note(f"step {step}: {config.train.patience} evaluations without a better {config.checkpoint.metric}, so the run ends here (train.patience)")
         elif judged:
@@ -168,7 +185,8 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
             note(f"stopped at step {step} of {total}; {safe}; the same command goes on from there")
             return stop.exit_code
         if judge is None:
-            _finish(step, early, subject, _best(parts, state, step, workdir, note), workdir, reporter, progress, watchdog, stop)
+            with clock.spent("evaluation"):
+                _finish(step, early, subject, _best(parts, state, step, workdir, note), workdir, reporter, progress, watchdog, stop, spent)
         elif primary:
             _mark(workdir, step, early)
     return stop.exit_code
@@ -254,7 +272,7 @@ def _averaged(state: State) -> Any:
 
 
 def _finish(step: int, early: bool, subject: evaluation.Subject, chosen: tuple[Any, int], workdir: pathlib.Path, reporter: report.Reporter | None,
-            progress: report.Progress, watchdog: Watchdog, stop: StopRequest) -> None:
+            progress: report.Progress, watchdog: Watchdog, stop: StopRequest, spent: Callable[[], dict[str, float]]) -> None:
     """The last word of a complete run: the whole test split, beside what compressors or simple baselines reach, a sample, and what to try next."""
     config, corpus, (params, chosen_step) = subject.config, subject.corpus, chosen
     split = next((s for s in ("test", "validation") if len(corpus.splits[s].tokens)), None)
@@ -270,14 +288,16 @@ def _finish(step: int, early: bool, subject: evaluation.Subject, chosen: tuple[A
     sample = evaluation.sample(subject, params)
     if reporter is None:
         return
+    row = spent()
+    reporter.scalars(step, {f"{split}/{name}": value for name, value in (summary or {}).items()} | row)
     if summary:
-        reporter.scalars(step, {f"{split}/{name}": value for name, value in summary.items()})
         progress.note(f"\n{split} split, {int(summary['documents'])} documents the model never saw:\n" + lines)
         if "bits_per_byte" in summary:
             progress.note(compression.table(corpus, subject.tokenizer, split, summary["bits_per_byte"]))
     if sample:
         reporter.text(step, "sample", sample)
         progress.note(f"\nA sample, after the prompt in brackets:\n{sample}\n")
+    progress.note("\n".join(f"{what:<9}{said}" for what, said in [*clocks.told(row), *energy.told(row, config.energy)]))
     _mark(workdir, step, early)
     prompt = "an input" if config.objective.name == "seq2seq" else "Return the"
     continues = [f"  jaxlm generate --workdir={workdir} --prompt=\"{prompt}\""] * (bool(sample))
@@ -297,9 +317,10 @@ class _Log:
     """Reads a finished step's metrics, looks at their health, shows and writes them. Of labelled texts, whose batches differ in length, `share` is the mean
     length over the longest one: speed counts what was computed."""
 
-    def __init__(self, parts: setup.Setup, epoch: pack.EpochSize, params: int, peak: float, clock: Clock, vitals: health.Health,
+    def __init__(self, parts: setup.Setup, epoch: pack.EpochSize, params: int, peak: float, clock: Clock, account: energy.Account, vitals: health.Health,
                  reporter: report.Reporter | None, progress: report.Progress, due: Callable[[int], bool], share: float):
-        self._total, self._clock, self._vitals, self._reporter, self._progress, self._due = parts.total, clock, vitals, reporter, progress, due
+        self._total, self._clock, self._account, self._vitals = parts.total, clock, account, vitals
+        self._reporter, self._progress, self._due = reporter, progress, due
         config = parts.config
         self._tokens, self._padding = config.data.batch_size * setup.row_tokens(config), epoch.padding / epoch.positions
         flops = report.flops_per_token(config.model, params, config.data.sequence_length, config.data.target_length)
@@ -310,6 +331,7 @@ class _Log:
         values = jax.device_get(metrics)
         self._vitals.check(step, values)
         self._clock.finished()
+        self._account.worked(self._load)
         if self._reporter is None:
             return
         seconds = self._clock.step_seconds
@@ -319,6 +341,6 @@ class _Log:
                 **{f"train/{name}": value for name, value in means.items()}, **{f"train/{name}": float(value) for name, value in values.items()},
                 "train/skipped": self._vitals.skipped, "train/spikes": self._vitals.spikes, "train/tokens": step * self._tokens,
                 "perf/tokens_per_second": self._computed / seconds, "perf/mfu": self._load / seconds, "perf/step_seconds": seconds,
-                "perf/data_wait": self._clock.wait_share(), "perf/padding": self._padding, **report.memory_gib()})
+                "perf/data_wait": self._clock.wait_share(), "perf/padding": self._padding, **report.memory_gib(), **self._clock.row(), **self._account.row()})
         self._progress.show(f"step {step}/{self._total}  loss {means['loss']:.3f}  {report.count(self._computed / seconds)} tokens/s  "
                             f"MFU {self._load / seconds:.0%}  left {report.duration((self._total - step) * seconds)}", final=step == self._total)

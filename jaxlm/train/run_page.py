@@ -19,7 +19,7 @@ _ROWS = 40
 def render(of: Summary) -> str:
     """The whole page; what comes from data, names and configs is escaped."""
     sections = [
-        ("missing", "What is missing", _missing(of)), ("curves", "Learning curves", _curves(of)), ("speed", "Throughput", _speed(of)),
+        ("missing", "What is missing", _missing(of)), ("curves", "Learning curves", _curves(of)), ("speed", "Throughput", _speed(of)), ("spent", "Time, energy and cost", _spent(of)),
         ("figures", "Held-out figures", _held_out(of)), ("tasks", "Tasks", _tasks(of)), ("verdict", "Checkpoints compared", _verdict(of)),
         ("errors", "Errors", _errors(of)), ("bias", "Bias", _bias(of)), ("samples", "Samples over time", _samples(of)), ("data", "Data", _data(of)),
         ("ledger", "Ledger", _ledger(of)), ("config", "Config", _config(of)), ("again", "How to reproduce", _again(of))]
@@ -75,6 +75,14 @@ def _speed(of: Summary) -> str:
     tiles += [(f"{waits:.1%}", "of a step spent waiting for data")] if not math.isnan(waits) else []
     tiles += [(f"{max(peaks):.2f} GiB", "peak memory")] if (peaks := [value for _, value in _series(of, "memory/peak_gib")]) else []
     return page.tiles(tiles) + page.chart({"tokens per second": _series(of, "perf/tokens_per_second")}, "step", "tokens per second")
+
+
+def _spent(of: Summary) -> str:
+    rows = [[page.text(what), page.text(said)] for what, said in card.spent(of)]
+    if not rows:
+        return ""
+    return ("<p>From the beginning of the run to its last row, restarts included. The electricity is that of the devices alone where it is modelled.</p>"
+            + page.table(["what", "how much"], rows))
 
 
 def _held_out(of: Summary) -> str:

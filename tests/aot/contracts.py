@@ -11,8 +11,8 @@ import json
 import math
 import pathlib
 
-from jaxlm import config, sharding, trees
-from jaxlm.aot import chips, compiler
+from jaxlm import chips, config, sharding, trees
+from jaxlm.aot import compiler
 from jaxlm.config import Config
 from jaxlm.models import axes
 

@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 
-from jaxlm import cli, config
-from jaxlm.aot import chips, compiler, formula, plan, show
+from jaxlm import chips, cli, config
+from jaxlm.aot import compiler, formula, plan, show
 
 TINY = {"model": dict(vocab_size=512, context=64, layers=4, width=64, heads=4, dtype="bfloat16", remat="full"), "data": dict(sequence_length=64, batch_size=64),
         "tokenizer": dict(kind="bytes")}

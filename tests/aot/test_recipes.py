@@ -6,8 +6,8 @@ import shlex
 
 import pytest
 
-from jaxlm import cli, config
-from jaxlm.aot import chips, plan
+from jaxlm import chips, cli, config
+from jaxlm.aot import plan
 
 RECIPES = ("gpt2_124m", "llama_1b", "llama_7b", "llama3_8b", "mixtral_8x7b", "llama_70b")
 

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxlm.aot import chips, roofline
+from jaxlm import chips
+from jaxlm.aot import roofline
 from jaxlm.aot.hlo import Array, Collective
 
 V5E = chips.topology("v5e:4x4")

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from jaxlm import cli
-from jaxlm.aot import chips, scaling
+from jaxlm import chips, cli
+from jaxlm.aot import scaling
 
 
 def test_the_published_points():

@@ -2,7 +2,8 @@
 
 import pytest
 
-from jaxlm.aot import chips, hlo, schedule
+from jaxlm import chips
+from jaxlm.aot import hlo, schedule
 
 V5E = chips.topology("v5e:4x4")  # 1.5e9 cycles/s; a gather over fsdp=16 goes over two links of 45 GB/s
 MESH, LINKS = {"slice": 1, "fsdp": 16}, {"fsdp": 2}

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxlm import cli
-from jaxlm.aot import chips, compiler, plan
+from jaxlm import chips, cli
+from jaxlm.aot import compiler, plan
 from tests.aot import contracts
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jaxlm[tpu]'")]

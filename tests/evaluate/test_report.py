@@ -48,7 +48,8 @@ def log(workdir, steps=(1, 2, 3, 4)):
                                 "perf/tokens_per_second": 1000.0 + step, "perf/mfu": 0.25, "perf/data_wait": 0.01, "perf/step_seconds": 0.1, "memory/peak_gib": 1.5})
         reporter.scalars(step, {"eval/loss": 5.1 - step / 4, "eval/bits_per_byte": 3.0 - step / 8})
         reporter.text(step, "sample", f"[the] sample {step} {EVIL}")
-    reporter.scalars(steps[-1], {"test/loss": 4.0, "test/bits_per_byte": 2.5, "test/bits_per_byte_low": 2.4, "test/bits_per_byte_high": 2.6, "test/documents": 9})
+    reporter.scalars(steps[-1], {"test/loss": 4.0, "test/bits_per_byte": 2.5, "test/bits_per_byte_low": 2.4, "test/bits_per_byte_high": 2.6, "test/documents": 9,
+                                 "time/steps": 60.0, "time/lost": 20.0, "energy/kwh": 2.0, "energy/kwh_low": 1.0, "energy/kwh_high": 3.0, "energy/kg_co2": 0.962, "energy/dollars": 1.5})
     reporter.close()
     (workdir / "FINISHED").write_text('{"step": 4}')
 
@@ -74,10 +75,10 @@ def test_a_whole_run_is_told(run_copy, corpus, capsys):
     out = capsys.readouterr().out
     assert "for people to write: Intended use, Limitations, Licence and contact" in out and "missing" not in out
     page = Page((run_copy / "report.html").read_text())
-    assert page.heads == ["Learning curves", "Throughput", "Held-out figures", "Tasks", "Bias", "Samples over time", "Data", "Ledger", "Config", "How to reproduce"]
+    assert page.heads == ["Learning curves", "Throughput", "Time, energy and cost", "Held-out figures", "Tasks", "Bias", "Samples over time", "Data", "Ledger", "Config", "How to reproduce"]
     words = " ".join(page.words)
     for text in ("2.4000 to 2.6000", "3 of 20", "quiz", "0.5000", "No limit is broken", "sample 4", corpus.fingerprint[:16], "corpus.jsonl", "25%", "1.50 GiB",
-                 "<script>alert(1)</script>", "4.1000 to 4.3000"):
+                 "<script>alert(1)</script>", "4.1000 to 4.3000", "steps 75.0%", "lost to restarts 25.0%", "2 kWh (modelled, 1 to 3)", "962 g at 481 g/kWh", "$1.50 (list price)"):
         assert text in words, text
     audited(run_copy, "BROKEN")
     assert call("report", f"--workdir={run_copy}", "--step=2") == 0
@@ -100,6 +101,7 @@ def test_the_card_has_the_hubs_form_and_keeps_what_people_wrote(run_copy):
     assert all({"type", "name"} <= set(entry["dataset"]) and entry["task"]["type"] for entry in found["model-index"][0]["results"])
     assert re.findall("^## (.*)", body, re.M) == ["Intended use", "Model", "Use", "Training data", "Training", "Evaluation", "Bias", "Limitations", "Reproduce",
                                                  "Licence and contact"]
+    assert found["co2_eq_emissions"]["emissions"] == 962 and "modelled" in found["co2_eq_emissions"]["source"] and "| energy | 2 kWh (modelled, 1 to 3) |" in body
     assert "| quiz |  | acc | 0.5000 |" in body and "quiz: 3 of 20" in body and "No limit was broken" in body
     mine = text.replace("license: unknown", "license: apache-2.0").replace("*Not written yet.* What it does badly, and what was not tested.", "It cannot count.\n\nAt all.")
     path.write_text(mine)

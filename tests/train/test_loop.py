@@ -15,7 +15,7 @@ import pytest
 
 from jaxlm import cli
 from jaxlm.data import prepare
-from jaxlm.train import checkpoint, health, loop, report, saved
+from jaxlm.train import checkpoint, clock, health, loop, report, saved
 from jaxlm.train.lock import Lock
 from jaxlm.train.stop import StopRequest
 from tests.train import runs
@@ -55,6 +55,10 @@ def test_what_a_run_leaves(whole):
     assert [row["step"] for row in rows if "eval/loss" in row] == [6, 12] and "test/bits_per_byte" in rows[-1]
     assert checkpoint.steps(folder / "run") == [8, 12]
     assert json.loads((folder / "run" / "FINISHED").read_text()) == {"step": 12}
+    spent = rows[-1]
+    parts = [spent[f"time/{part}"] for part in clock.PARTS]
+    assert min(parts[:-1]) > 0 and parts[-1] == 0 and spent["time/goodput"] == pytest.approx(parts[0] / sum(parts))
+    assert 0 < spent["energy/kwh_low"] <= spent["energy/kwh"] <= spent["energy/kwh_high"] and spent["energy/kg_co2"] == pytest.approx(0.481 * spent["energy/kwh"])
 
 
 def test_tensorboard_shows_it(whole):
@@ -86,6 +90,9 @@ def test_resumed_losses_are_bitwise_equal(whole, tmp_path, monkeypatch):
         assert checkpoint.steps(tmp_path / "run")[-1] == last and not (tmp_path / "run" / "FINISHED").exists()
     assert loop.run(cfg, tmp_path / "run") == 0
     assert runs.losses(tmp_path / "run") == runs.losses(folder / "run")
+    spent = [row for row in runs.read_metrics(tmp_path / "run") if "energy/kwh" in row]
+    for name in ("energy/kwh", "time/start", "time/compile"):  # goes on over all five processes
+        assert [row[name] for row in spent] == sorted(row[name] for row in spent) and len({row["time/compile"] for row in spent}) == 5
 
 
 def test_a_lost_checkpoint_costs_steps_not_truth(whole, tmp_path, capsys):
@@ -99,6 +106,11 @@ def test_a_lost_checkpoint_costs_steps_not_truth(whole, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "damaged" in out and "resumed after step 8" in out
     assert runs.losses(tmp_path / "run") == runs.losses(folder / "run")
+    before, after = (runs.read_metrics(run / "run") for run in (folder, tmp_path))
+    done = lambda row: sum(row.get(f"time/{part}", 0) for part in clock.PARTS)
+    kept = [row for row in before if row["step"] <= 8 and "time/steps" in row][-1]
+    assert after[-1]["time/lost"] == pytest.approx(done(before[-1]) - done(kept)) and after[-1]["energy/kwh"] > before[-1]["energy/kwh"]
+    assert "lost to restarts" in out and "Wh (modelled" in out
 
 
 def test_another_mesh_goes_on_within_rounding(whole, tmp_path, capsys):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxlm.aot import chips
+from jaxlm import chips
 
 
 @pytest.mark.parametrize("text, name, count", [("v5e:4x4", "v5e:4x4", 16), ("v5p:2x2x2", "v5p:2x2x2", 8), (" v6e:2x4", "v6e:2x4", 8), ("gpu:h100x8", "gpu:h100x8", 8)])

@@ -110,13 +110,21 @@ def known() -> str:
     return f"known: {tpus} (v5e:4x4); {', '.join(f'gpu:{c.name}xN' for c in CHIPS.values() if c.platform == 'gpu')}"
 
 
+def of_kind(device_kind: str) -> Chip | None:
+    """The chip that `jax.Device.device_kind` names; None where it is not in the table."""
+    kind = device_kind.lower()
+    marks = (("h200", "h200"), ("h100", "h100"), ("a100", "a100"))
+    if "tpu" in kind:
+        marks = (("v6", "v6e"), ("v5 lite", "v5e"), ("v5e", "v5e"), ("v5", "v5p"), ("v4", "v4"))
+    return next((CHIPS[name] for mark, name in marks if mark in kind), None)
+
+
 def like(device_kind: str, devices: int) -> str:
     """The known topology nearest to `devices` devices of that kind, as `jax.Device` names it; v5e where the kind is not known."""
-    kind = device_kind.lower()
-    gpu = next((name for name in ("h200", "h100", "a100") if name in kind), None)
-    if gpu or "nvidia" in kind:
-        return f"gpu:{gpu or 'h100'}x{devices}"
-    name = next((name for mark, name in (("v6", "v6e"), ("v5 lite", "v5e"), ("v5e", "v5e"), ("v5", "v5p"), ("v4", "v4")) if mark in kind), "v5e")
+    chip = of_kind(device_kind) or CHIPS["h100" if "nvidia" in device_kind.lower() else "v5e"]
+    if chip.platform == "gpu":
+        return f"gpu:{chip.name}x{devices}"
+    name = chip.name
     count = lambda shape: math.prod(int(n) for n in shape.split("x"))
     return f"{name}:{min(SHAPES[name], key=lambda shape: (abs(count(shape) - devices), -count(shape)))}"
 
