@@ -81,7 +81,7 @@ def test_an_export_computes_the_same_without_it(tmp_path, more):
 
 
 def test_post_norm_and_tied_cannot_be_folded():
-    with pytest.raises(ValueError, match="has a factor that no other weight can take in"):
+    with pytest.raises(ValueError, match="has a factor that no other weight takes in"):
         mup.folded(dataclasses.replace(WIDE, norm_position="post"), {})
 
 
