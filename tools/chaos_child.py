@@ -165,7 +165,7 @@ def _wrap_steps(loop, fault: Fault) -> None:
             fault.write(event="stepped")
         fault.at("step")
 
-    before(loop._Clock, "finished", finished)
+    before(loop.Clock, "finished", finished)
 
 
 def _wrap_metrics(fault: Fault) -> None:
@@ -173,8 +173,8 @@ def _wrap_metrics(fault: Fault) -> None:
 
     def torn(self, step, values) -> None:
         if fault.at("metrics", later=True):
-            self._file.write(f'{{"step": {step}, "train/lo')
-            self._file.flush()
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(f'{{"step": {step}, "train/lo')
             fault.happen()
 
     before(report.Reporter, "scalars", torn)
