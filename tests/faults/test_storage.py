@@ -74,14 +74,14 @@ def test_a_damaged_config_is_named(tmp_path):
 
 @pytest.mark.slow
 def test_no_damage_is_silent(tmp_path):
-    """60 of the 500 of `python tools/chaos_storage.py flips`."""
+    """30 of the 500 of `python tools/chaos_storage.py flips`."""
     world, dice, found = damaged.world(tmp_path), random.Random(2), Counter()
     for kind in damaged.KINDS:
-        for path in damaged.files_of(world, kind, 10, dice):
+        for path in damaged.files_of(world, kind, 5, dice):
             said = damaged.trial(world, kind, path, dice.choice(["flip", "zero", "cut"]), dice)
             assert said in ("named", "harmless"), (path, said)
             found[said] += 1
-    assert found["named"] > 50
+    assert found["named"] >= 25
 
 
 # --- a disk that refuses ---
