@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import random
 import shutil
@@ -112,9 +113,10 @@ def parameter(of: Base, step: int, path: str, layer: int, value: float, workdir:
 
 
 def activation(of: Base, step: int, letter: str, workdir: pathlib.Path) -> str:
-    """A letter's embedding so large that what follows overflows: of the steps that go on just those are skipped that hold its document, which both name."""
+    """A letter's embedding infinite: of the steps that go on just those are skipped that hold its document, which both name. (3e38 overflows in some steps
+    only: in others the norm makes it 0, and its gradient too.)"""
     name = document(of, letter)
-    loop.run(plant(of, step, "embed/tokens", (ord(letter),), 3e38, workdir, steps=f"{step + 50} steps", spike=0.0, bad_steps=4), workdir)
+    loop.run(plant(of, step, "embed/tokens", (ord(letter),), math.inf, workdir, steps=f"{step + 50} steps", spike=0.0, bad_steps=4), workdir)
     skipped = {row["step"]: row for row in bad_steps(workdir) if row["step"] > step}
     expected = visited(of, letter, step)
     assert expected, "a letter that is not seen plants nothing"
