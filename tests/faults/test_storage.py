@@ -335,9 +335,10 @@ def test_a_stalled_read_is_said_and_changes_nothing(whole, tmp_path, monkeypatch
 def test_a_slow_reader_is_said_once(monkeypatch):
     notes, now = [], itertools.count()
     monkeypatch.setattr(clock.time, "perf_counter", lambda: float(next(now)))
-    ticks = clock.Clock(notes.append, "/mnt/corpus")
+    ticks = clock.Clock(notes.append)
+    ticks.begin("/mnt/corpus")
     for _ in range(60):  # waits 2 of each 4 ticks
-        with ticks.waiting():
+        with ticks.spent("data"):
             next(now)
         ticks.finished()
         if ticks._count % 10 == 0:
