@@ -510,12 +510,14 @@ class TrainConfig:
     patience: int = 0  # the run ends after so many evaluations in a row without a better checkpoint.metric; 0: never
     eval_documents: int = 200  # validation documents of the evaluations during training; 0: all
     bad_steps: int = 10  # stop after so many non-finite losses or gradients in a row; each is skipped and counted
-    watchdog_seconds: float = 1800.0  # end the process when no step finishes for so long; 0: off
+    watchdog_seconds: float = 1800.0  # end the process when no step, restore or compile finishes for so long; 0: off
+    peer_seconds: float = 20.0  # of several processes: end all when one has not been heard of for so long
     sample_prompt: str = ""  # text continued at each evaluation; empty: the beginning of a validation document
 
     def __post_init__(self):
         for key in ("microbatches", "bad_steps"):
             _need(getattr(self, key) > 0, f"train.{key}={getattr(self, key)} must be positive")
+        _need(self.peer_seconds >= 1, f"train.peer_seconds={self.peer_seconds} must be at least 1")
         for key in ("eval_documents", "watchdog_seconds", "patience"):
             _need(getattr(self, key) >= 0, f"train.{key}={getattr(self, key)} must not be negative")
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import config as configs
-from jaxlm import lora, sharding, trees
+from jaxlm import lora, peers, sharding, trees
 from jaxlm import metrics as figures
 from jaxlm.config import Config
 from jaxlm.data import chat, ledger, loader, mixture, pack, prepare, rows, shards
@@ -23,11 +23,11 @@ from jaxlm.evaluate import classify, compression
 from jaxlm.train import best, checkpoint, classified, evaluation, initial, origin, report, setup
 from jaxlm.train import lock as locks
 from jaxlm.train.state import State
-from jaxlm.train.stop import StopRequest, Watchdog
+from jaxlm.train.stop import Stopped, StopRequest, Watchdog
 
 # What may differ when a run goes on in its workdir: how it is computed and reported, not what is computed.
 FREE = ("mesh.", "checkpoint.", "eval.", "audit.", "train.microbatches", "train.log_every", "train.eval_every", "train.eval_documents", "train.bad_steps",
-        "train.watchdog_seconds", "train.sample_prompt", "data.dir", "data.source", "data.threads", "data.prefetch", "model.remat", "model.attention",
+        "train.watchdog_seconds", "train.peer_seconds", "train.sample_prompt", "data.dir", "data.source", "data.threads", "data.prefetch", "model.remat", "model.attention",
         "model.sequence_attention", "model.pipeline_",
         "objective.chunk_rows")
 
@@ -42,10 +42,9 @@ def run(config: Config, workdir: pathlib.Path) -> int:
       ValueError, OSError: one line, for whatever the user can mend.
     """
     best.check(config)
-    stop = StopRequest()
     progress = report.Progress()
     note = progress.note if jax.process_index() == 0 else lambda line: None
-    with locks.Lock(workdir) as lock:
+    with StopRequest() as stop, locks.Lock(workdir) as lock:
         config = initial.resolve(config, workdir)
         sharding.first(lambda: _adopt(config, workdir))
         peak = report.peak_flops()
@@ -64,8 +63,8 @@ def run(config: Config, workdir: pathlib.Path) -> int:
                                      evaluation.scorer(config.objective, parts.model, mesh))
         keep_every = parts.steps("checkpoint.keep_every", config.checkpoint.keep_every)
         with checkpoint.Checkpoints(lock, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best, keep_every=keep_every,
-                                    log=note) as checkpoints, jax.set_mesh(mesh):
-            return _train(parts, subject, epoch, workdir, checkpoints, stop, progress, peak)
+                                    log=note) as checkpoints, jax.set_mesh(mesh), Watchdog(config.train.watchdog_seconds) as watchdog:
+            return _train(parts, subject, epoch, workdir, checkpoints, stop, watchdog, progress, peak)
 
 
 def _adopt(config: Config, workdir: pathlib.Path) -> None:
@@ -89,11 +88,12 @@ def _corpus(config: Config, folder: pathlib.Path, note) -> shards.Corpus:
 
 
 def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSize, workdir: pathlib.Path, checkpoints: checkpoint.Checkpoints,
-           stop: StopRequest, progress: report.Progress, peak: tuple[float, str]) -> int:
+           stop: StopRequest, watchdog: Watchdog, progress: report.Progress, peak: tuple[float, str]) -> int:
     config, total, primary = parts.config, parts.total, jax.process_index() == 0
     corpus, tokenizer, task = subject.corpus, subject.tokenizer, subject.task
     note = progress.note if primary else lambda line: None
     start, state, history, borrowed = _start(parts, corpus, task, workdir, note)
+    watchdog.beat()
     note(_introduction(parts, epoch, state, start, peak[1], [*_sources(parts, corpus, task), *rows.notes(task, corpus.splits["train"])]))
     finished = workdir / "FINISHED"
     if finished.exists() and (start >= total or json.loads(finished.read_text(encoding="utf-8")).get("early") == start):
@@ -132,10 +132,17 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
     saved_step, step, found, costs = start, start, None, best.history(config, workdir, start)
     early = best.ends(config, workdir, costs)  # killed after its last evaluation
     stop.arm()
-    with Watchdog(config.train.watchdog_seconds) as watchdog, contextlib.closing(reporter) if primary else contextlib.nullcontext():
+    watchdog.beat()
+    with contextlib.closing(reporter) if primary else contextlib.nullcontext():
         while step < total and not early and not stop.at(step):
             with clock.waiting():
-                batch = sharding.to_device(parts.mesh, next(batches)[1], config.data.batch_size)
+                try:
+                    with stop.waiting():
+                        local = next(batches)[1]
+                except Stopped:
+                    break
+                batch = sharding.to_device(parts.mesh, local, config.data.batch_size)
+            peers.worked()
             state, new = step_fn(state, batch)
             step += 1
             if pending:  # the metrics of the step before: the device is busy with the next one meanwhile
@@ -145,6 +152,7 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
             if not (due("eval", step) or due("save", step)):
                 continue
             log(*pending)
+            watchdog.beat()
             pending = None
             with clock.paused():
                 found = None
@@ -250,18 +258,14 @@ def _score(subject: evaluation.Subject, params: Any, split: str, limit: int, wat
     def alive(*_) -> None:
         watchdog.beat()
         if stop.now():
-            raise _Stopped
+            raise Stopped
 
     try:
         if subject.task.labelled:
             return evaluation.classified(subject, params, split, limit=limit, progress=alive)[0].summary
         return evaluation.score(subject, params, split, limit=limit, progress=alive)
-    except _Stopped:
+    except Stopped:
         return None
-
-
-class _Stopped(Exception):
-    pass
 
 
 def _best(parts: setup.Setup, state: State, step: int, workdir: pathlib.Path, note: Callable[[str], None]) -> tuple[Any, int]:
