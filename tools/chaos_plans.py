@@ -110,12 +110,12 @@ def terms(lab: Lab, trials: int, draw: random.Random, tally: Tally) -> None:
 
 def losses_of_a_process(lab: Lab, trials: int, draw: random.Random, tally: Tally) -> None:
     """One of several processes is killed, stopped, stuck or raises; the others must say so and end. Each next life shows that the run goes on."""
-    number, workdir, kinds = 0, lab.folder / "lost0", ("killed", "stopped", "stuck", "raising")
+    number, workdir, kinds = 0, lab.folder / "lost0", {"killed": "SIGKILL", "stopped": "SIGSTOP", "stuck": "hang", "raising": "raise"}
     while tally.trials < trials and len(tally.broken) < 4:
-        kind, victim = kinds[tally.trials % len(kinds)], draw.randrange(lab.processes)
+        kind, victim = list(kinds)[tally.trials % len(kinds)], draw.randrange(lab.processes)
         point = draw.choice([name for name in KILLS if name not in ("prepare", "restore", "finish", "exit") and (victim == 0 or name not in ONLY_FIRST)])
         plans: list[dict] = [{} for _ in range(lab.processes)]
-        plans[victim] = {"point": point, "hit": draw.randint(*KILLS[point]), "do": {"killed": "SIGKILL", "stopped": "SIGSTOP", "stuck": "hang", "raising": "raise"}[kind]}
+        plans[victim] = {"point": point, "hit": draw.randint(*KILLS[point]), "do": kinds[kind]}
         life = Life(lab, workdir, plans, f"--config.train.peer_seconds={PEER}", f"--config.train.watchdog_seconds={WATCHDOG}")
         life.wait(PATIENCE, until=lambda: life.rows("fault"))
         others = set(range(lab.processes)) - {victim}
@@ -188,7 +188,7 @@ def orphans(lab: Lab, trials: int, draw: random.Random, tally: Tally) -> None:
     """A trainer that is killed while three workers prepare its text, or while it trains, leaves no process behind after 5 seconds."""
     with open(lab.folder / "corpus.jsonl") as small, open(lab.folder / "large.jsonl", "w") as large:
         lines = small.read()
-        for copy in range(300):
+        for copy in range(1500):
             large.write(lines.replace('{"text": "', f'{{"text": "{copy}/'))
     while tally.trials < trials and len(tally.broken) < 4:
         preparing = bool(tally.trials % 2)

@@ -73,7 +73,7 @@ def verdict(rows: list[dict]) -> dict:
             "rss_mib": [round(middle(first, "rss_mib"), 1), round(middle(last, "rss_mib"), 1)], "memory_growth": round(growth, 5),
             "descriptors": [middle(first, "descriptors"), middle(last, "descriptors")], "threads": [middle(first, "threads"), middle(last, "threads")],
             "cpu_seconds_per_step": [round(rate(seen[:len(seen) // 3]), 6), round(rate(seen[-(len(seen) // 3):]), 6)],
-            "passed": growth < 0.02 and middle(last, "descriptors") <= middle(first, "descriptors") + 1 and middle(last, "threads") <= middle(first, "threads") + 1}
+            "passed": growth < 0.02 and all(middle(last, key) <= middle(first, key) + 1 for key in ("descriptors", "threads"))}
 
 
 def plot(rows: list[dict], path: pathlib.Path) -> None:

@@ -63,7 +63,7 @@ def main(values: flags.FlagValues) -> int:
     if values.stablehlo:
         return _write_stablehlo(values, to)
 
-    from jaxlm.data import chat
+    from jaxlm.data import chat, sums
     from jaxlm.interop import gguf, hf
     from jaxlm.train import card, saved, summary
 
@@ -88,6 +88,7 @@ def main(values: flags.FlagValues) -> int:
         tokenizer.write_huggingface(folder)
         written = run.workdir / card.FILE
         card.write(summary.gather(run.workdir, run.step), folder / "README.md", written.read_text(encoding="utf-8") if written.is_file() else "")
+        sums.write(folder)
         if to.exists():
             to.rmdir()
         os.replace(folder, to)
@@ -101,6 +102,7 @@ def _write_stablehlo(values: flags.FlagValues, to) -> int:
     import pathlib
     import tempfile
 
+    from jaxlm.data import sums
     from jaxlm.interop import stablehlo
     from jaxlm.train import saved
 
@@ -113,6 +115,7 @@ def _write_stablehlo(values: flags.FlagValues, to) -> int:
         folder.mkdir()
         error = stablehlo.write(folder, run.config.model, run.model, run.params, values.length or min(run.config.model.context, 512), values.dtype)
         run.tokenizer.write_huggingface(folder)
+        sums.write(folder)
         if to.exists():
             to.rmdir()
         os.replace(folder, to)
@@ -127,6 +130,7 @@ def _write_adapter(values: flags.FlagValues, to) -> int:
     import pathlib
     import tempfile
 
+    from jaxlm.data import sums
     from jaxlm.interop import peft
     from jaxlm.train import saved
 
@@ -138,6 +142,7 @@ def _write_adapter(values: flags.FlagValues, to) -> int:
         folder = pathlib.Path(temporary) / "export"
         folder.mkdir()
         modules = peft.save(folder, config.model, config.lora, adapters, base=told["origin"], fingerprint=told["fingerprint"], architecture=values.architecture)
+        sums.write(folder)
         if to.exists():
             to.rmdir()
         os.replace(folder, to)

@@ -39,13 +39,14 @@ def main(values: flags.FlagValues, overrides: list[tuple[str, str]]) -> int:
 
 def _train(name: str, overrides: list[tuple[str, str]], out: str) -> None:
     from jaxlm import config
-    from jaxlm.data import prepare
+    from jaxlm.data import prepare, sums
 
     cfg = config.load(name, overrides)
     os.makedirs(out, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".preparing-", dir=out) as work:
         tok = prepare.make_tokenizer(cfg.data, cfg.tokenizer, work, clean=cfg.clean, filter=cfg.filter, dedup=cfg.dedup, objective=cfg.objective.name)
     path = tok.save(out)
+    sums.write(out, [path.name])
     print(f"{path}: {tok.vocab_size} tokens, sha256 {tok.fingerprint}")
     print(f'next: jaxlm tokenizer --model={path} --text="..."')
 

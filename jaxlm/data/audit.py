@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxlm.data import ledger, mixture, rows, stream
 from jaxlm.data.mixture import Mixture
-from jaxlm.data.pack import FittedPlan, Plan
+from jaxlm.data.pack import FittedPlan, Piece, Plan
 from jaxlm.data.rows import Task
 from jaxlm.data.shards import Corpus, Split
 
@@ -117,6 +117,28 @@ def _places(task: Task, split: Split, plan: Plan, document: int) -> tuple[np.nda
     start, stop = int(plan.ends[at[0] - 1]) if at[0] else 0, int(plan.ends[at[0]])
     places = np.arange(start // length, -(-stop // length))
     return places, np.minimum(stop, (places + 1) * length) - np.maximum(start, places * length)
+
+
+class Occupant(NamedTuple):
+    """A document, or a part of one, in a row of training."""
+
+    row: int  # number in the token stream
+    source: str
+    id: str
+    piece: Piece
+
+
+def occupants(corpus: Corpus, task: Task, seed: int, batch_size: int, step: int) -> list[Occupant]:
+    """What lay in the rows of one step's batch, in order; steps are counted from 1, as training prints them."""
+    split = corpus.splits["train"]
+    row = stream.reader(stream.build(corpus, "train", task), corpus, "train", task, seed)
+    return [Occupant(number, corpus.sources[split.sources[piece.document]], corpus.document_id("train", piece.document), piece)
+            for number in range((step - 1) * batch_size, step * batch_size) for piece in row(number)]
+
+
+def name(one: Any) -> str:
+    """Id of a document of `occupants`, and its source where the id does not say it."""
+    return one.id if one.id.startswith(one.source) else f"{one.id} of {one.source}"
 
 
 def tokens_of(corpus: Corpus, task: Task, document: int) -> int:

@@ -4,9 +4,7 @@ The batch of a step is a pure function of (corpus, seed, step): the step is the 
 the same for any number of hosts, each of which reads its own rows of it.
 """
 
-import functools
 import math
-import threading
 from collections.abc import Callable, Iterator
 
 import grain
@@ -56,15 +54,7 @@ def batches(corpus: Corpus, split: str, task: Task, *, batch_size: int, seed: in
     """
     stream = _checked(streams.build(corpus, split, task), corpus, split, task, batch_size)
     begin, end = rows or (0, batch_size)
-    lock = threading.Lock()
-    cached = [functools.lru_cache(2)(functools.partial(streams.plan, stream, corpus, split, task, seed, part)) for part in range(len(stream.parts))]
-
-    def row(number: int) -> list[pack.Piece]:
-        part, epoch, index = streams.place(stream, number)
-        with lock:  # a plan is large and takes a second for ten million documents: one thread makes it, the others wait
-            plan = cached[part](epoch)
-        return pack.row(plan, index)
-
+    row = streams.reader(stream, corpus, split, task, seed)
     of = of_rows.targets(task, corpus, split) if task.labelled else None
 
     def batch(step: int) -> tuple[int, Batch]:

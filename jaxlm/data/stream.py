@@ -4,12 +4,15 @@ Without a mixture the stream is epoch after epoch of all documents. In a mixture
 name), and the sources take turns (mixture.py). A row is known by its number alone.
 """
 
+import functools
+import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxlm.data import mixture, rows
-from jaxlm.data.pack import EpochSize, Plan
+from jaxlm.data import mixture, pack, rows
+from jaxlm.data.pack import EpochSize, Piece, Plan
 from jaxlm.data.rows import Task
 from jaxlm.data.shards import Corpus
 
@@ -70,6 +73,20 @@ def plan(stream: Stream, corpus: Corpus, split: str, task: Task, seed: int, part
     """The rows of one epoch of a part."""
     name, documents, _ = stream.parts[part]
     return rows.plan(task, corpus.splits[split], (seed, epoch, *([name] if name else [])), documents)
+
+
+def reader(stream: Stream, corpus: Corpus, split: str, task: Task, seed: int) -> Callable[[int], list[Piece]]:
+    """The pieces of a row, by its number in the stream; threads may share it."""
+    lock = threading.Lock()
+    cached = [functools.lru_cache(2)(functools.partial(plan, stream, corpus, split, task, seed, part)) for part in range(len(stream.parts))]
+
+    def read(number: int) -> list[Piece]:
+        part, epoch, index = place(stream, number)
+        with lock:  # a plan is large and takes a second for ten million documents: one thread makes it, the others wait
+            order = cached[part](epoch)
+        return pack.row(order, index)
+
+    return read
 
 
 def passes(stream: Stream, row: int) -> list[tuple[str, int, int, float]]:

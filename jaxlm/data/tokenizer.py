@@ -23,7 +23,7 @@ import numpy as np
 import sentencepiece
 
 from jaxlm.config import TokenizerConfig
-from jaxlm.data import tokenizer_json
+from jaxlm.data import sums, tokenizer_json
 from jaxlm.data.tokenizer_json import SPACE, Piece
 
 _BYTES_FILE = b'{"kind": "bytes"}\n'
@@ -356,6 +356,7 @@ def load(path: str | Path, vocab_size: int = 0) -> Tokenizer:
     for name in chosen:
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name}: there is no such tokenizer file")
+    sums.check(folder, lambda name: name in chosen)
     files = {name: _read(folder / name) for name in chosen}
     first = files[chosen[0]]
     bytes_too = first.strip() == _BYTES_FILE.strip()
@@ -364,6 +365,7 @@ def load(path: str | Path, vocab_size: int = 0) -> Tokenizer:
     if bytes_too or chosen == (_HOLDER,) or chosen not in _VOCABULARIES or (chosen == ("tokenizer.json",) and b'"model"' not in first):
         return from_bytes(first, str(folder / chosen[0]))
     beside = (*_DESCRIPTIONS, *(_MODELS if chosen == ("tokenizer.json",) else ()))
+    sums.check(folder, lambda name: name in beside)
     return from_files(files | {name: _read(folder / name) for name in beside if (folder / name).is_file()}, vocab_size=vocab_size, name=str(path))
 
 

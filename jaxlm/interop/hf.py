@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxlm import trees
 from jaxlm.config import TransformerConfig
+from jaxlm.data import sums
 from jaxlm.interop import hf_config, hf_files, hf_names
 from jaxlm.models import kinds
 
@@ -38,6 +39,7 @@ def open_directory(folder: pathlib.Path | str) -> Source:
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a directory: give one with config.json and model.safetensors")
+    sums.check(folder, lambda name: name.endswith(".safetensors") or name in ("config.json", hf_files.INDEX))
     config = hf_files.read_json(folder / "config.json")
     family, cfg = hf_config.read(config)
     files = hf_files.open_files(folder)

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxlm import lora, trees
 from jaxlm.config import LoraConfig, TransformerConfig
+from jaxlm.data import sums
 from jaxlm.interop import hf, hf_config, hf_files, hf_names
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -67,6 +68,7 @@ def load(folder: pathlib.Path, cfg: TransformerConfig, adapters: LoraConfig) -> 
     Raises:
       ValueError: one line: not LoRA, another rank or scale than `adapters` says, names or shapes of another base.
     """
+    sums.check(folder, lambda name: name in (CONFIG, WEIGHTS, _OURS))
     config = hf_files.read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or config.get("rank_pattern") or config.get("alpha_pattern"):
         raise ValueError(f"{folder / CONFIG}: only LoRA with one rank and without biases can be read, not peft_type={config.get('peft_type')!r}")

@@ -249,17 +249,18 @@ def verify(workdir: os.PathLike | str, step: int) -> None:
     _check(workdir, step, _manifest(workdir, step)["files"])
 
 
-def newest(workdir: os.PathLike | str, *, log: Callable[[str], None] = print) -> int | None:
+def newest(workdir: os.PathLike | str, *, before: int | None = None, log: Callable[[str], None] = print) -> int | None:
     """The newest step that verifies; None where nothing was ever saved. Called together.
 
     Args:
+      before: look at earlier steps than this only.
       log: receives one line for each newer checkpoint that is damaged.
 
     Raises:
       ValueError: one line, when there are checkpoints and none is whole: training from scratch must not happen by accident.
     """
     def find() -> int | None:
-        found = steps(workdir)
+        found = [step for step in steps(workdir) if before is None or step < before]
         for step in reversed(found):
             try:
                 verify(workdir, step)
@@ -289,6 +290,11 @@ def read_file(workdir: os.PathLike | str, step: int, name: str) -> bytes:
         raise ValueError(f"checkpoint of step {step} in {workdir} holds no {name}; it holds {there or 'no files'}")
     _check(workdir, step, {key: files[key]})
     return (_step(workdir, step) / key).read_bytes()
+
+
+def find_file(workdir: os.PathLike | str, step: int, name: str) -> bytes | None:
+    """The same; None where the checkpoint holds no such file."""
+    return read_file(workdir, step, name) if f"files/{name}" in _manifest(workdir, step)["files"] else None
 
 
 def restore(workdir: os.PathLike | str, step: int, target: State) -> State:

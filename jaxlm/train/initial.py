@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxlm import config as configs
 from jaxlm import trees
 from jaxlm.config import Config, DataConfig, MeshConfig, ObjectiveConfig, TransformerConfig
-from jaxlm.data import ledger
+from jaxlm.data import ledger, sums
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.interop import peft
 from jaxlm.interop.hf_config import COMPUTED
@@ -36,7 +36,7 @@ def resolve(config: Config, workdir: pathlib.Path) -> Config:
       ValueError: one line: nothing there, or a `model` key that asks for another model.
     """
     path = workdir / "config.json"
-    before = configs.from_json(path.read_text(encoding="utf-8")) if path.exists() else None
+    before = configs.read(path) if path.exists() else None
     own = 0 in checkpoint.steps(workdir) or (before is not None and before.train.init_from == str(workdir))
     origin = config.train.init_from or (str(workdir) if own else "")
     if not origin:
@@ -55,7 +55,7 @@ def resolve(config: Config, workdir: pathlib.Path) -> Config:
         model = _of_layers(model, config.train.init_layers)
         if jax.process_index() == 0:
             copy.mkdir(parents=True, exist_ok=True)
-            found.save(copy)
+            sums.write(copy, [found.save(copy).name])
         tokenizer = dataclasses.replace(config.tokenizer, kind="unigram", path=str(copy / found.filename))
     config = dataclasses.replace(config, model=_merge(config.model, model, origin), train=dataclasses.replace(config.train, init_from=origin),
                                  tokenizer=config.tokenizer if config.tokenizer.path else tokenizer)

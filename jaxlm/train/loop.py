@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import dataclasses
 import json
 import pathlib
 import time
@@ -10,27 +9,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxlm import config as configs
-from jaxlm import lora, peers, sharding, trees
+from jaxlm import peers, sharding, trees
 from jaxlm import metrics as figures
 from jaxlm.config import Config
-from jaxlm.data import chat, ledger, loader, mixture, pack, prepare, rows, shards
+from jaxlm.data import audit, chat, ledger, loader, mixture, pack, prepare, rows, shards
 from jaxlm.data import stream as streams
-from jaxlm.data import tokenizer as tokenizers
 from jaxlm.evaluate import classify, compression
-from jaxlm.train import best, checkpoint, classified, evaluation, initial, origin, report, setup
+from jaxlm.train import best, checkpoint, classified, evaluation, health, initial, report, resume, setup
 from jaxlm.train import lock as locks
 from jaxlm.train.state import State
 from jaxlm.train.stop import Stopped, StopRequest, Watchdog
-
-# What may differ when a run goes on in its workdir: how it is computed and reported, not what is computed.
-FREE = ("mesh.", "checkpoint.", "eval.", "audit.", "train.microbatches", "train.log_every", "train.eval_every", "train.eval_documents", "train.bad_steps",
-        "train.watchdog_seconds", "train.peer_seconds", "train.sample_prompt", "data.dir", "data.source", "data.threads", "data.prefetch", "model.remat", "model.attention",
-        "model.sequence_attention", "model.pipeline_",
-        "objective.chunk_rows")
-
 
 def run(config: Config, workdir: pathlib.Path) -> int:
     """Trains, or resumes, until the last step or a request to stop.
@@ -51,14 +41,7 @@ def run(config: Config, workdir: pathlib.Path) -> int:
         mesh = sharding.make_mesh(config.mesh)
         folder = pathlib.Path(config.data.dir) if config.data.dir else workdir / "data"
         corpus = _corpus(config, folder, note)
-        tokenizer = tokenizers.load(corpus.tokenizer_path)
-        task = rows.build(config, tokenizer, corpus)
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, target_length=task.target_length))
-        config = rows.for_labels(config, task)
-        epoch = loader.epoch_size(corpus, "train", task, config.data.batch_size)
-        if config.objective.teacher:
-            initial.same_tokens(config.objective.teacher, tokenizer)
-        parts = setup.build(config, mesh, corpus.vocab_size, epoch.positions)
+        parts, task, tokenizer, epoch = resume.build(config, mesh, corpus)
         subject = evaluation.Subject(parts.config, parts.model, mesh, corpus, tokenizer, task,
                                      evaluation.scorer(config.objective, parts.model, mesh))
         keep_every = parts.steps("checkpoint.keep_every", config.checkpoint.keep_every)
@@ -71,9 +54,8 @@ def _adopt(config: Config, workdir: pathlib.Path) -> None:
     """Writes the config of a new workdir, refuses that of another run."""
     path = workdir / "config.json"
     if path.exists():
-        changed = [line for line in configs.difference(configs.from_json(path.read_text(encoding="utf-8")), config) if not line.startswith(FREE)]
-        if changed:
-            raise ValueError(f"{workdir} holds a run with another config ({'; '.join(changed)}): choose another --workdir, or undo the change")
+        if changed := resume.changed(configs.read(path), config):
+            raise ValueError(f"{workdir} holds a run with another config ({changed}): choose another --workdir, or undo the change")
     temporary = path.with_suffix(".tmp")
     temporary.write_text(configs.to_json(config), encoding="utf-8")
     temporary.replace(path)
@@ -92,7 +74,7 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
     config, total, primary = parts.config, parts.total, jax.process_index() == 0
     corpus, tokenizer, task = subject.corpus, subject.tokenizer, subject.task
     note = progress.note if primary else lambda line: None
-    start, state, history, borrowed = _start(parts, corpus, task, workdir, note)
+    start, state, history, borrowed = resume.start(parts, corpus, task, workdir, note)
     watchdog.beat()
     note(_introduction(parts, epoch, state, start, peak[1], [*_sources(parts, corpus, task), *rows.notes(task, corpus.splits["train"])]))
     finished = workdir / "FINISHED"
@@ -115,18 +97,18 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
         calibration = {key: found[key] for key in ("temperature", "documents")} if found and task.labelled else None
         more = {evaluation.CALIBRATION: json.dumps(calibration).encode()} if calibration else {}
         state = state._replace(params=trees.split(state.params, parts.kept)[0])
-        checkpoints.save(step, state, files | more | {ledger.FILE: json.dumps(entry).encode()}, best.cost(config, found))
+        checkpoints.save(step, state, files | more | recent.files() | {ledger.FILE: json.dumps(entry).encode()}, best.cost(config, found))
 
     # Compiled before any data is read: a request to stop that came meanwhile is seen before the first step.
-    lengths, mean = rows.padded(task, corpus.splits["train"]) if task.labelled else ([config.data.sequence_length], config.data.sequence_length)
-    shapes = {length: setup.shortened(parts.batch, length) if task.labelled else parts.batch for length in {*lengths, lengths[-1]}}
-    compiled = {length: parts.step.lower(state, shape).compile() for length, shape in shapes.items()}
-    step_fn = lambda state, batch: compiled.get(batch["tokens"].shape[1], parts.step)(state, batch) if task.labelled else compiled[lengths[0]](state, batch)
+    recent = health.Recent(config.train.spike, checkpoint.find_file(workdir, start, health.RECENT) if start else None)
+    run_step, mean = resume.compiled(parts, corpus, task, state, recent)
     batches = loader.batches(corpus, "train", task, batch_size=config.data.batch_size, seed=config.data.seed, start_step=start, stop_step=total,
                              rows=sharding.local_rows(parts.mesh, config.data.batch_size), threads=config.data.threads, prefetch=config.data.prefetch)
     reporter = report.Reporter(workdir, start, {"config": configs.to_json(config), "parameters": report.overview(state.params)}) if primary else None
-    clock, health = _Clock(), _Health(config, workdir)
-    log = _Log(parts, epoch, trees.count(parts.plain), peak[0], clock, health, reporter, progress, lambda step: due("log", step),
+    clock, judge = _Clock(), health.Health(
+        config.train, workdir, start, recent, rows=config.data.batch_size, note=note, primary=primary,
+        newest=lambda: max(checkpoint.steps(workdir), default=None), occupants=lambda step: audit.occupants(corpus, task, config.data.seed, config.data.batch_size, step))
+    log = _Log(parts, epoch, trees.count(parts.plain), peak[0], clock, judge, reporter, progress, lambda step: due("log", step),
                mean / config.data.sequence_length)
     pending: tuple[int, dict] | None = None
     saved_step, step, found, costs = start, start, None, best.history(config, workdir, start)
@@ -143,8 +125,8 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
                     break
                 batch = sharding.to_device(parts.mesh, local, config.data.batch_size)
             peers.worked()
-            state, new = step_fn(state, batch)
             step += 1
+            state, new = run_step(step, state, batch)
             if pending:  # the metrics of the step before: the device is busy with the next one meanwhile
                 log(*pending)
             watchdog.beat()
@@ -176,37 +158,6 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
             return stop.exit_code
         _finish(step, early, subject, _best(parts, state, step, workdir, note), workdir, reporter, progress, watchdog, stop)
     return stop.exit_code
-
-
-def _start(parts: setup.Setup, corpus: shards.Corpus, task: rows.Task, workdir: pathlib.Path,
-           note: Callable[[str], None]) -> tuple[int, State, list[dict[str, Any]], dict[str, bytes]]:
-    """The step to go on from and its state: the newest whole checkpoint, or step 0 with new or given parameters; what those had been trained on; and the file
-    that says where the parameters come from that checkpoints do not hold."""
-    start = checkpoint.newest(workdir, log=note) or 0
-    if not start:
-        if not parts.config.train.init_from and parts.companion is None:
-            return 0, parts.init(), [], {}
-        params, mate, notes, history = initial.start(parts.config, parts.plain, parts.companion, log=note)
-        params = parts.dress(params) if mate is None else parts.dress(params, mate)
-        if parts.config.lora.init_from:
-            ours = {path: lora.is_adapter(path) for path in parts.kept}
-            params = trees.merge(initial.adapter(parts.config, notes["base"], trees.split(parts.target.params, ours)[0]), trees.split(params, ours)[1])
-        return 0, parts.begin(params), history, {origin.BASE: json.dumps(notes).encode()} if notes else {}
-    saved = json.loads(checkpoint.read_file(workdir, start, ledger.FILE))
-    regrouped = task.mixture != mixture.Mixture() and saved["sources"] != ledger.sources_sha256(corpus)
-    if saved["manifest"] != corpus.fingerprint or regrouped:
-        raise ValueError(f"{corpus.folder} holds another corpus than the run in {workdir} was trained on until step {start}" + " (other sources)" * regrouped +
-                         ": bring that one back, or choose another --workdir")
-    own, others = trees.split(parts.target.params, parts.kept)
-    state = checkpoint.restore(workdir, start, parts.target._replace(params=own))
-    if not others:
-        return start, state, saved.get("history", []), {}
-    base, mate = initial.borrowed(workdir, start, parts.config, parts.plain, parts.companion, log=note)
-    if base is None:  # only the companion is missing: the other half of what `dress` makes is thrown away
-        base = jax.tree.map(lambda leaf: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding), parts.plain)
-    dressed = parts.dress(base) if mate is None else parts.dress(base, mate)
-    state = state._replace(params=trees.merge(state.params, trees.split(dressed, parts.kept)[1]))
-    return start, state, saved.get("history", []), {origin.BASE: checkpoint.read_file(workdir, start, origin.BASE)}
 
 
 def _sources(parts: setup.Setup, corpus: shards.Corpus, task: rows.Task) -> list[str]:
@@ -323,9 +274,9 @@ class _Log:
     """Reads a finished step's metrics, looks at their health, shows and writes them. Of labelled texts, whose batches differ in length, `share` is the mean
     length over the longest one: speed counts what was computed."""
 
-    def __init__(self, parts: setup.Setup, epoch: pack.EpochSize, params: int, peak: float, clock: "_Clock", health: "_Health",
+    def __init__(self, parts: setup.Setup, epoch: pack.EpochSize, params: int, peak: float, clock: "_Clock", judge: health.Health,
                  reporter: report.Reporter | None, progress: report.Progress, due: Callable[[int], bool], share: float):
-        self._total, self._clock, self._health, self._reporter, self._progress, self._due = parts.total, clock, health, reporter, progress, due
+        self._total, self._clock, self._judge, self._reporter, self._progress, self._due = parts.total, clock, judge, reporter, progress, due
         config = parts.config
         self._tokens, self._padding = config.data.batch_size * setup.row_tokens(config), epoch.padding / epoch.positions
         flops = report.flops_per_token(config.model, params, config.data.sequence_length, config.data.target_length)
@@ -334,7 +285,7 @@ class _Log:
 
     def __call__(self, step: int, metrics: dict[str, Any]) -> None:
         values = jax.device_get(metrics)
-        self._health.check(step, values)
+        self._judge.check(step, values)
         self._clock.finished()
         if self._reporter is None:
             return
@@ -343,8 +294,8 @@ class _Log:
         if self._due(step):
             self._reporter.scalars(step, {
                 **{f"train/{name}": value for name, value in means.items()}, **{f"train/{name}": float(value) for name, value in values.items()},
-                "train/skipped": self._health.skipped, "train/tokens": step * self._tokens, "perf/tokens_per_second": self._computed / seconds,
-                "perf/mfu": self._load / seconds, "perf/step_seconds": seconds, "perf/data_wait": self._clock.wait_share(), "perf/padding": self._padding,
+                "train/skipped": self._judge.skipped, "train/spikes": self._judge.spikes, "train/tokens": step * self._tokens,
+                "perf/tokens_per_second": self._computed / seconds, "perf/mfu": self._load / seconds, "perf/step_seconds": seconds, "perf/data_wait": self._clock.wait_share(), "perf/padding": self._padding,
                 **report.memory_gib()})
         self._progress.show(f"step {step}/{self._total}  loss {means['loss']:.3f}  {report.count(self._computed / seconds)} tokens/s  "
                             f"MFU {self._load / seconds:.0%}  left {report.duration((self._total - step) * seconds)}", final=step == self._total)
@@ -383,24 +334,3 @@ class _Clock:
         share = self._waited / self._worked
         self._waited = self._worked = 0.0
         return share
-
-
-class _Health:
-    """Counts skipped steps; too many in a row end the run."""
-
-    def __init__(self, config: Config, workdir: pathlib.Path):
-        self._config, self._workdir, self.skipped, self._in_a_row = config, workdir, 0, 0
-
-    def check(self, step: int, values: dict[str, Any]) -> None:
-        if not values["skipped"]:
-            self._in_a_row = 0
-            return
-        self.skipped += 1
-        self._in_a_row += 1
-        if self._in_a_row >= self._config.train.bad_steps:
-            rows = self._config.data.batch_size
-            saved = checkpoint.steps(self._workdir)
-            raise ValueError(
-                f"the loss or gradient was not finite in {self._in_a_row} steps in a row (train.bad_steps), the last at step {step}, rows "
-                f"{(step - 1) * rows} to {step * rows - 1} of the token stream (data.seed={self._config.data.seed}); those updates were skipped; "
-                f"try a lower optim.lr or optim.clip; {f'the newest checkpoint is step {saved[-1]}' if saved else 'there is no checkpoint yet'}")

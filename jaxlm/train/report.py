@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 import pathlib
@@ -14,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import TransformerConfig
+
+logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # warns of each NaN that it is given; health.py says more
 
 # Dense bfloat16 peak of one chip in FLOP/s, from the vendors' data sheets; the first entry whose name is in `device_kind` counts.
 PEAKS = (("v6 lite", 918e12), ("v6e", 918e12), ("v5p", 459e12), ("v5 lite", 197e12), ("v5e", 197e12), ("v4", 275e12), ("v3", 123e12), ("v2", 45e12),
@@ -32,7 +35,7 @@ class Reporter:
 
     def __init__(self, workdir: pathlib.Path, resume_step: int, facts: Mapping[str, str]):
         self._path = workdir / "metrics.jsonl"
-        _drop_rows_after(self._path, resume_step)
+        drop_rows_after(self._path, resume_step)
         self._file = open(self._path, "a", encoding="utf-8")
         self._board = _Board(workdir)
         if resume_step:  # TensorBoard forgets what an interrupted process showed from here on
@@ -87,17 +90,18 @@ def write_scalars(folder: pathlib.Path, step: int, values: Mapping[str, float]) 
     board.close()
 
 
-def _drop_rows_after(path: pathlib.Path, step: int) -> None:
+def drop_rows_after(path: pathlib.Path, step: int) -> None:
+    """Takes back what an interrupted process logged past the checkpoint of `step`, in a file of rows such as metrics.jsonl."""
     if not path.exists():
         return
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in read_metrics(path.parent) if row["step"] <= step), encoding="utf-8")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in read_metrics(path.parent, path.name) if row["step"] <= step), encoding="utf-8")
     temporary.replace(path)
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of `metrics.jsonl`, in order; a line torn by a kill is left out."""
-    path = pathlib.Path(workdir) / "metrics.jsonl"
+def read_metrics(workdir: pathlib.Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl`, or of another such file of a run, in order; a line torn by a kill is left out."""
+    path = pathlib.Path(workdir) / name
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):

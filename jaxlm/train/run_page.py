@@ -58,8 +58,9 @@ def _curves(of: Summary) -> str:
             parts.append(page.chart({f"validation {key.replace('_', ' ')}": points}, "step", key.replace("_", " ")))
     parts += [page.chart({"learning rate": _series(of, "train/lr")}, "step", "learning rate"),
               page.chart({"gradient norm": _series(of, "train/grad_norm")}, "step", "gradient norm")]
-    if skipped := sum(row.get("train/skipped", 0) for row in of.metrics):
-        parts.append(f'<div class="warn">{skipped:,.0f} steps were skipped for a loss or gradient that is not finite</div>')
+    if skipped := max((row.get("train/skipped", 0) for row in of.metrics), default=0):
+        parts.append(f'<div class="warn">{skipped:,.0f} steps were skipped for a loss or gradient that is not finite or a spike: bad_steps.jsonl names them'
+                     "</div>")
     return "".join(parts)
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlm import lora, optim, sharding, trees
 from jaxlm.config import LABELLED, Config, TransformerConfig, steps_of
 from jaxlm.models import attend, decoder, encdec, pipeline
-from jaxlm.objectives import COMPANION, KINDS, OBJECTIVES, distilled
+from jaxlm.objectives import COMPANION, KINDS, OBJECTIVES, Sums, distilled
 from jaxlm.train import form as forms
 from jaxlm.train.state import State
 from jaxlm.train.step import init_state, mean_gradient, train_step
@@ -88,6 +88,7 @@ class Setup(NamedTuple):
     step: Callable[[State, dict[str, jax.Array]], tuple[State, dict[str, Any]]]  # jitted, donates the state
     gradient: Callable[[Any, dict[str, jax.Array]], tuple[Any, Any]]  # jitted: parameters, batch -> the first step's gradient of those trained, and its sums
     steps: Callable[[str, str], int]  # (config key, duration) -> steps
+    objective: Callable[..., Sums]  # (params, batch, key) -> Sums, as `step` has it
 
 
 def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int | None = None, platform: str = "",
@@ -171,7 +172,7 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
                  lambda params: begin(donate_argnums=1)(jax.random.key(config.train.seed), params),
                  functools.partial(_without_warning, jax.jit(dress, out_shardings=places, donate_argnums=1), jax.random.key(config.train.seed)),
                  jax.jit(step, donate_argnums=0, out_shardings=(state_places, whole)),
-                 jax.jit(gradient, out_shardings=(trained_places, whole)), steps)
+                 jax.jit(gradient, out_shardings=(trained_places, whole)), steps, objective)
 
 
 def _compiled_quickly(platform: str) -> dict[str, int] | None:

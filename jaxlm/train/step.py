@@ -26,14 +26,16 @@ def init_state(params: Any, tx: optax.GradientTransformation, trainable: Mapping
     return State(jnp.zeros((), jnp.int32), params, tx.init(trained), jax.tree.map(jnp.copy, trained) if ema else None, key)
 
 
-def train_step(state: State, batch: Mapping[str, jax.Array], *, objective: Callable[..., Sums], tx: optax.GradientTransformation,
-               rate: Callable[[jax.Array], jax.Array], trainable: Mapping[str, bool], microbatches: int = 1, ema: float = 0.0) -> tuple[State, dict[str, Any]]:
+def train_step(state: State, batch: Mapping[str, jax.Array], limits: jax.Array | None = None, *, objective: Callable[..., Sums],
+               tx: optax.GradientTransformation, rate: Callable[[jax.Array], jax.Array], trainable: Mapping[str, bool], microbatches: int = 1,
+               ema: float = 0.0) -> tuple[State, dict[str, Any]]:
     """Gradient of the sum of losses over the sum of weights of the whole batch, however it is cut; then one update.
 
     A loss or gradient that is not finite leaves parameters and moments as they are; only the step and the optimiser's counters (whole scalars) go on.
 
     Args:
       batch: arrays `[B, T]`; see `data/tasks.py`.
+      limits: float32 [2], the largest mean loss and the largest gradient norm that are no spike: beyond them a step is skipped too (train/health.py).
       objective: `(params, batch, key) -> Sums` with the entry "loss".
       rate: the learning rate by step, as `tx` has it; only reported.
       trainable: path -> trained or frozen; frozen parameters get no gradient.
@@ -47,6 +49,9 @@ def train_step(state: State, batch: Mapping[str, jax.Array], *, objective: Calla
     grads, sums = mean_gradient(train, frozen, batch, jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), objective, microbatches)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums["loss"][0]) & jnp.isfinite(norm)
+    if limits is not None:
+        total, weight = sums["loss"]
+        finite &= (total / jnp.where(weight == 0, 1, weight) <= limits[0]) & (norm <= limits[1])
     updates, opt = tx.update(grads, state.opt, train)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o) if n.ndim or jnp.issubdtype(n.dtype, jnp.floating) else n, new, old)
     trained = keep(optax.apply_updates(train, updates), train)

@@ -96,7 +96,7 @@ def _begun(workdir: pathlib.Path) -> Config:
     """The config of a run without a checkpoint; with the vocabulary where the corpus is there."""
     if not (workdir / "config.json").is_file():
         raise ValueError(f"{workdir} holds no run: neither checkpoints nor config.json; make one with jaxlm train --config=quickstart --workdir={workdir}")
-    config = configs.from_json((workdir / "config.json").read_text(encoding="utf-8"))
+    config = configs.read(workdir / "config.json")
     manifest = results.read_json(pathlib.Path(config.data.dir or workdir / "data") / "manifest.json")
     size = manifest["tokenizer"]["vocab_size"] if manifest else 0
     return dataclasses.replace(config, model=decoder.vocabulary(config.model, size)) if size else config

@@ -15,7 +15,7 @@ import pytest
 
 from jaxlm import cli
 from jaxlm.data import prepare
-from jaxlm.train import checkpoint, loop, report, saved
+from jaxlm.train import checkpoint, health, loop, report, saved
 from jaxlm.train.lock import Lock
 from jaxlm.train.stop import StopRequest
 from tests.train import runs
@@ -140,8 +140,12 @@ def test_another_corpus_is_refused(whole, tmp_path):
 def test_divergence_ends_the_run_and_names_the_place(tmp_path):
     cfg = runs.load(tmp_path, [("optim.name", "sgd"), ("optim.lr", "1e25"), ("optim.clip", "0"), ("train.bad_steps", "3"), ("optim.warmup", "0"),
                                ("model.layers", "1")])
-    with pytest.raises(ValueError, match=r"not finite in 3 steps in a row .* the last at step \d+, rows \d+ to \d+ of the token stream"):
+    with pytest.raises(ValueError, match=r"not finite in 3 steps in a row .* the last at step \d+, rows \d+ to \d+ of the token stream") as ended:
         loop.run(cfg, tmp_path / "run")
+    rows = report.read_metrics(tmp_path / "run", health.FILE)
+    first, last = rows[0], rows[-1]
+    assert [row["step"] for row in rows] == [*range(first["step"], first["step"] + 3)] and last["rows"] == [8 * last["step"] - 8, 8 * last["step"] - 1]
+    assert last["documents"][0]["id"] in str(ended.value) and f"--step={first['step']} says" in str(ended.value) and "\n" not in str(ended.value)
 
 
 def test_ema_is_what_is_evaluated(whole):
