@@ -13,6 +13,7 @@ VERBS = {
     "prepare": "read, clean and de-duplicate text, split it, train a tokenizer, write token shards and a report",
     "tokenizer": "train a tokenizer alone, or look at what one does to a text",
     "train": "train a model, or resume the run in a workdir",
+    "search": "which learning rate, batch size, width ...: many short runs, the worse ones stopped early, over any number of processes",
     "fit": "before you rent: does a config fit on these TPUs or GPUs, how fast, at what cost",
     "eval": "loss and bits per byte of a checkpoint, figures of a classifier, tasks (HellaSwag, your own), which of two is better, is it biased; --watch follows a run",
     "report": "a page about a run (curves, data, figures, bias, samples, how to reproduce) and a model card",
@@ -25,6 +26,7 @@ VERBS = {
     "export": "write a checkpoint as a Hugging Face directory",
 }
 
+_LONGEST_LINE = 2000  # characters of an error
 _HELP = """jaxlm {version}: from raw text to a trained, evaluated language model
 
 Usage: jaxlm VERB [--flag=value ...] [--config.part.key=value ...]
@@ -84,7 +86,14 @@ def run(verb: str, argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         if values["v"].value or not (isinstance(error, OSError) or _raised_here(error)):
             raise
-        _fail(" ".join(str(error).split()))
+        _fail(one_line(error))
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, for a terminal: it may quote a name or a value out of a file of somebody else, which must not write escape sequences there."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]} ..."
+    return "".join(character if character.isprintable() else character.encode("unicode_escape").decode() for character in text)
 
 
 def take_overrides(argv: Sequence[str]) -> list[tuple[str, str]]:

@@ -162,12 +162,12 @@ class FilterConfig:
     drop_open_lines: bool = False  # remove lines that do not end in . ! ? or a closing quotation mark (C4)
     drop_short_lines: int = 0  # remove lines of fewer words (C4: 5)
     drop_javascript_lines: bool = False  # remove lines with the word "javascript" (C4)
-    min_characters: int = 0
-    max_characters: int = 0
-    min_words: int = 0  # Gopher: 50
-    max_words: int = 0  # Gopher: 100,000
+    min_characters: int = 0  # length of the document as cleaned
+    max_characters: int = 0  # likewise
+    min_words: int = 0  # words of the document; Gopher: 50
+    max_words: int = 0  # likewise; Gopher: 100,000
     min_mean_word_length: float = 0.0  # characters; Gopher: 3
-    max_mean_word_length: float = 0.0  # Gopher: 10
+    max_mean_word_length: float = 0.0  # likewise; Gopher: 10
     max_symbols_per_word: float = 0.0  # "#" and ellipses; Gopher: 0.1
     max_bullet_lines: float = 0.0  # share of lines that begin with a bullet; Gopher: 0.9
     max_ellipsis_lines: float = 0.0  # share of lines that end in an ellipsis; Gopher: 0.3
@@ -176,23 +176,23 @@ class FilterConfig:
     max_duplicate_lines: float = 0.0  # share of lines that came before in the document; Gopher: 0.3
     max_duplicate_line_characters: float = 0.0  # the same in characters; Gopher: 0.2
     max_duplicate_paragraphs: float = 0.0  # the same of paragraphs; Gopher: 0.3
-    max_duplicate_paragraph_characters: float = 0.0  # Gopher: 0.2
+    max_duplicate_paragraph_characters: float = 0.0  # of paragraphs in characters; Gopher: 0.2
     max_top_2gram: float = 0.0  # share of the characters that lie in the commonest pair of words; Gopher: 0.20
-    max_top_3gram: float = 0.0  # Gopher: 0.18
-    max_top_4gram: float = 0.0  # Gopher: 0.16
+    max_top_3gram: float = 0.0  # of three words; Gopher: 0.18
+    max_top_4gram: float = 0.0  # of four words; Gopher: 0.16
     max_duplicate_5grams: float = 0.0  # share of the characters that lie in five words that came before; Gopher: 0.15
-    max_duplicate_6grams: float = 0.0  # Gopher: 0.14
-    max_duplicate_7grams: float = 0.0  # Gopher: 0.13
-    max_duplicate_8grams: float = 0.0  # Gopher: 0.12
-    max_duplicate_9grams: float = 0.0  # Gopher: 0.11
-    max_duplicate_10grams: float = 0.0  # Gopher: 0.10
-    min_sentences: int = 0  # C4: 3
+    max_duplicate_6grams: float = 0.0  # likewise of six words; Gopher: 0.14
+    max_duplicate_7grams: float = 0.0  # likewise of seven words; Gopher: 0.13
+    max_duplicate_8grams: float = 0.0  # likewise of eight words; Gopher: 0.12
+    max_duplicate_9grams: float = 0.0  # likewise of nine words; Gopher: 0.11
+    max_duplicate_10grams: float = 0.0  # likewise of ten words; Gopher: 0.10
+    min_sentences: int = 0  # sentences of the document; C4: 3
     lorem_ipsum: int = 0  # remove a document with so many "lorem ipsum" (C4: 1)
     curly_brackets: int = 0  # remove a document with so many "{" (C4: 1)
     listed_words: int = 0  # remove a document with so many entries of clean.word_list (C4: 1)
     min_closed_lines: float = 0.0  # share of lines that end in a sentence mark; FineWeb: 0.12
     max_short_lines: float = 0.0  # share of lines of at most 30 characters; FineWeb: 0.67
-    max_newlines_per_word: float = 0.0  # FineWeb: 0.3
+    max_newlines_per_word: float = 0.0  # line ends over words; FineWeb: 0.3
     max_digits: float = 0.0  # share of the characters that are digits
     max_symbols: float = 0.0  # share of the characters that are neither letters, digits nor white space
     max_uppercase: float = 0.0  # share of the letters that are capitals
@@ -218,14 +218,14 @@ class TransformerConfig:
     position_offset: int = 0  # learned positions: rows of the table before that of position 0 (RoBERTa: 2), besides the context's
     vocab_size: int = 0  # rows of the embedding; 0: the tokenizer's size rounded up to a multiple of 64
     context: int = 512  # longest sequence the model may see, in tokens
-    layers: int = 4
+    layers: int = 4  # blocks; of an encoder-decoder those of the decoder
     width: int = 256  # size of the residual stream
     heads: int = 4  # query heads
     kv_heads: int = 0  # key and value heads (grouped-query attention); 0: as many as query heads
     head_size: int = 0  # 0: width / heads
     feedforward: int = 0  # inner size of the MLP; 0: 4 x width
-    norm: Literal["layer", "rms"] = "rms"
-    norm_eps: float = 1e-5
+    norm: Literal["layer", "rms"] = "rms"  # what scales the residual stream before or after each branch; rms: without taking the mean off
+    norm_eps: float = 1e-5  # added to the variance in norms
     norm_position: Literal["pre", "post", "branch", "sandwich"] = "pre"  # x + f(norm x), norm(x + f x) (BERT), x + norm f(x) (OLMo 2), both (Gemma 2)
     norm_offset: bool = False  # norms multiply by 1 + scale, as Gemma's do, and their scales start at 0
     parallel_residual: bool = False  # x + attention(norm x) + mlp(norm x), as in GPT-NeoX; else one after the other
@@ -239,7 +239,7 @@ class TransformerConfig:
     rope_low_frequency: float = 1.0  # llama3: wavelengths above rope_original_context / this are scaled in full
     rope_high_frequency: float = 4.0  # llama3: wavelengths below rope_original_context / this are left as they are
     rope_original_context: int = 8192  # llama3: context before the scaling
-    activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "silu"
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "silu"  # of the MLP; gelu_tanh: GPT-2's approximation
     gated: bool = True  # activation(x W_gate) * (x W_up), as in SwiGLU
     tied: bool = True  # the output projection is the token embedding
     bias: bool = False  # biases in projections and layer norms
@@ -253,7 +253,7 @@ class TransformerConfig:
     qk_norm: Literal["none", "head", "full"] = "none"  # RMS norm of queries and keys: of each head (Qwen 3) or over all heads (OLMo 2)
     windows: tuple[int, ...] = (0,)  # sliding window of each layer in tokens, repeated over the layers; 0: all that came before
     experts: int = 0  # mixture of experts: MLPs of which each token takes a few; 0: one MLP for all tokens
-    experts_per_token: int = 2
+    experts_per_token: int = 2  # how many experts each token passes
     expert_feedforward: int = 0  # inner size of each expert; 0: feedforward
     expert_renormalise: bool = True  # weights of the chosen experts sum to 1 (Mixtral); else they stay shares among all experts
     shared_feedforward: int = 0  # inner size of one more expert that every token passes; 0: none
@@ -427,16 +427,16 @@ class MeshConfig:
 class OptimConfig:
     """Optimiser, schedule and which parameters they reach."""
 
-    name: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
+    name: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"  # the optimiser; muon: of the layers' matrices, AdamW of the rest
     lr: float = 1e-3  # the peak
-    schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "wsd", "step", "inverse_sqrt"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "wsd", "step", "inverse_sqrt"] = "cosine"  # of the learning rate after the warm-up
     warmup: Duration = Duration("2%")  # from 0 to lr, linearly; part of train.steps
     end_lr_ratio: float = 0.1  # lr at the end over lr at the peak (linear, cosine, cosine_restarts, wsd)
     restarts: int = 1  # cosine_restarts: how often the cosine starts again
     decay: Duration = Duration("20%")  # wsd: length of the final linear decay
     step_every: Duration = Duration("30%")  # step: distance of the drops after warm-up
     step_ratio: float = 0.1  # step: each drop multiplies lr by this
-    weight_decay: float = 0.1
+    weight_decay: float = 0.1  # in each step a decaying weight loses this times the learning rate of itself
     decay_rules: Rules = ()  # (path regex, decays or not), strict; empty: every weight with two or more dimensions of its own decays
     trainable: Rules = ()  # (path regex, trained or frozen), strict; empty: everything is trained, with lora.rank the adapters and a head for labels
     frozen_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"  # how frozen matrices are kept: int8 and nf4 those of the layers, blockwise, and
@@ -444,7 +444,7 @@ class OptimConfig:
     clip: float = 1.0  # global norm of the gradient; 0: off
     b1: float = 0.9  # first-moment decay (adamw, lion), momentum (sgd); of muon's AdamW part
     b2: float = 0.95  # second-moment decay (adamw, lion); likewise
-    eps: float = 1e-8
+    eps: float = 1e-8  # added to the root of the second moment
     state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of the matrices' moments: a half and 0.27 of the memory; see moments.py
     layer_decay: float = 1.0  # the rate of each layer is this times that of the one above it, of the embedding that of the first; 1: all alike
     frozen_layers: int = 0  # so many of the first layers, and the embedding, are left as they are
@@ -486,7 +486,7 @@ class CheckpointConfig:
     """What is saved and kept."""
 
     every: Duration = Duration("10%")  # a checkpoint is written every so often, and at the end
-    keep_last: int = 2
+    keep_last: int = 2  # so many of the newest checkpoints stay
     keep_best: int = 1  # the k with the lowest validation loss, or the best checkpoint.metric
     metric: str = "loss"  # what is best on the validation split: "loss", or a figure that jaxlm eval prints, such as "accuracy", "f1_macro", "mcc"
     keep_every: Duration = Duration("0")  # and every m-th for good
@@ -500,13 +500,13 @@ class CheckpointConfig:
 class TrainConfig:
     """How long a run is, where it begins, and what it does on the way."""
 
-    steps: Duration = Duration("1000 steps")
+    steps: Duration = Duration("1000 steps")  # length of the run; what is there of it already counts
     seed: int = 0  # of the initial parameters and of dropout
     init_from: str = ""  # "hf:DIR", a Hugging Face directory, or a workdir: its model, parameters and tokenizer are the beginning; empty: from nothing
     init_layers: tuple[int, ...] = ()  # of init_from take these layers only, numbered from 0, as model.layers layers; (0, 2, 4, ...) begins a smaller model
     microbatches: int = 1  # the batch is computed in so many parts, one after the other; the result is the same
-    log_every: Duration = Duration("10 steps")
-    eval_every: Duration = Duration("10%")
+    log_every: Duration = Duration("10 steps")  # distance of the lines of metrics.jsonl and TensorBoard
+    eval_every: Duration = Duration("10%")  # distance of the evaluations on the validation split
     patience: int = 0  # the run ends after so many evaluations in a row without a better checkpoint.metric; 0: never
     eval_documents: int = 200  # validation documents of the evaluations during training; 0: all
     bad_steps: int = 10  # stop after so many non-finite losses or gradients in a row; each is skipped and counted
@@ -621,6 +621,7 @@ def load(name: str, overrides: Iterable[tuple[str, str]] = ()) -> Config:
 
     path, argument = find(name)
     spec = importlib.util.spec_from_file_location(f"jaxlm_recipe_{path.stem}", path)
+    assert spec and spec.loader, path
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -684,6 +685,43 @@ def build(tree: Mapping[str, Any]) -> Config:
     return Config(**built)
 
 
+def override(config: Config, overrides: Iterable[tuple[str, str]]) -> Config:
+    """`config` with keys set as `--config.key=text` sets them.
+
+    Raises:
+      ValueError: as `load`.
+    """
+    tree = to_dict(config)
+    for key, text in overrides:
+        _override(tree, key, text)
+    return build(tree)
+
+
+def kind(key: str) -> Any:
+    """The annotated type of a dotted key.
+
+    Raises:
+      ValueError: one line, with the nearest right name.
+    """
+    part, _, name = key.partition(".")
+    parts = typing.get_type_hints(Config)
+    hint = typing.get_type_hints(parts[part]).get(name) if part in parts else None
+    if hint is None:
+        raise ValueError(_unknown(key))
+    return hint
+
+
+def parse(key: str, text: str) -> Any:
+    """The value that `--config.key=text` gives a key by itself, whatever the others are.
+
+    Raises:
+      ValueError: one line: an unknown key, or a value of another type.
+    """
+    tree: dict = {}
+    _override(tree, key, text)
+    return _coerce(key, *tree[key.partition(".")[0]].values(), kind(key))
+
+
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """All keys as nested dicts."""
     return dataclasses.asdict(config)
@@ -697,6 +735,16 @@ def to_json(config: Config) -> str:
 def from_json(text: str) -> Config:
     """The inverse of `to_json`; JSON lists become tuples."""
     return build(json.loads(text))
+
+
+def to_recipe(config: Config, text: str) -> str:
+    """A config file that `load` turns into `config`: the keys that are not at their defaults, under `text` as its docstring."""
+    text = text.replace("\\", "/").replace('"', "'")
+    default, lines = to_dict(Config()), []
+    for part, values in to_dict(config).items():
+        if changed := {key: value for key, value in values.items() if value != default[part][key]}:
+            lines.append(f"    c.{part} = ConfigDict(dict({', '.join(f'{key}={value!r}' for key, value in changed.items())}))")
+    return "\n".join([f'"""{text}"""', "", "from ml_collections import ConfigDict", "", "", "def get_config():", "    c = ConfigDict()", *lines, "    return c", ""])
 
 
 def read(path: pathlib.Path) -> Config:
@@ -732,10 +780,12 @@ def steps_of(key: str, duration: str, *, tokens_per_step: int, tokens_per_epoch:
     """
     number, unit = _split_duration(key, duration)
     if unit == "%":
-        _need(total is not None, f"{key}={duration!r}: a share of the run cannot define the run itself; use steps, tokens or epochs")
+        if total is None:
+            raise ValueError(f"{key}={duration!r}: a share of the run cannot define the run itself; use steps, tokens or epochs")
         return math.ceil(number / 100 * total - 1e-9)
     if unit == "epoch":
-        _need(tokens_per_epoch is not None, f"{key}={duration!r}: epochs are not known here; use steps or tokens")
+        if tokens_per_epoch is None:
+            raise ValueError(f"{key}={duration!r}: epochs are not known here; use steps or tokens")
         return math.ceil(number * tokens_per_epoch / tokens_per_step - 1e-9)
     if unit == "token":
         return math.ceil(number / tokens_per_step - 1e-9)
@@ -744,16 +794,14 @@ def steps_of(key: str, duration: str, *, tokens_per_step: int, tokens_per_epoch:
 
 def _split_duration(key: str, duration: str) -> tuple[float, str]:
     match = _DURATION.match(duration)
-    _need(match is not None, f"{key}={duration!r} is not a duration: write '2000 steps', '3 epochs', '1e9 tokens', '5%' or a number of steps")
+    if match is None:
+        raise ValueError(f"{key}={duration!r} is not a duration: write '2000 steps', '3 epochs', '1e9 tokens', '5%' or a number of steps")
     return float(match[1].replace("_", "")), (match[2] or "step").rstrip("s")
 
 
 def _override(tree: dict, key: str, text: str) -> None:
     part, _, name = key.partition(".")
-    hints = typing.get_type_hints(Config)
-    hint = typing.get_type_hints(hints[part]).get(name) if part in hints else None
-    if hint is None:
-        raise ValueError(_unknown(key))
+    hint = kind(key)
     tree.setdefault(part, {})[name] = text if hint in (str, Duration) or typing.get_origin(hint) is Literal else _literal(key, text, hint)
 
 
@@ -762,7 +810,7 @@ def _literal(key: str, text: str, hint) -> Any:
         return text.lower() == "true"
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = text
     if typing.get_origin(hint) is tuple and not isinstance(value, (tuple, list)):
         # `a,b` and a single value are lists too; a comma inside is read by literal_eval unless the items are bare words.

@@ -76,7 +76,7 @@ def generate(model: Model, params: Any, prompts: Sequence[Sequence[int]], *, max
         return []
     with mesh_of(params):
         mesh = jax.sharding.get_abstract_mesh()
-        ways = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+        ways = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
         rows = -(-len(prompts) // ways) * ways
         width = bucket(max(map(len, prompts)))
         tokens, lengths = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)  # a row that only fills up is a prompt of one token
@@ -189,7 +189,8 @@ def _check_room(row: int, length: int, max_tokens: int, context: int, encoder: b
 def mesh_of(params: Any) -> contextlib.AbstractContextManager:
     """The mesh on which the parameters lie, as a context; they may also be plain arrays."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    return jax.set_mesh(sharding.mesh) if isinstance(sharding, jax.sharding.NamedSharding) else contextlib.nullcontext()
+    mesh = sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
+    return jax.set_mesh(mesh) if isinstance(mesh, jax.sharding.Mesh) else contextlib.nullcontext()
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
@@ -202,7 +203,7 @@ class _Decoding(NamedTuple):
     cache: dict
     seen_BV: jax.Array  # bool, tokens of the prompt or drawn
     positions_B: jax.Array  # int32, where the token just drawn stands
-    count: jax.Array  # int32 scalar, tokens drawn so far
+    drawn: jax.Array  # int32 scalar, tokens drawn so far
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots"))
@@ -237,9 +238,9 @@ def _draw(logits_BV, decoding: _Decoding, draw: dict):
     logits = jnp.where(jnp.arange(vocabulary)[None] < draw["vocab"], constrain(logits_BV, "batch", None), -jnp.inf)
     logits = sampling.penalise(logits, decoding.seen_BV, draw["penalty"])
     fold = jax.random.fold_in
-    keys = jax.vmap(lambda row: fold(fold(jax.random.key(draw["seed"]), row), decoding.count))(jnp.arange(rows))
+    keys = jax.vmap(lambda row: fold(fold(jax.random.key(draw["seed"]), row), decoding.drawn))(jnp.arange(rows))
     token = sampling.sample(logits, keys, temperature=draw["temperature"], top_k=draw["top_k"], top_p=draw["top_p"], min_p=draw["min_p"])
     seen = decoding.seen_BV.at[jnp.arange(rows), token].set(True)
     # Fixed places, so that every process can read the tokens.
     return constrain(token, None), _Decoding(caches.placed(decoding.cache), constrain(seen, "batch", None), constrain(decoding.positions_B, "batch"),
-                                             decoding.count + 1)
+                                             decoding.drawn + 1)

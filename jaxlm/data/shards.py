@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -27,7 +26,7 @@ from typing import Any, TextIO
 import numpy as np
 from array_record.python import array_record_module
 
-from jaxlm.data import labels, records
+from jaxlm.data import labels, manifest as manifests, records
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -347,14 +346,21 @@ class Corpus:
         entry = self.manifest["splits"][split].get("examples")
         if entry is None:
             return labels.Examples([], [], [], [])
-        index = _load_index(self.folder, entry)
-        parts = lambda key: np.split(index[key], index[f"{key}_ends"][:-1])
-        texts, found, fields = ([part.tobytes().decode() for part in parts(key)] for key in ("texts", "labels", "fields"))
-        return labels.Examples(texts, found, [json.loads(text) for text in fields], parts("words"))
+        index, path, documents = _load_index(self.folder, entry), self.folder / entry["file"], len(self.splits[split].tokens)
+
+        def parts(key: str) -> list[np.ndarray]:
+            values, ends = manifests.parts(index, key, documents, path)
+            return np.split(values, ends[:-1])
+
+        try:
+            texts, found, fields = ([part.tobytes().decode() for part in parts(key)] for key in ("texts", "labels", "fields"))
+            return labels.Examples(texts, found, [json.loads(text) for text in fields], parts("words"))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged ({error}): prepare the corpus again") from None
 
     def _load_ids(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        ids = _load_index(self.folder, self.manifest["splits"][split]["ids"])
-        return ids["text"], ids["ends"]
+        entry = self.manifest["splits"][split]["ids"]
+        return manifests.parts(_load_index(self.folder, entry), "text", len(self.splits[split].tokens), self.folder / entry["file"], "ends")
 
 
 def open_corpus(folder: str | Path) -> Corpus:
@@ -365,7 +371,7 @@ def open_corpus(folder: str | Path) -> Corpus:
     """
     folder = Path(folder)
     manifest = _read_manifest(folder)
-    for entry in _entries(manifest):
+    for entry in manifests.entries(manifest):
         path = folder / entry["file"]
         if not path.is_file():
             raise ValueError(f"{path} is missing, which {MANIFEST} lists: prepare the corpus again")
@@ -377,12 +383,12 @@ def open_corpus(folder: str | Path) -> Corpus:
     splits = {}
     for name, split in manifest["splits"].items():
         lengths = _load_index(folder, split["lengths"])
+        manifests.check_lengths(lengths, split, RECORD_TOKENS, folder / split["lengths"]["file"])
         tokens = lengths["tokens"]
         parts = -(-tokens.astype(np.int64) // RECORD_TOKENS)
         splits[name] = Split(tokens, lengths["text_bytes"], lengths["sources"], lengths["licences"], np.concatenate([[0], np.cumsum(parts)]).astype(np.int64),
                              lengths["record_begins"], lengths["record_sizes"], tuple(itertools.accumulate(shard["records"] for shard in split["shards"])),
                              lengths.get("inputs"), lengths.get("turns"), lengths.get("turn_ends"))
-        assert splits[name].first_record[-1] == sum(shard["records"] for shard in split["shards"]), name
     return Corpus(folder, manifest, splits)
 
 
@@ -393,7 +399,7 @@ def verify(folder: str | Path) -> int:
       ValueError: names every file that differs.
     """
     folder = Path(folder)
-    entries = _entries(_read_manifest(folder))
+    entries = manifests.entries(_read_manifest(folder))
     paths = [(folder / entry["file"], entry["sha256"]) for entry in entries]
     bad = [str(path) for path, sha256 in paths if not path.is_file() or file_entry(path)["sha256"] != sha256]
     if bad:
@@ -409,23 +415,18 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
         version, checksum = manifest["format"], manifest.pop("sha256")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is damaged: prepare the corpus again") from None
     if version != FORMAT:
         raise ValueError(f"{path} has format {version}, this jaxlm reads format {FORMAT}: prepare the corpus again")
     if checksum != _canonical_sha256(manifest):
         raise ValueError(f"{path} is damaged (its checksum is wrong): prepare the corpus again")
+    manifests.check(manifest, path)
     return manifest
 
 
-def _entries(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    splits = manifest["splits"].values()
-    return [manifest["tokenizer"], *manifest["tfds"], *(entry for split in splits for entry in (split["lengths"], split["ids"], *([split["examples"]] if "examples" in split else []), *split["shards"]))]
-
-
 def _load_index(folder: Path, entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    with np.load(io.BytesIO(_checked_bytes(folder, entry)), allow_pickle=False) as index:
-        return dict(index)
+    return manifests.arrays(_checked_bytes(folder, entry), folder / entry["file"])
 
 
 def _checked_bytes(folder: Path, entry: Mapping[str, Any]) -> bytes:

@@ -112,7 +112,8 @@ class Tokenizer:
                              "pair") from None
         if self.kind == "huggingface":
             run = self._parsing if special else self._processor
-            return [np.array(row.ids, np.int32) for row in run.encode_batch(list(texts), add_special_tokens=False)]
+            rows = _tried(lambda: run.encode_batch(list(texts), add_special_tokens=False), "the tokenizer cannot encode this text")
+            return [np.array(row.ids, np.int32) for row in rows]
         if special:
             return [self._encode_special(text) for text in texts]
         if self.kind == "bytes":
@@ -329,7 +330,7 @@ def from_bytes(model: bytes, name: str = "the tokenizer") -> Tokenizer:
         files = {str(key): base64.b64decode(value["base64"], validate=True) if isinstance(value, dict) else value.encode()
                  for key, value in tree["files"].items()}
         size = int(tree.get("vocab_size", 0))
-    except (KeyError, TypeError, AttributeError, ValueError):
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         raise ValueError(f"{name} is JSON, but neither Hugging Face's tokenizer.json nor {_BYTES_FILE.decode().strip()}") from None
     return from_files(files, vocab_size=size, name=name)
 
@@ -464,15 +465,22 @@ def _run(tree: Mapping[str, Any], name: str) -> Any:
         import tokenizers
     except ImportError:
         raise ValueError(f"{name} needs the package tokenizers: pip install 'jaxlm[hf]'") from None
+    refused = f"{name} is not a tokenizer that can be used"
+    run = _tried(lambda: tokenizers.Tokenizer.from_str(json.dumps(tree)), refused)
+    run.no_truncation()
+    run.no_padding()
+    _tried(lambda: run.encode("A text\n with \u0378, which no vocabulary has."), refused)
+    return run
+
+
+def _tried(work: Callable[[], Any], refused: str) -> Any:
+    """What `work` returns; whatever the package `tokenizers` says of a file or a text as one line that begins with `refused`."""
     try:
-        run = tokenizers.Tokenizer.from_str(json.dumps(tree))
+        return work()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of its Rust code is not an Exception
-        raise ValueError(f"{name} is not a tokenizer that can be used: {' '.join(str(error).split())[:300]}") from None
-    run.no_truncation()
-    run.no_padding()
-    return run
+        raise ValueError(f"{refused}: {' '.join(str(error).split())[:300]}") from None
 
 
 def _tree(files: Mapping[str, bytes], vocab_size: int, names: Mapping[str, Any], name: str) -> tuple[dict[str, Any], int, tokenizer_json.Framing]:
@@ -503,7 +511,9 @@ def _readable(piece: bytes) -> str:
 
 
 def _token_text(value: Any) -> str:
-    return value["content"] if isinstance(value, Mapping) else value
+    """The text of a special token, however it is described; "" where it has none."""
+    text = value.get("content") if isinstance(value, Mapping) else value
+    return text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""
 
 
 def _byte_level_tree(files: Mapping[str, bytes], names: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -551,18 +561,26 @@ def _proto(model: bytes) -> Any:
 
 def _from_sentencepiece(files: Mapping[str, bytes], key: str, names: Mapping[str, Any], name: str) -> Tokenizer:
     """A SentencePiece model, with the tokens that Hugging Face's descriptions add to it as pieces of their own."""
+    from google.protobuf.message import DecodeError
+
     model = files[key]
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError:
+        _proto(model)
+        for i in range(processor.vocab_size()):  # a piece may not be UTF-8
+            processor.id_to_piece(i)
+    except (RuntimeError, UnicodeDecodeError, DecodeError):
         processor = None
     if not model or processor is None:
-        raise ValueError(f"{name} is not a SentencePiece model ({len(model)} bytes)")
+        raise ValueError(f"{name} is not a SentencePiece model, or a damaged one ({len(model)} bytes)")
     added = _added_to_sentencepiece(files, names, processor.vocab_size(), name)
     if added:
         proto = _proto(model)
-        proto.pieces.extend([type(proto).SentencePiece(piece=piece.text, score=piece.score, type=piece.type) for piece in added])
-        processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString(deterministic=True))
+        try:
+            proto.pieces.extend([type(proto).SentencePiece(piece=piece.text, score=piece.score, type=piece.type) for piece in added])
+            processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString(deterministic=True))
+        except (RuntimeError, TypeError, UnicodeEncodeError) as error:
+            raise ValueError(f"{name} adds tokens that a SentencePiece model cannot have: {' '.join(str(error).split())[:200]}") from None
 
     def named(key: str, usual: int) -> int:
         i = processor.piece_to_id(_token_text(names[key])) if isinstance(names.get(key), (str, Mapping)) else -1

@@ -7,6 +7,7 @@ import io
 import json
 import pathlib
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jaxlm.data import tfds
 from jaxlm.evaluate import definition
 from jaxlm.evaluate.definition import Item, Source, Task
 
+_MOST = 1 << 28  # bytes of a file that is unpacked
 SUMS = "sha256.json"  # beside the files: what was noted on their first use
 
 
@@ -133,9 +135,12 @@ def records_of(path: pathlib.Path, data: bytes, source: Source = Source()) -> li
     """
     if path.suffix == ".gz":
         try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError) as error:
+            with gzip.open(io.BytesIO(data)) as file:
+                data = file.read(_MOST + 1)
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path} cannot be unpacked: {error}") from None
+        if len(data) > _MOST:
+            raise ValueError(f"{path} has more than {_MOST:,} bytes when it is unpacked, which a task's data do not have: unpack it yourself if it is meant")
     name = path.name.removesuffix(".gz")
     try:
         text = data.decode("utf-8-sig")

@@ -118,11 +118,13 @@ def scan(cfg: TransformerConfig, kinds: tuple[bool, ...], own: dict, per_layer: 
     for pattern, repeats in _groups(kinds):
         counts = [pattern.count(False), pattern.count(True), len(pattern)]
         stacks = [own[name] if counts[kind] else {} for kind, name in enumerate(KINDS)] + [per_layer]
-        rows = [jax.tree.map(lambda a: a[begin:begin + repeats * count].reshape(repeats, count, *a.shape[1:]), stack)
+        # A pattern of one layer takes its rows as they lie: a slice made inside the loop would be kept for the backward pass, a copy of all weights.
+        single = len(pattern) == 1
+        rows = [jax.tree.map(lambda a: a[begin:begin + repeats * count].reshape(repeats, *() if single else (count,), *a.shape[1:]), stack)
                 for stack, begin, count in zip(stacks, start, counts)]
 
-        def group(x, rows, pattern=pattern):
-            at = lambda tree, i: jax.tree.map(lambda a: a[i], tree)
+        def group(x, rows, pattern=pattern, single=single):
+            at = lambda tree, i: tree if single else jax.tree.map(lambda a: a[i], tree)
             results = []
             for i, sparse in enumerate(pattern):
                 x, found = bodies[sparse](x, at(rows[2], i), at(rows[sparse], pattern[:i].count(sparse)))

@@ -26,19 +26,33 @@ def check(config: Config) -> None:
                          f"known: {', '.join(known)}")
 
 
-def cost(config: Config, summary: Mapping[str, float] | None) -> float | None:
-    """The figure of an evaluation by which checkpoints are compared, so that less is better; None for none."""
+def figure(config: Config, summary: Mapping[str, float] | None) -> float | None:
+    """The figure of an evaluation by which checkpoints and runs are compared, `checkpoint.metric`; None for none."""
     value = None if summary is None else summary.get(config.checkpoint.metric)
-    if value is None or not math.isfinite(value):
-        return None
-    return value if config.checkpoint.metric in classification.LOWER_IS_BETTER else -value
+    return value if value is not None and math.isfinite(value) else None
+
+
+def lower(config: Config) -> bool:
+    """Whether less of `checkpoint.metric` is better."""
+    return config.checkpoint.metric in classification.LOWER_IS_BETTER
+
+
+def cost(config: Config, summary: Mapping[str, float] | None) -> float | None:
+    """`figure`, so that less is better."""
+    value = figure(config, summary)
+    return value if value is None or lower(config) else -value
+
+
+def figures(config: Config, workdir: pathlib.Path) -> dict[int, float]:
+    """step -> `figure` of each evaluation, from the run's own log."""
+    key = f"eval/{config.checkpoint.metric}"
+    found = {row["step"]: figure(config, {config.checkpoint.metric: row[key]}) for row in report.read_metrics(workdir) if key in row}
+    return {step: value for step, value in found.items() if value is not None}
 
 
 def history(config: Config, workdir: pathlib.Path, step: int) -> list[float]:
     """`cost` of the evaluations up to a step, from the run's own log."""
-    key = f"eval/{config.checkpoint.metric}"
-    found = [cost(config, {config.checkpoint.metric: row[key]}) for row in report.read_metrics(workdir) if key in row and row["step"] <= step]
-    return [value for value in found if value is not None]
+    return [value if lower(config) else -value for at, value in figures(config, workdir).items() if at <= step]
 
 
 def exhausted(costs: Sequence[float], patience: int) -> bool:

@@ -26,6 +26,10 @@ _LISTED = 200  # documents of a step in bad_steps.jsonl
 _NAMED = 4  # in a message
 
 
+class Diverged(ValueError):
+    """Too many bad steps in a row."""
+
+
 class Recent:
     """Loss and gradient norm of the last steps, and the limits that follow for the next ones.
 
@@ -112,7 +116,7 @@ class Health:
         """Looks at the metrics of one step, on the host.
 
         Raises:
-          ValueError: one line: too many bad steps in a row.
+          Diverged: one line: too many bad steps in a row.
         """
         bad = judge(step, values, self.recent)
         self._in_a_row = self._in_a_row + 1 if bad and bad.skipped else 0
@@ -133,7 +137,7 @@ class Health:
             made = "skipped" if bad.skipped else "made all the same (train.on_spike=warn)"
             return self._note(f"step {step}: {_what(bad)}; the update was {made}; in its rows: {held}; which of them it was: {replay}{step}")
         newest, first = self._newest(), step - self._in_a_row + 1
-        raise ValueError(
+        raise Diverged(
             f"the loss or gradient was {bad.why.replace('spike', 'a spike')} in {self._in_a_row} steps in a row (train.bad_steps), the first at "
             f"step {first}, the last at step {step}, {where}: {held}; those updates were skipped; {replay}{first} says in which layer and with "
             f"which document it began; try a lower optim.lr or optim.clip; "

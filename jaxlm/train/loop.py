@@ -20,10 +20,18 @@ from jaxlm.evaluate import classify, compression
 from jaxlm.train import best, checkpoint, classified, evaluation, health, initial, report, resume, setup
 from jaxlm.train import lock as locks
 from jaxlm.train.state import State
-from jaxlm.train.stop import Stopped, StopRequest, Watchdog
+from jaxlm.train.stop import Stopped, StopRequest, Watchdog, abandon
 
-def run(config: Config, workdir: pathlib.Path) -> int:
+# Of a run among many (jaxlm search): told the step and the figure of each evaluation (None where it is not finite) and says whether the run ends there.
+Judge = Callable[[int, float | None], bool]
+
+
+def run(config: Config, workdir: pathlib.Path, judge: Judge | None = None) -> int:
     """Trains, or resumes, until the last step or a request to stop.
+
+    Args:
+      judge: of a run whose use is its figure on the validation split: it shows no samples, and never looks at the test split. A run that the judge ends is
+        saved and not marked as finished, so that it can go on. In several processes all must be told the same.
 
     Returns:
       The exit code: 0 at the end or after SIGTERM, 130 after Ctrl-C; either way everything is saved.
@@ -40,14 +48,14 @@ def run(config: Config, workdir: pathlib.Path) -> int:
         peak = report.peak_flops()
         mesh = sharding.make_mesh(config.mesh)
         folder = pathlib.Path(config.data.dir) if config.data.dir else workdir / "data"
-        corpus = _corpus(config, folder, note)
+        corpus = open_corpus(config, folder, note)
         parts, task, tokenizer, epoch = resume.build(config, mesh, corpus)
         subject = evaluation.Subject(parts.config, parts.model, mesh, corpus, tokenizer, task,
                                      evaluation.scorer(config.objective, parts.model, mesh))
         keep_every = parts.steps("checkpoint.keep_every", config.checkpoint.keep_every)
         with checkpoint.Checkpoints(lock, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best, keep_every=keep_every,
                                     log=note) as checkpoints, jax.set_mesh(mesh), Watchdog(config.train.watchdog_seconds) as watchdog:
-            return _train(parts, subject, epoch, workdir, checkpoints, stop, watchdog, progress, peak)
+            return _train(parts, subject, epoch, workdir, checkpoints, stop, watchdog, progress, peak, judge)
 
 
 def _adopt(config: Config, workdir: pathlib.Path) -> None:
@@ -61,7 +69,7 @@ def _adopt(config: Config, workdir: pathlib.Path) -> None:
     temporary.replace(path)
 
 
-def _corpus(config: Config, folder: pathlib.Path, note) -> shards.Corpus:
+def open_corpus(config: Config, folder: pathlib.Path, note: Callable[[str], None]) -> shards.Corpus:
     """Process 0 prepares what is missing; then all open the same shards. A `data.dir` without a `data.source` is taken as it is."""
     if config.data.source or not config.data.dir:
         sharding.first(lambda: prepare.prepare(config.data, config.tokenizer, folder, clean=config.clean, filter=config.filter, dedup=config.dedup,
@@ -70,7 +78,8 @@ def _corpus(config: Config, folder: pathlib.Path, note) -> shards.Corpus:
 
 
 def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSize, workdir: pathlib.Path, checkpoints: checkpoint.Checkpoints,
-           stop: StopRequest, watchdog: Watchdog, progress: report.Progress, peak: tuple[float, str]) -> int:
+           stop: StopRequest, watchdog: Watchdog, progress: report.Progress, peak: tuple[float, str],
+           judge: Judge | None) -> int:
     config, total, primary = parts.config, parts.total, jax.process_index() == 0
     corpus, tokenizer, task = subject.corpus, subject.tokenizer, subject.task
     note = progress.note if primary else lambda line: None
@@ -105,23 +114,24 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
     batches = loader.batches(corpus, "train", task, batch_size=config.data.batch_size, seed=config.data.seed, start_step=start, stop_step=total,
                              rows=sharding.local_rows(parts.mesh, config.data.batch_size), threads=config.data.threads, prefetch=config.data.prefetch)
     reporter = report.Reporter(workdir, start, {"config": configs.to_json(config), "parameters": report.overview(state.params)}) if primary else None
-    clock, judge = _Clock(), health.Health(
+    clock, vitals = _Clock(), health.Health(
         config.train, workdir, start, recent, rows=config.data.batch_size, note=note, primary=primary,
         newest=lambda: max(checkpoint.steps(workdir), default=None), occupants=lambda step: audit.occupants(corpus, task, config.data.seed, config.data.batch_size, step))
-    log = _Log(parts, epoch, trees.count(parts.plain), peak[0], clock, judge, reporter, progress, lambda step: due("log", step),
+    log = _Log(parts, epoch, trees.count(parts.plain), peak[0], clock, vitals, reporter, progress, lambda step: due("log", step),
                mean / config.data.sequence_length)
     pending: tuple[int, dict] | None = None
     saved_step, step, found, costs = start, start, None, best.history(config, workdir, start)
-    early = best.ends(config, workdir, costs)  # killed after its last evaluation
+    early, judged = best.ends(config, workdir, costs), False  # the first: killed after its last evaluation
     stop.arm()
     watchdog.beat()
     with contextlib.closing(reporter) if primary else contextlib.nullcontext():
-        while step < total and not early and not stop.at(step):
+        while step < total and not early and not judged and not stop.at(step):
             with clock.waiting():
                 try:
                     with stop.waiting():
                         local = next(batches)[1]
                 except Stopped:
+                    abandon(batches)
                     break
                 batch = sharding.to_device(parts.mesh, local, config.data.batch_size)
             peers.worked()
@@ -139,10 +149,11 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
             with clock.paused():
                 found = None
                 if due("eval", step) and not stop.now():
-                    found = _evaluate(subject, state, step, reporter, progress, watchdog, stop)
+                    found = _evaluate(subject, state, step, reporter, progress, watchdog, stop, sampled=judge is None)
                     costs += [value] if (value := best.cost(config, found)) is not None else []
                     early = best.ends(config, workdir, costs)
-                if due("save", step) or early:
+                    judged = judge is not None and found is not None and judge(step, best.figure(config, found)) and step < total
+                if due("save", step) or early or judged:
                     save(step, state, found)
                     saved_step = step
         if pending:
@@ -152,11 +163,17 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
         acknowledged = checkpoints.wait()
         if early:
             note(f"step {step}: {config.train.patience} evaluations without a better {config.checkpoint.metric}, so the run ends here (train.patience)")
+        elif judged:
+            note(f"step {step} of {total}: the search ends this run here; its checkpoint is whole, and jaxlm train goes on from there")
+            return stop.exit_code
         elif step < total:
             safe = "nothing is lost, nothing was done yet" if acknowledged is None else f"the checkpoint of step {acknowledged} is safe"
             note(f"stopped at step {step} of {total}; {safe}; the same command goes on from there")
             return stop.exit_code
-        _finish(step, early, subject, _best(parts, state, step, workdir, note), workdir, reporter, progress, watchdog, stop)
+        if judge is None:
+            _finish(step, early, subject, _best(parts, state, step, workdir, note), workdir, reporter, progress, watchdog, stop)
+        elif primary:
+            _mark(workdir, step, early)
     return stop.exit_code
 
 
@@ -189,14 +206,14 @@ def _introduction(parts: setup.Setup, epoch: pack.EpochSize, state: State, start
 
 
 def _evaluate(subject: evaluation.Subject, state: State, step: int, reporter: report.Reporter | None, progress: report.Progress, watchdog: Watchdog,
-              stop: StopRequest) -> dict[str, float] | None:
-    """Figures of the validation split; None without one, or when the run was asked to stop meanwhile."""
+              stop: StopRequest, sampled: bool) -> dict[str, float] | None:
+    """Figures of the validation split, with a sample if one is wanted; None without one, or when the run was asked to stop meanwhile."""
     if not len(subject.corpus.splits["validation"].tokens):
         return None
     summary = _score(subject, _averaged(state), "validation", subject.config.train.eval_documents, watchdog, stop)
     if summary is None:
         return None
-    sample = evaluation.sample(subject, _averaged(state))
+    sample = evaluation.sample(subject, _averaged(state)) if sampled else ""
     if reporter:
         reporter.scalars(step, {f"eval/{name}": value for name, value in summary.items()})
         progress.note(f"step {step}  {evaluation.line(subject.config, summary)}")
@@ -260,7 +277,7 @@ def _finish(step: int, early: bool, subject: evaluation.Subject, chosen: tuple[A
     if sample:
         reporter.text(step, "sample", sample)
         progress.note(f"\nA sample, after the prompt in brackets:\n{sample}\n")
-    (workdir / "FINISHED").write_text(json.dumps({"step": step} | ({"early": step} if early else {})) + "\n", encoding="utf-8")
+    _mark(workdir, step, early)
     prompt = "an input" if config.objective.name == "seq2seq" else "Return the"
     continues = [f"  jaxlm generate --workdir={workdir} --prompt=\"{prompt}\""] * (bool(sample))
     if subject.task.labelled:
@@ -270,13 +287,18 @@ def _finish(step: int, early: bool, subject: evaluation.Subject, chosen: tuple[A
         f"  tensorboard --logdir={workdir}        (pip install tensorboard)"]))
 
 
+def _mark(workdir: pathlib.Path, step: int, early: bool) -> None:
+    """Says that the run is complete."""
+    (workdir / "FINISHED").write_text(json.dumps({"step": step} | ({"early": step} if early else {})) + "\n", encoding="utf-8")
+
+
 class _Log:
     """Reads a finished step's metrics, looks at their health, shows and writes them. Of labelled texts, whose batches differ in length, `share` is the mean
     length over the longest one: speed counts what was computed."""
 
-    def __init__(self, parts: setup.Setup, epoch: pack.EpochSize, params: int, peak: float, clock: "_Clock", judge: health.Health,
+    def __init__(self, parts: setup.Setup, epoch: pack.EpochSize, params: int, peak: float, clock: "_Clock", vitals: health.Health,
                  reporter: report.Reporter | None, progress: report.Progress, due: Callable[[int], bool], share: float):
-        self._total, self._clock, self._judge, self._reporter, self._progress, self._due = parts.total, clock, judge, reporter, progress, due
+        self._total, self._clock, self._vitals, self._reporter, self._progress, self._due = parts.total, clock, vitals, reporter, progress, due
         config = parts.config
         self._tokens, self._padding = config.data.batch_size * setup.row_tokens(config), epoch.padding / epoch.positions
         flops = report.flops_per_token(config.model, params, config.data.sequence_length, config.data.target_length)
@@ -285,7 +307,7 @@ class _Log:
 
     def __call__(self, step: int, metrics: dict[str, Any]) -> None:
         values = jax.device_get(metrics)
-        self._judge.check(step, values)
+        self._vitals.check(step, values)
         self._clock.finished()
         if self._reporter is None:
             return
@@ -294,7 +316,7 @@ class _Log:
         if self._due(step):
             self._reporter.scalars(step, {
                 **{f"train/{name}": value for name, value in means.items()}, **{f"train/{name}": float(value) for name, value in values.items()},
-                "train/skipped": self._judge.skipped, "train/spikes": self._judge.spikes, "train/tokens": step * self._tokens,
+                "train/skipped": self._vitals.skipped, "train/spikes": self._vitals.spikes, "train/tokens": step * self._tokens,
                 "perf/tokens_per_second": self._computed / seconds, "perf/mfu": self._load / seconds, "perf/step_seconds": seconds, "perf/data_wait": self._clock.wait_share(), "perf/padding": self._padding,
                 **report.memory_gib()})
         self._progress.show(f"step {step}/{self._total}  loss {means['loss']:.3f}  {report.count(self._computed / seconds)} tokens/s  "

@@ -89,7 +89,7 @@ def compiled(parts: setup.Setup, corpus: shards.Corpus, task: rows.Task, state: 
     lengths, mean = rows.padded(task, corpus.splits["train"]) if task.labelled else ([config.data.sequence_length], config.data.sequence_length)
     shapes = {length: setup.shortened(parts.batch, length) if task.labelled else parts.batch for length in {*lengths, lengths[-1]}}
     limits = (lambda step: (health.on_devices(parts.mesh, recent.limits(step)),)) if health.skips(config.train) else lambda step: ()
-    programs = {length: parts.step.lower(state, shape, *limits(0)).compile() for length, shape in shapes.items()}
+    programs = {length: setup.compiled(parts.step, state, shape, *limits(0)) for length, shape in shapes.items()}
 
     def run(step: int, state: State, batch: dict[str, jax.Array]) -> tuple[State, dict[str, Any]]:
         length = batch["tokens"].shape[1] if task.labelled else lengths[0]

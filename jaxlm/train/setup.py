@@ -1,5 +1,6 @@
 """From a config to the compiled parts of a run: the model, the optimiser, where everything lies on the mesh, the step."""
 
+import ctypes
 import dataclasses
 import functools
 import os
@@ -173,6 +174,15 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
                  functools.partial(_without_warning, jax.jit(dress, out_shardings=places, donate_argnums=1), jax.random.key(config.train.seed)),
                  jax.jit(step, donate_argnums=0, out_shardings=(state_places, whole)),
                  jax.jit(gradient, out_shardings=(trained_places, whole)), steps, objective)
+
+
+def compiled(step: jax.stages.Wrapped, *arguments: Any) -> jax.stages.Compiled:
+    """The program of a step for arguments of these shapes. What the compiler needed goes back to the system, where the C library would keep it: 0.2 GiB of the 1.2 that
+    training a model of 11 M parameters reaches on CPUs."""
+    program = step.lower(*arguments).compile()
+    if hasattr(libc := ctypes.CDLL(None) if os.name == "posix" else None, "malloc_trim"):  # GNU's
+        libc.malloc_trim(0)
+    return program
 
 
 def _compiled_quickly(platform: str) -> dict[str, int] | None:

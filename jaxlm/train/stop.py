@@ -18,6 +18,14 @@ from jaxlm import peers
 _LEAVE = 5.0  # seconds that a process has to end in order when there is nothing to save
 
 
+_abandoned: list[object] = []
+
+
+def abandon(reader: object) -> None:
+    """Keeps an iterator whose threads may hang for as long as the process lives: closing it, as its last reference would, waits for them."""
+    _abandoned.append(reader)
+
+
 def depart(code: int) -> int:
     """What a finished or stopped run does last, when all is saved: from here on nothing keeps the process from ending with `code`, neither a second notice
     of a preemption nor a thread that waits for a disk that hangs. In a process that goes on, as a notebook does, nothing happens."""

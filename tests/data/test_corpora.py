@@ -33,9 +33,8 @@ def write_zst(path, data, frames=1):
 
 
 def write_parquet(path, column, kind=None, name="text"):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-    pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(column))), name: pyarrow.array(column, kind)}), path)
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"id": list(range(len(column))), name: pyarrow.array(column, kind)}), path)
 
 
 def test_every_kind_of_file_gives_the_same_texts(tmp_path):

@@ -13,8 +13,8 @@ import pytest
 
 from jaxlm import trees
 from jaxlm.config import TransformerConfig
-from jaxlm.models import decoder, kinds, presets
-from jaxlm.ops import attention
+from jaxlm.models import decoder, kinds, layers, presets, stack
+from jaxlm.ops import attention, positions
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 BASE = TransformerConfig(vocab_size=64, context=64, layers=2, width=32, heads=4, kv_heads=2, init_std=0.2)
@@ -145,6 +145,33 @@ def test_how_it_is_computed_does_not_matter(name, change):
     cfg = dataclasses.replace(VARIANTS[name], attention="reference")
     one, other = gradient(cfg), gradient(dataclasses.replace(cfg, **change))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), one, other)
+
+
+def through(cfg, rows, length):
+    """Hidden states through all layers as training has them, a function of `(params, x)`, and the shapes of these."""
+    place = attention.Tokens(jnp.zeros((rows, length), jnp.int32), jnp.ones((rows, length), jnp.int32))
+    angles = positions.rotary_angles(place.positions, positions.frequencies(cfg.head_size, 1e4)) if cfg.positions == "rotary" else None
+    run = lambda params, x: stack.run(cfg, params, x, layers.Slots(place, place, angles, None, None), None, None, lambda layer: layer)[0]
+    return run, jax.eval_shape(decoder.build(cfg).init, jax.random.key(0))["layers"], jax.ShapeDtypeStruct((rows, length, cfg.width), jnp.float32)
+
+
+@pytest.mark.parametrize("name, arrays", [("gpt2", 12), ("llama", 15)])
+def test_training_keeps_each_activation_once(name, arrays):
+    """For the backward pass a layer keeps, in arrays of [B, T, D]: both norms' results before and after their scale, queries, keys and values (of 2 heads of 4
+    in llama), attention's result, and the inputs of the activation (4 each)."""
+    cfg = dataclasses.replace(VARIANTS[name], layers=3, feedforward=128, attention="blocked").filled()
+    run, params, x = through(cfg, 2, 32)
+    kept = jax.eval_shape(lambda params, x: jax.tree.leaves(jax.vjp(run, params, x)[1]), params, x)
+    weights = {leaf.shape for leaf in jax.tree.leaves(params)}
+    assert sum(leaf.size for leaf in kept if leaf.shape not in weights) / (cfg.layers * x.size) < arrays + 0.5, [leaf.shape for leaf in kept]
+
+
+def test_training_keeps_no_copies_of_weights():
+    """They lie in their stacks already: of few tokens the program needs little beside its arguments and results."""
+    cfg = dataclasses.replace(VARIANTS["gpt2"], layers=4, width=64, feedforward=256, attention="blocked").filled()
+    run, params, x = through(cfg, 1, 8)
+    program = jax.jit(jax.grad(lambda params, x: jnp.square(run(params, x)).sum())).lower(params, x).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 0.5 * 4 * trees.count(params)
 
 
 def test_blocked_attention_with_uneven_blocks():

@@ -1,0 +1,1 @@
+"""Hyper-parameter search: a space of config keys (space), a study that many processes share (study), its trials (trials), its figures (show)."""
