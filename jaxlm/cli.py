@@ -9,6 +9,8 @@ import textwrap
 import traceback
 from collections.abc import Sequence
 
+from jaxlm import bin
+
 VERBS = {
     "prepare": "read, clean and de-duplicate text, split it, train a tokenizer, write token shards and a report",
     "tokenizer": "train a tokenizer alone, or look at what one does to a text",
@@ -83,6 +85,11 @@ def run(verb: str, argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\njaxlm: interrupted", file=sys.stderr)
         return 130
+    except (RuntimeError, MemoryError) as error:
+        if values["v"].value or not bin.out_of_memory(error):
+            raise
+        _fail(f"out of memory ({(str(error) or 'of this machine').splitlines()[0][:200]}): take smaller batches or shorter texts, a smaller model, or a machine "
+              "with more; jaxlm fit --config=... says what training needs")
     except (ValueError, OSError) as error:
         if values["v"].value or not (isinstance(error, OSError) or _raised_here(error)):
             raise

@@ -490,6 +490,8 @@ class CheckpointConfig:
     keep_best: int = 1  # the k with the lowest validation loss, or the best checkpoint.metric
     metric: str = "loss"  # what is best on the validation split: "loss", or a figure that jaxlm eval prints, such as "accuracy", "f1_macro", "mcc"
     keep_every: Duration = Duration("0")  # and every m-th for good
+    on_error: Literal["stop", "go_on"] = "stop"  # when a checkpoint or a line of the log cannot be written (full disk, quota, permission): end the run, or say so
+    # and try again when the next one is due; the last checkpoint of a run must succeed
 
     def __post_init__(self):
         _need(self.keep_last >= 1, f"checkpoint.keep_last={self.keep_last} must be at least 1")

@@ -31,7 +31,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(values: flags.FlagValues, overrides: list[tuple[str, str]]) -> int:
-    from jaxlm import config
+    from jaxlm import bin, config
 
     cfg = config.load(values.config, overrides)  # before jax starts: a typo should cost no time
 
@@ -46,8 +46,8 @@ def main(values: flags.FlagValues, overrides: list[tuple[str, str]]) -> int:
         with peers.joined(cfg.train.peer_seconds, is_mistake):
             code = loop.run(cfg, pathlib.Path(values.workdir))
         return stop.depart(code)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not bin.out_of_memory(error):
             raise
         raise ValueError(out_of_memory(str(error), values.config, overrides, jax.devices()[0].device_kind, jax.device_count())) from error
 
@@ -57,5 +57,6 @@ def out_of_memory(error: str, config: str, overrides: list[tuple[str, str]], kin
     from jaxlm.aot import chips
 
     command = ["jaxlm", "fit", f"--config={config}", f"--topology={chips.like(kind, devices)}", "--search", *(f"--config.{key}={text}" for key, text in overrides)]
-    return (f"out of memory on {devices} x {kind} ({error.splitlines()[0][:200]}); try more train.microbatches, model.remat=full or more devices; "
+    what = error.splitlines()[0][:200] if error else "this machine's own memory"
+    return (f"out of memory on {devices} x {kind} ({what}); try more train.microbatches, model.remat=full or more devices; "
             f"what fits, before the next try: {shlex.join(command)}")

@@ -7,6 +7,7 @@ document: a row of training that needs a part of a very long document reads that
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -27,6 +28,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from jaxlm.data import labels, manifest as manifests, records
+from jaxlm.data.patience import PASSING, patiently
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -329,9 +331,16 @@ class Corpus:
         record = int(index.first_record[document]) + part
         shard = bisect_right(index.shard_ends, record)
         start = part * RECORD_TOKENS
+        def read() -> bytes:
+            try:
+                file = self._shard(split, shard)  # kept open while it is read, whatever other threads open
+                return records.read(file.fileno(), int(index.record_begins[record]), int(index.record_sizes[record]))
+            except OSError:
+                self._shard.cache_clear()  # after a failover or a new mount the old handle is stale
+                raise
+
         try:
-            file = self._shard(split, shard)  # kept open while it is read, whatever other threads open
-            data = records.read(file.fileno(), int(index.record_begins[record]), int(index.record_sizes[record]))
+            data = patiently(read, f"{self._path(split, shard)} cannot be read", PASSING | {errno.ENOENT})
             found = records.decode(data, document, start, min(RECORD_TOKENS, length - start), self._dtype)
         except OSError as error:
             found = str(error)

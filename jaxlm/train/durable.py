@@ -1,10 +1,14 @@
 """Files and folders that survive a power cut, and what to say when they cannot be written."""
 
+import contextlib
 import errno
 import hashlib
 import os
+from collections.abc import Callable, Iterator
 
 from etils import epath
+
+from jaxlm.data.patience import patiently
 
 
 def path_of(workdir) -> epath.Path:
@@ -55,14 +59,82 @@ def sync(path: epath.Path) -> None:
         os.close(descriptor)
 
 
+def append(path: os.PathLike | str, text: str) -> None:
+    """Adds to a local file, whole or not at all: what a full disk took of it is cut off again, so that a later line does not continue half a one.
+
+    Raises:
+      OSError: one line that names the file.
+    """
+    def add() -> None:
+        left = memoryview(text.encode())
+        with open(path, "ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            try:
+                while left:
+                    left = left[file.write(left):]
+            except OSError:
+                file.truncate(size)
+                raise
+
+    try:
+        patiently(add, f"{path} cannot be written")
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {reason(error)}") from error
+
+
+def rewrite(path: os.PathLike | str, text: str) -> None:
+    """Gives a local file other content, whole or not at all, also after a power cut.
+
+    Raises:
+      OSError: one line that names the file, which is as it was.
+    """
+    path = epath.Path(path)
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(text)
+        sync(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(f"{path} cannot be written: {reason(error)}") from error
+
+
+class Tolerance:
+    """What a run does when its folder cannot be written: it ends, or says so once for each message and goes on. `with tolerance(): ...`
+
+    Args:
+      goes_on: as checkpoint.on_error says.
+      note: shows a line.
+    """
+
+    def __init__(self, goes_on: bool, note: Callable[[str], None]):
+        self._goes_on, self._note, self._said, self.failed = goes_on, note, set(), 0
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._goes_on:
+                raise
+            self.failed += 1
+            if str(error) not in self._said:
+                self._note(f"warning: {error}; going on (checkpoint.on_error=go_on)")
+            self._said.add(str(error))
+
+
 def checksum(path: epath.Path) -> dict:
     """Size and SHA-256 of a file, as the manifest of a checkpoint holds them."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):  # hashing so much at a time runs outside of the GIL: files are summed in parallel
-            digest.update(chunk)
-            size += len(chunk)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    def read() -> dict:
+        digest, size = hashlib.sha256(), 0
+        with path.open("rb") as file:
+            while chunk := file.read(2**20):  # hashing so much at a time runs outside of the GIL: files are summed in parallel
+                digest.update(chunk)
+                size += len(chunk)
+        return {"bytes": size, "sha256": digest.hexdigest()}
+
+    return patiently(read, f"{path} cannot be read")
 
 
 _REASONS = [os.strerror(getattr(errno, name)) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EFBIG", "EIO", "ENOTDIR")]

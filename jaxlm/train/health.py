@@ -15,7 +15,7 @@ from jaxlm import metrics as figures
 from jaxlm.config import TrainConfig
 from jaxlm.data import audit
 from jaxlm.data.audit import Occupant
-from jaxlm.train import report
+from jaxlm.train import durable, report
 
 FILE = "bad_steps.jsonl"
 RECENT = "recent.json"  # of a checkpoint: the figures of the last steps, from which the next ones' limits follow
@@ -104,9 +104,9 @@ class Health:
     """
 
     def __init__(self, cfg: TrainConfig, workdir: pathlib.Path, start: int, recent: Recent, *, rows: int, occupants: Callable[[int], list[Occupant]],
-                 newest: Callable[[], int | None], note: Callable[[str], None], primary: bool):
+                 newest: Callable[[], int | None], note: Callable[[str], None], tolerance: durable.Tolerance, primary: bool):
         self.recent, self._cfg, self._workdir, self._rows, self._occupants, self._newest = recent, cfg, workdir, rows, occupants, newest
-        self._note, self._primary, self._in_a_row = note, primary, 0
+        self._note, self._tolerance, self._primary, self._in_a_row = note, tolerance, primary, 0
         before = [row for row in report.read_metrics(workdir, FILE) if row["step"] <= start]
         self.skipped, self.spikes = sum(row["skipped"] for row in before), sum(row["why"] == "spike" for row in before)
         if primary:
@@ -148,8 +148,8 @@ class Health:
         row = {"step": step, "why": bad.why, "skipped": bad.skipped, "loss": number(bad.loss), "grad_norm": number(bad.grad_norm),
                "rows": [(step - 1) * self._rows, step * self._rows - 1],
                "documents": [{"row": one.row, "source": one.source, "id": one.id} for one in found[:_LISTED]], "more": max(len(found) - _LISTED, 0)}
-        with open(self._workdir / FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with self._tolerance():
+            durable.append(self._workdir / FILE, json.dumps(row) + "\n")
 
 
 def _what(bad: Bad) -> str:

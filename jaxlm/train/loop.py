@@ -1,10 +1,8 @@
 """A run from start to end: prepare or open the corpus, start or resume, step, log, evaluate, save, finish."""
 
-import collections
 import contextlib
 import json
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +15,9 @@ from jaxlm.config import Config
 from jaxlm.data import audit, chat, ledger, loader, mixture, pack, prepare, rows, shards
 from jaxlm.data import stream as streams
 from jaxlm.evaluate import classify, compression
-from jaxlm.train import best, checkpoint, classified, evaluation, health, initial, report, resume, setup
+from jaxlm.train import best, checkpoint, classified, durable, evaluation, health, initial, report, resume, setup
 from jaxlm.train import lock as locks
+from jaxlm.train.clock import Clock
 from jaxlm.train.state import State
 from jaxlm.train.stop import Stopped, StopRequest, Watchdog, abandon
 
@@ -64,9 +63,7 @@ def _adopt(config: Config, workdir: pathlib.Path) -> None:
     if path.exists():
         if changed := resume.changed(configs.read(path), config):
             raise ValueError(f"{workdir} holds a run with another config ({changed}): choose another --workdir, or undo the change")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(configs.to_json(config), encoding="utf-8")
-    temporary.replace(path)
+    durable.rewrite(path, configs.to_json(config))
 
 
 def open_corpus(config: Config, folder: pathlib.Path, note: Callable[[str], None]) -> shards.Corpus:
@@ -101,22 +98,27 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
     if template := corpus.manifest.get("chat_template"):
         files[chat.FILE] = template.encode()
 
-    def save(step: int, state: State, found: dict[str, float] | None) -> None:
+    tolerance = durable.Tolerance(config.checkpoint.on_error == "go_on", note)
+
+    def save(step: int, state: State, found: dict[str, float] | None) -> int:
         entry = ledger.entry(corpus, step, config.data.seed, config.data.batch_size, history)
         calibration = {key: found[key] for key in ("temperature", "documents")} if found and task.labelled else None
         more = {evaluation.CALIBRATION: json.dumps(calibration).encode()} if calibration else {}
         state = state._replace(params=trees.split(state.params, parts.kept)[0])
         checkpoints.save(step, state, files | more | recent.files() | {ledger.FILE: json.dumps(entry).encode()}, best.cost(config, found))
+        return step
 
     # Compiled before any data is read: a request to stop that came meanwhile is seen before the first step.
     recent = health.Recent(config.train.spike, checkpoint.find_file(workdir, start, health.RECENT) if start else None)
     run_step, mean = resume.compiled(parts, corpus, task, state, recent)
     batches = loader.batches(corpus, "train", task, batch_size=config.data.batch_size, seed=config.data.seed, start_step=start, stop_step=total,
                              rows=sharding.local_rows(parts.mesh, config.data.batch_size), threads=config.data.threads, prefetch=config.data.prefetch)
-    reporter = report.Reporter(workdir, start, {"config": configs.to_json(config), "parameters": report.overview(state.params)}) if primary else None
-    clock, vitals = _Clock(), health.Health(
-        config.train, workdir, start, recent, rows=config.data.batch_size, note=note, primary=primary,
-        newest=lambda: max(checkpoint.steps(workdir), default=None), occupants=lambda step: audit.occupants(corpus, task, config.data.seed, config.data.batch_size, step))
+    reporter = report.Reporter(workdir, start, {"config": configs.to_json(config), "parameters": report.overview(state.params)},
+                               tolerance) if primary else None
+    clock, vitals = Clock(note, str(corpus.folder)), health.Health(
+        config.train, workdir, start, recent, rows=config.data.batch_size, note=note, tolerance=tolerance, primary=primary,
+        newest=lambda: max(checkpoint.steps(workdir), default=None),
+        occupants=lambda step: audit.occupants(corpus, task, config.data.seed, config.data.batch_size, step))
     log = _Log(parts, epoch, trees.count(parts.plain), peak[0], clock, vitals, reporter, progress, lambda step: due("log", step),
                mean / config.data.sequence_length)
     pending: tuple[int, dict] | None = None
@@ -124,7 +126,7 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
     early, judged = best.ends(config, workdir, costs), False  # the first: killed after its last evaluation
     stop.arm()
     watchdog.beat()
-    with contextlib.closing(reporter) if primary else contextlib.nullcontext():
+    with clock, contextlib.closing(reporter) if primary else contextlib.nullcontext():
         while step < total and not early and not judged and not stop.at(step):
             with clock.waiting():
                 try:
@@ -154,12 +156,17 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
                     early = best.ends(config, workdir, costs)
                     judged = judge is not None and found is not None and judge(step, best.figure(config, found)) and step < total
                 if due("save", step) or early or judged:
-                    save(step, state, found)
-                    saved_step = step
+                    with tolerance():
+                        checkpoints.wait()  # the one before: when it fails, this one is tried all the same
+                    with tolerance():
+                        saved_step = save(step, state, found)
         if pending:
             log(*pending)
-        if step > saved_step:
-            save(step, state, None)
+        failed = tolerance.failed
+        with tolerance():
+            checkpoints.wait()
+        if step > saved_step or tolerance.failed > failed:  # the last one must succeed
+            save(step, state, found if step == total or early else None)
         acknowledged = checkpoints.wait()
         if early:
             note(f"step {step}: {config.train.patience} evaluations without a better {config.checkpoint.metric}, so the run ends here (train.patience)")
@@ -289,14 +296,14 @@ def _finish(step: int, early: bool, subject: evaluation.Subject, chosen: tuple[A
 
 def _mark(workdir: pathlib.Path, step: int, early: bool) -> None:
     """Says that the run is complete."""
-    (workdir / "FINISHED").write_text(json.dumps({"step": step} | ({"early": step} if early else {})) + "\n", encoding="utf-8")
+    durable.rewrite(workdir / "FINISHED", json.dumps({"step": step} | ({"early": step} if early else {})) + "\n")
 
 
 class _Log:
     """Reads a finished step's metrics, looks at their health, shows and writes them. Of labelled texts, whose batches differ in length, `share` is the mean
     length over the longest one: speed counts what was computed."""
 
-    def __init__(self, parts: setup.Setup, epoch: pack.EpochSize, params: int, peak: float, clock: "_Clock", vitals: health.Health,
+    def __init__(self, parts: setup.Setup, epoch: pack.EpochSize, params: int, peak: float, clock: Clock, vitals: health.Health,
                  reporter: report.Reporter | None, progress: report.Progress, due: Callable[[int], bool], share: float):
         self._total, self._clock, self._vitals, self._reporter, self._progress, self._due = parts.total, clock, vitals, reporter, progress, due
         config = parts.config
@@ -317,42 +324,7 @@ class _Log:
             self._reporter.scalars(step, {
                 **{f"train/{name}": value for name, value in means.items()}, **{f"train/{name}": float(value) for name, value in values.items()},
                 "train/skipped": self._vitals.skipped, "train/spikes": self._vitals.spikes, "train/tokens": step * self._tokens,
-                "perf/tokens_per_second": self._computed / seconds, "perf/mfu": self._load / seconds, "perf/step_seconds": seconds, "perf/data_wait": self._clock.wait_share(), "perf/padding": self._padding,
-                **report.memory_gib()})
+                "perf/tokens_per_second": self._computed / seconds, "perf/mfu": self._load / seconds, "perf/step_seconds": seconds,
+                "perf/data_wait": self._clock.wait_share(), "perf/padding": self._padding, **report.memory_gib()})
         self._progress.show(f"step {step}/{self._total}  loss {means['loss']:.3f}  {report.count(self._computed / seconds)} tokens/s  "
                             f"MFU {self._load / seconds:.0%}  left {report.duration((self._total - step) * seconds)}", final=step == self._total)
-
-
-class _Clock:
-    """Time per step without evaluations and saves, and the share of it that the device waited for data."""
-
-    def __init__(self):
-        self._steps: collections.deque[float] = collections.deque(maxlen=20)
-        self._last, self._waited, self._worked = time.perf_counter(), 0.0, 0.0
-
-    @property
-    def step_seconds(self) -> float:
-        return sum(self._steps) / len(self._steps)
-
-    def finished(self) -> None:
-        now = time.perf_counter()
-        self._steps.append(now - self._last)
-        self._worked += now - self._last
-        self._last = now
-
-    @contextlib.contextmanager
-    def waiting(self):
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def paused(self):
-        yield
-        self._last = time.perf_counter()
-
-    def wait_share(self) -> float:
-        """Of the time since it was last asked."""
-        share = self._waited / self._worked
-        self._waited = self._worked = 0.0
-        return share

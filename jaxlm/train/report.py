@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import TransformerConfig
+from jaxlm.train import durable
 
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # warns of each NaN that it is given; health.py says more
 
@@ -31,48 +32,59 @@ class Reporter:
     Args:
       resume_step: the checkpoint that the run goes on from, 0 for none.
       facts: texts for TensorBoard by name: the config, the table of parameters.
+      tolerance: what to do when something cannot be written: a row is then missing, those before and after it are whole.
     """
 
-    def __init__(self, workdir: pathlib.Path, resume_step: int, facts: Mapping[str, str]):
-        self._path = workdir / "metrics.jsonl"
+    def __init__(self, workdir: pathlib.Path, resume_step: int, facts: Mapping[str, str],
+                 tolerance: durable.Tolerance = durable.Tolerance(False, print)):
+        self._path, self._tolerance = workdir / "metrics.jsonl", tolerance
         drop_rows_after(self._path, resume_step)
-        self._file = open(self._path, "a", encoding="utf-8")
         self._board = _Board(workdir)
         if resume_step:  # TensorBoard forgets what an interrupted process showed from here on
             from tensorboardX.proto import event_pb2
-            self._board.write(resume_step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+            with tolerance():
+                self._board.write(resume_step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
         for name, text in facts.items():
             self.text(resume_step, name, "    " + text.replace("\n", "\n    "))  # Markdown shows it as code
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One row of the log and one point of each curve."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        self._board.scalars(step, values)
+        with self._tolerance():
+            durable.append(self._path, json.dumps({"step": step, **values}) + "\n")
+        with self._tolerance():
+            self._board.scalars(step, values)
 
     def text(self, step: int, name: str, text: str) -> None:
         """Shows a text in TensorBoard."""
         from tensorboardX import summary
-        self._board.write(step, summary=summary.text(name, text))
+        with self._tolerance():
+            self._board.write(step, summary=summary.text(name, text))
 
     def close(self) -> None:
         """Writes what is left."""
-        self._file.close()
         self._board.close()
 
 
 class _Board:
-    """A TensorBoard event file, written in the caller's thread: tensorboardX's own thread dies on a full disk, and its queue then blocks for ever."""
+    """A TensorBoard event file, written in the caller's thread: tensorboardX's own thread dies on a full disk, and its queue then blocks for ever. After an
+    event that could not be written the next one begins another file: a reader stops at half an event."""
 
     def __init__(self, folder: pathlib.Path, suffix: str = ""):
-        from tensorboardX.event_file_writer import EventsWriter
-        folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"), suffix)
+        self._folder, self._suffix, self._files, self._writer = folder, suffix, 0, None
 
     def write(self, step: int, **content: Any) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
-        self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
-        self._writer.flush()
+        try:
+            if self._writer is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._writer = EventsWriter(str(self._folder / "events"), self._suffix + f".{self._files}" * (self._files > 0))
+                self._files += 1
+            self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
+            self._writer.flush()
+        except OSError as error:
+            self.close()
+            raise OSError(f"the event file in {self._folder} cannot be written: {durable.reason(error)}") from error
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         from tensorboardX import summary
@@ -80,7 +92,10 @@ class _Board:
         self.write(step, summary=summary_pb2.Summary(value=[v for name, value in values.items() for v in summary.scalar(name, value).value]))
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+        self._writer = None
 
 
 def write_scalars(folder: pathlib.Path, step: int, values: Mapping[str, float]) -> None:
@@ -94,9 +109,7 @@ def drop_rows_after(path: pathlib.Path, step: int) -> None:
     """Takes back what an interrupted process logged past the checkpoint of `step`, in a file of rows such as metrics.jsonl."""
     if not path.exists():
         return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in read_metrics(path.parent, path.name) if row["step"] <= step), encoding="utf-8")
-    temporary.replace(path)
+    durable.rewrite(path, "".join(json.dumps(row) + "\n" for row in read_metrics(path.parent, path.name) if row["step"] <= step))
 
 
 def read_metrics(workdir: pathlib.Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

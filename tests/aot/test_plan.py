@@ -202,20 +202,24 @@ def test_the_compilers_figures_are_read(message, temporaries):
     assert compiler._exceeded(message, 2 * 2**30) == temporaries
 
 
-def test_a_run_that_dies_of_it_is_told_the_command(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("message", ["RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.\nmore",
+                                     "INTERNAL: Error dispatching computation: Out of memory allocating 123 bytes.", ""])
+def test_a_run_that_dies_of_it_is_told_the_command(monkeypatch, tmp_path, capsys, message):
+    """On TPUs and GPUs, on CPUs (as XLA says it there), and of the machine's own memory."""
     import jax
 
     from jaxlm.train import loop
 
     def die(*_):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.\nmore")
+        raise jax.errors.JaxRuntimeError(message) if message else MemoryError
 
     monkeypatch.setattr(loop, "run", die)
     with pytest.raises(SystemExit) as stopped:
         cli.run("train", ["--config=quickstart", f"--workdir={tmp_path}", "--config.data.batch_size=64"])
     lines = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and len(lines) == 1
-    assert "jaxlm fit --config=quickstart --topology=v5e:2x4 --search --config.data.batch_size=64" in lines[0] and "Out of memory allocating 123 bytes." in lines[0]
+    assert "jaxlm fit --config=quickstart --topology=v5e:2x4 --search --config.data.batch_size=64" in lines[0]
+    assert ("Out of memory allocating 123 bytes." if message else "this machine's own memory") in lines[0]
 
 
 def test_other_errors_of_the_runtime_stay_what_they_are(monkeypatch, tmp_path):

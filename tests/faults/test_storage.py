@@ -1,17 +1,26 @@
 """Damaged files are named and not used; where nothing can be written a run says so and loses nothing."""
 
+import dataclasses
+import errno
 import functools
 import json
+import os
 import random
+import resource
+import subprocess
+import sys
 from collections import Counter
 
+import jax
 import pytest
 
-from jaxlm import config
+from jaxlm import cli, config
 from jaxlm.data import sums
-from jaxlm.train import report, setup
+from jaxlm.train import checkpoint, durable, loop, report, setup
+from jaxlm.train.lock import Lock
 from tests.faults import damaged
 from tests.train import runs
+from tests.train.checkpoint_worker import make_state
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,3 +78,166 @@ def test_no_damage_is_silent(tmp_path):
             assert said in ("named", "harmless"), (path, said)
             found[said] += 1
     assert found["named"] > 50
+
+
+# --- a disk that refuses ---
+
+
+QUIET = [("model.layers", "1"), ("model.width", "16"), ("model.dropout", "0"), ("train.eval_every", "0"), ("data.validation", "0"), ("data.test", "0"),
+         ("checkpoint.keep_last", "9")]
+
+
+class Disk:
+    """Lets the functions that write fail, from one moment to another."""
+
+    def __init__(self, monkeypatch):
+        self.error, self._fsync, self._open = None, os.fsync, open
+        monkeypatch.setattr(os, "fsync", lambda descriptor: self._fail() or self._fsync(descriptor))
+        monkeypatch.setattr(durable, "open", self._opened, raising=False)
+
+    def _fail(self):
+        if self.error is not None:
+            raise OSError(self.error, os.strerror(self.error))
+
+    def _opened(self, path, mode="r", **options):
+        if "a" in mode:
+            self._fail()
+        return self._open(path, mode, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    cfg = runs.load(folder, [*QUIET, ("data.dir", str(folder / "data"))], steps=8, every=2)
+    assert loop.run(cfg, folder / "run") == 0
+    return cfg, folder / "run"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, *(pytest.param(number, marks=pytest.mark.slow) for number in (errno.EDQUOT, errno.EROFS, errno.EACCES))])
+def test_a_run_goes_on_over_a_disk_that_refuses_for_a_while_or_ends(whole, tmp_path, monkeypatch, capsys, number):
+    """Nothing can be written in steps 3 to 5: the checkpoint of step 4 and three lines of the log are lost, and nothing else."""
+    cfg, reference = whole
+    disk, finished, save = Disk(monkeypatch), loop.Clock.finished, checkpoint.Checkpoints.save
+    steps = []
+
+    def save_now(self, *arguments):  # what is written meanwhile would hang on chance
+        save(self, *arguments)
+        self.wait()
+
+    def count(clock):
+        steps.append(None)
+        disk.error = number if 3 <= len(steps) <= 5 else None
+        finished(clock)
+
+    monkeypatch.setattr(loop.Clock, "finished", count)
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", save_now)
+    tolerant = dataclasses.replace(cfg, checkpoint=dataclasses.replace(cfg.checkpoint, on_error="go_on"))
+    assert loop.run(tolerant, tmp_path / "on") == 0
+    out = capsys.readouterr().out
+    said, losses = os.strerror(number), runs.losses(reference)
+    assert f"warning: checkpoint of step 4 could not be written to {tmp_path / 'on'}: {said}; the newest whole one is step 2; going on" in out
+    assert out.count(f"metrics.jsonl cannot be written: {said}; going on (checkpoint.on_error=go_on)") == 1
+    assert checkpoint.steps(tmp_path / "on") == [2, 6, 8] and (tmp_path / "on" / "FINISHED").exists()
+    assert runs.losses(tmp_path / "on") == {step: loss for step, loss in losses.items() if step not in (3, 4, 5)}
+    steps.clear()
+    with pytest.raises(OSError, match=f"metrics.jsonl cannot be written: {said}$"):
+        loop.run(cfg, tmp_path / "stop")
+    disk.error = None
+    assert checkpoint.newest(tmp_path / "stop") == 2
+    monkeypatch.setattr(loop.Clock, "finished", finished)
+    assert loop.run(cfg, tmp_path / "stop") == 0 and runs.losses(tmp_path / "stop") == losses
+
+
+def test_the_last_checkpoint_of_a_run_must_succeed(whole, tmp_path, monkeypatch):
+    cfg, _ = whole
+    seal, failing = checkpoint._seal, []
+
+    def fail(folder, facts):
+        if facts["step"] in failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return seal(folder, facts)
+
+    monkeypatch.setattr(checkpoint, "_seal", fail)
+    tolerant = dataclasses.replace(cfg, checkpoint=dataclasses.replace(cfg.checkpoint, on_error="go_on"))
+    failing[:] = [4, 8]
+    with pytest.raises(OSError, match="checkpoint of step 8 could not be written .*: No space left on device; the newest whole one is step 6"):
+        loop.run(tolerant, tmp_path / "run")
+    assert not (tmp_path / "run" / "FINISHED").exists() and checkpoint.steps(tmp_path / "run") == [2, 6]
+    failing.clear()
+    assert loop.run(tolerant, tmp_path / "run") == 0 and checkpoint.steps(tmp_path / "run") == [2, 6, 8]
+
+
+def test_a_line_that_does_not_fit_is_cut_off_again(tmp_path):
+    path = tmp_path / "log.jsonl"
+    durable.append(path, "a" * 1000 + "\n")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))  # a real limit of the system: the write is done in part
+    try:
+        with pytest.raises(OSError, match="log.jsonl cannot be written: File too large$"):
+            durable.append(path, "b" * 1000 + "\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    durable.append(path, "c\n")
+    assert path.read_text() == "a" * 1000 + "\nc\n"
+    with pytest.raises(OSError, match="log.jsonl/x cannot be written: Not a directory$"):
+        durable.rewrite(path / "x", "")
+
+
+def test_a_limit_of_file_sizes_and_a_lost_permission_cost_one_checkpoint(tmp_path):
+    """Limits and permissions of the system itself, through Orbax and TensorStore."""
+    big = lambda step: make_state(step)._replace(params={"w": jax.random.normal(jax.random.key(step), (256, 1024))})
+    os.chmod(tmp_path, 0o755)
+    with Lock(tmp_path / "run") as lock, checkpoint.Checkpoints(lock, keep_last=9, keep_best=0, keep_every=0) as checkpoints:
+        checkpoints.save(1, big(1), {})
+        assert checkpoints.wait() == 1
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, before[1]))
+        try:
+            with pytest.raises(OSError, match="step 2 could not be written .*: File too large; the newest whole one is step 1"):
+                checkpoints.save(2, big(2), {})
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        if os.geteuid() == 0:  # root may write everywhere: someone else for a moment
+            os.seteuid(65534)
+        else:
+            os.chmod(tmp_path / "run" / "checkpoints", 0o555)
+        try:
+            with pytest.raises(OSError, match="step 3 could not be written .*: Permission denied; the newest whole one is step 1"):
+                checkpoints.save(3, big(3), {})
+                checkpoints.wait()
+        finally:
+            os.seteuid(os.getuid())
+            os.chmod(tmp_path / "run" / "checkpoints", 0o755)
+        checkpoints.save(4, big(4), {})
+        assert checkpoints.wait() == 4
+    assert checkpoint.steps(tmp_path / "run") == [1, 4] and checkpoint.newest(tmp_path / "run", log=pytest.fail) == 4
+
+
+# --- out of memory ---
+
+
+def test_another_verb_that_runs_out_of_memory_says_so_in_one_line(monkeypatch, tmp_path, capsys):
+    from jaxlm.train import replay
+    for error in (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.\nmore"), MemoryError()):
+        monkeypatch.setattr(replay, "run", lambda *_, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(SystemExit) as ended:
+            cli.run("replay", [f"--workdir={tmp_path}", "--step=1"])
+        said = capsys.readouterr().err.strip()
+        assert ended.value.code == 2 and said.startswith("jaxlm: out of memory (") and "jaxlm fit --config=" in said and "\n" not in said
+    monkeypatch.setattr(replay, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
+    with pytest.raises(RuntimeError, match="boom"):
+        cli.run("replay", [f"--workdir={tmp_path}", "--step=1"])
+
+
+@pytest.mark.slow
+def test_memory_that_really_ends_is_one_line_with_the_command(tmp_path):
+    """Under a limit of the system on this process's memory: parameters that do not fit, on a CPU."""
+    recipe = runs.recipe(tmp_path)
+    limited = ["prlimit", f"--as={9 * 10**9}", sys.executable, "-m", "jaxlm"]
+    arguments = ["train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--config.model.width=16384", "--config.model.heads=8"]
+    done = subprocess.run([*limited, *arguments], env=runs.environment(), capture_output=True, text=True, timeout=120)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr and last.startswith("jaxlm: out of memory on 1 x cpu (INTERNAL")
+    assert f"jaxlm fit --config={recipe} --topology=v5e:2x2 --search --config.model.width=16384 --config.model.heads=8" in last
