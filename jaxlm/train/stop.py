@@ -29,11 +29,14 @@ def abandon(reader: object) -> None:
 def depart(code: int) -> int:
     """What a finished or stopped run does last, when all is saved: from here on nothing keeps the process from ending with `code`, neither a second notice
     of a preemption nor a thread that waits for a disk that hangs. In a process that goes on, as a notebook does, nothing happens."""
+    ends = threading.Event()
+
     def wait() -> None:
-        threading.main_thread().join()
+        ends.wait()
         time.sleep(_LEAVE)
         os._exit(code)
 
+    threading._register_atexit(ends.set)  # not atexit: the interpreter waits for the threads of pools before it comes to those
     atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=wait, daemon=True, name="depart").start()
     return code

@@ -44,12 +44,14 @@ def test_a_wait_that_is_over_changes_nothing():
 
 def test_sigterm_is_heard_inside_a_compile():
     """A computation in C that lasts for minutes stands for it; nothing is there to be saved yet."""
-    code = "import hashlib\nfrom jaxlm.train import stop\nstop._LEAVE = 0.3\nstop.StopRequest()\nprint('now', flush=True)\nhashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+    code = "import hashlib\nfrom jaxlm.train import stop\nstop._LEAVE = 0.3\nstop.StopRequest()\nprint('now', flush=True)\n" \
+           "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
     assert ended(code, signal.SIGTERM) == 0
 
 
 def test_a_thread_that_hangs_does_not_keep_a_finished_run():
-    code = ("import threading, time\nfrom jaxlm.train import stop\nstop._LEAVE = 0.3\nthreading.Thread(target=time.sleep, args=(600,)).start()\n"
+    code = ("import concurrent.futures, time\nfrom jaxlm.train import stop\nstop._LEAVE = 0.3\n"
+            "concurrent.futures.ThreadPoolExecutor().submit(time.sleep, 600)\n"
             "stop.depart(7)\nprint('now', flush=True)")
     assert ended(code, None) == 7
 
