@@ -274,6 +274,8 @@ class TransformerConfig:
     relative_distance: int = 128  # relative positions: distances from here on are one
     embedding_noise: float = 0.0  # in training, noise on the token embeddings: uniform within this / sqrt(tokens of a row x width); NEFTune: 5; 0: off
     logit_scale: float = 1.0  # factor on the hidden states before the output projection; T5 with a tied embedding: width^-0.5
+    mup_width: int = 0  # maximal update parametrisation (docs/search.md): the width that optim.lr was found for, from which it carries over to this one; 0: off
+    mup_head_size: int = 0  # with mup_width: the head size of that model; 0: the same, wider models having more heads
 
     def __post_init__(self):
         for key in ("context", "layers", "width", "heads"):
@@ -331,6 +333,11 @@ class TransformerConfig:
         _need(self.embedding_noise >= 0, f"model.embedding_noise={self.embedding_noise} must not be negative; 0 is off")
         _need(not self.embedding_noise or self.kind == "decoder" and not self.encoder_layers, "model.embedding_noise is for decoders: leave it out")
         _need(self.logit_scale > 0, f"model.logit_scale={self.logit_scale} must be positive")
+        _need(self.mup_width >= 0 and self.mup_head_size >= 0, f"model.mup_width={self.mup_width} and model.mup_head_size={self.mup_head_size} must not be negative")
+        _need(self.mup_width > 0 or not self.mup_head_size, f"model.mup_head_size={self.mup_head_size} goes with model.mup_width: set that too")
+        _need(not self.mup_width or self.kind == "decoder" and not self.encoder_layers, "model.mup_width is for decoders: leave it out")
+        _need(not self.mup_width or self.init in ("normal", "truncated_normal"), f"model.mup_width says how the width changes model.init_std, which "
+              f"model.init={self.init} has no use for: set model.init=normal")
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
@@ -341,6 +348,22 @@ class TransformerConfig:
     def drops(self) -> bool:
         """Whether training draws random numbers."""
         return self.dropout > 0 or self.attention_dropout > 0 or self.embedding_noise > 0
+
+    @property
+    def wider(self) -> float:
+        """How many times as wide the model is as the one that its hyper-parameters were found for; 1 without mup_width."""
+        return self.width / self.mup_width if self.mup_width else 1.0
+
+    @property
+    def score_scale(self) -> float:
+        """Factor on attention scores: 1 / sqrt(head size), or as under muP they shrink with 1 / head size (Yang et al. 2022, definition 4.1)."""
+        head = self.head_size or self.width // self.heads
+        return (self.query_scale or head) ** -0.5 * math.sqrt((self.mup_head_size or head) / head)
+
+    @property
+    def hidden_scale(self) -> float:
+        """Factor on hidden states before the output projection: under muP a tied one, which starts and learns like an embedding, shrinks here."""
+        return self.logit_scale / (self.wider if self.tied else 1.0)
 
     def filled(self) -> "TransformerConfig":
         """The same model with every 0-means-default size written out."""
@@ -577,6 +600,8 @@ class Config:
         # With init_from the model's context is known only when that is read (train/initial.py).
         _need(self.train.init_from or self.data.sequence_length <= self.model.context, f"data.sequence_length={self.data.sequence_length} is longer than "
               f"model.context={self.model.context}: make the first smaller or the second larger")
+        _need(not self.model.mup_width or self.optim.name == "adamw", f"model.mup_width has rules for optim.name=adamw, not {self.optim.name}: set that, or leave "
+              "it out")
         form = {"sft": "chat", "preference": "preference"}.get(self.objective.name, "text")
         _need(self.data.format == form or self.data.format == "text" and not self.data.source, f"objective.name={self.objective.name} "
               f"learns from data.format={form}, not {self.data.format}")
@@ -721,7 +746,8 @@ def parse(key: str, text: str) -> Any:
     """
     tree: dict = {}
     _override(tree, key, text)
-    return _coerce(key, *tree[key.partition(".")[0]].values(), kind(key))
+    part, _, name = key.partition(".")
+    return _coerce(key, tree[part][name], kind(key))
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:

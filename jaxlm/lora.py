@@ -30,6 +30,7 @@ _PROJECTIONS = r"(.*/)?layers/(attn/[qkvo]|cross/[qkvo]|mlp/(up|gate|down)|moe/s
 
 
 def is_adapter(path: str) -> bool:
+    """Whether a parameter's path lies in an adapter."""
     return BRANCH in path.split("/")
 
 
@@ -47,6 +48,7 @@ def targets(cfg: LoraConfig, axes: Axes) -> list[str]:
 
 
 def scale(cfg: LoraConfig) -> float:
+    """What an adapter's product is multiplied by: alpha / r (Hu et al. 2021), or alpha / sqrt(r) (Kalajdzievski 2023)."""
     return cfg.alpha / (math.sqrt(cfg.rank) if cfg.rslora else cfg.rank)
 
 
@@ -56,6 +58,7 @@ def inputs(path: str) -> int:
 
 
 def adapter_path(path: str, leaf: str) -> str:
+    """Where the adapter of a matrix keeps a leaf."""
     module, _, name = path.rpartition("/")
     return f"{module}/{BRANCH}/{name}/{leaf}"
 

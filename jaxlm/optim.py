@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from optax import contrib
 
-from jaxlm import moments, trees
+from jaxlm import moments, mup, trees
 from jaxlm.config import OptimConfig, TransformerConfig, steps_of
 
 
@@ -75,18 +75,19 @@ def build(cfg: OptimConfig, rate: Callable, axes: dict[str, tuple[str, ...]], mo
     Args:
       rate: learning rate by step.
       axes: path -> logical axes of each trained parameter.
-      model: for optim.layer_decay: how many layers there are.
+      model: for optim.layer_decay how many layers there are; for model.mup_width how wide it is.
     """
     decay = decays(cfg, axes)
     mask = lambda tree: trees.map_paths(lambda path, _: decay[path], tree)
     clip = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
     keep = (lambda tx: tx) if cfg.state_dtype == "float32" else (lambda tx: moments.compressed(tx, cfg.state_dtype, axes))
+    method = _method(cfg, rate, mask, axes) if model.wider == 1 else _wider_adamw(cfg, rate, mask, mup.rates(model, axes))
     if cfg.layer_decay == 1:
-        return keep(optax.chain(*clip, _method(cfg, rate, mask, axes)))
+        return keep(optax.chain(*clip, method))
     factors = layer_factors(cfg, axes, model)
     scale = lambda updates, state, params=None: (trees.map_paths(lambda path, u: u * factors[path].astype(u.dtype).reshape(-1, *[1] * (u.ndim - 1))
                                                                  if factors[path].ndim else u * factors[path].astype(u.dtype), updates), state)
-    return keep(optax.chain(*clip, _method(cfg, rate, mask, axes), optax.GradientTransformation(lambda params: optax.EmptyState(), scale)))
+    return keep(optax.chain(*clip, method, optax.GradientTransformation(lambda params: optax.EmptyState(), scale)))
 
 
 def layer_factors(cfg: OptimConfig, axes: dict[str, tuple[str, ...]], model: TransformerConfig) -> dict[str, jax.Array]:
@@ -126,6 +127,14 @@ def _method(cfg: OptimConfig, rate: Callable, mask: Callable, axes: dict[str, tu
     matrices = lambda tree: trees.map_paths(lambda path, _: _matrix(path, axes[path]), tree)
     return contrib.muon(rate, beta=0.95, weight_decay=cfg.weight_decay, weight_decay_mask=mask, adam_b1=cfg.b1, adam_b2=cfg.b2, eps=cfg.eps,
                         adam_weight_decay=0.0, muon_weight_dimension_numbers=matrices, consistent_rms=0.2)
+
+
+def _wider_adamw(cfg: OptimConfig, rate: Callable, mask: Callable, factors: dict[str, float]) -> optax.GradientTransformation:
+    """AdamW whose rate has a factor for each path. The weight decay has none: decoupled, it shrinks weights by rate x decay in a step, which is to stay as it
+    was found (as in the authors' package `mup`)."""
+    scale = lambda updates, state, params=None: (trees.map_paths(lambda path, u: u * jnp.asarray(factors[path], u.dtype), updates), state)
+    return optax.chain(optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps), optax.GradientTransformation(lambda params: optax.EmptyState(), scale),
+                       optax.add_decayed_weights(cfg.weight_decay, mask), optax.scale_by_learning_rate(rate))
 
 
 def _matrix(path: str, axes: tuple[str, ...]) -> contrib.MuonDimensionNumbers | None:

@@ -75,6 +75,7 @@ def _mesh(name: str) -> MeshConfig:
 
 
 def devices(name: str) -> int:
+    """How many devices a mesh of that name has."""
     return math.prod(dataclasses.astuple(_mesh(name)))
 
 
@@ -146,6 +147,7 @@ def labelled(made: dict[str, np.ndarray], step: int, config: Config) -> dict[str
 
 
 def build(config: Config, name: str) -> setup.Setup:
+    """The parts of a run on that mesh."""
     return setup.build(config, sharding.make_mesh(_mesh(name), jax.devices()[:devices(name)]), VOCABULARY, teacher=config.model)
 
 
@@ -162,6 +164,7 @@ def compiled(function: Callable, *arguments: Any) -> Callable:
 
 
 def programs(parts: setup.Setup) -> Programs:
+    """What is compared, compiled."""
     with jax.set_mesh(parts.mesh):
         return Programs(compiled(parts.gradient, parts.target.params, parts.batch), compiled(parts.step, parts.target, parts.batch))
 
@@ -270,6 +273,7 @@ HEADER = f"{'mesh':<28} {'loss':>8} {'grads':>8} {'params':>8}  {'bound':>8}  wo
 
 
 def line(row: Row) -> str:
+    """A row of the table."""
     if row.refused:
         return f"{row.mesh:<28} not possible with this model: {row.refused}"
     return f"{row.mesh:<28} {row.loss:8.1e} {row.grads:8.1e} {row.params:8.1e}  {row.bound:8.1e}  {row.worst:<32} {'ok' if row.ok else 'DIFFERS'}"

@@ -30,6 +30,7 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
+    """A kind of accelerator, by its data sheet."""
     name: str
     platform: str  # "tpu", which libtpu compiles for, or "gpu", by formula only
     flops: float  # dense bfloat16 peak, FLOP/s
@@ -63,12 +64,14 @@ SHAPES = {"v5e": _FLAT, "v6e": _FLAT, "v4": _SOLID, "v5p": _SOLID}
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
+    """Chips that one program runs on."""
     chip: Chip
     shape: tuple[int, ...]  # chips along each dimension of one slice; of GPUs their number
     slices: int = 1
 
     @property
     def chips(self) -> int:
+        """How many there are in all slices."""
         return math.prod(self.shape) * self.slices
 
     @property

@@ -51,6 +51,7 @@ def sizes(config: Config, shapes: Mapping[str, tuple[int, ...]], state: Mapping[
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
+    """What a step needs, by formula."""
     memory: dict[str, int]  # bytes of one device, as in `compiler.MEMORY`
     flops: float  # of one device, recomputation included
     useful: float  # of all devices, by `report.flops_per_token`

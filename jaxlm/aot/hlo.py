@@ -24,12 +24,14 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "whil
 
 @dataclasses.dataclass(frozen=True)
 class Array:
+    """One array of a compiled program."""
     dtype: str
     shape: tuple[int, ...]
     on_chip: bool  # laid out in a memory other than the main one (`S(1)` is the TPU's vector memory)
 
     @property
     def bytes(self) -> int:
+        """Its size in memory."""
         return int(math.prod(self.shape) * _BYTES.get(self.dtype, 1))
 
     def __str__(self) -> str:
@@ -38,6 +40,7 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+    """One line of a compiled program."""
     name: str
     arrays: tuple[Array, ...]  # the result, a tuple's parts in order
     opcode: str
@@ -47,12 +50,14 @@ class Instruction:
     root: bool
 
     def attribute(self, name: str) -> str | None:
+        """The value of `name=`, None where it is absent."""
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
+    """A compiled program, as its text says."""
     computations: Mapping[str, tuple[Instruction, ...]]
     entry: str
 

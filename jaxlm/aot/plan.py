@@ -43,6 +43,7 @@ class Verdict:
 
     @property
     def total(self) -> int:
+        """Bytes of one device, all parts together."""
         return sum(self.memory.values())
 
     @property
@@ -255,4 +256,5 @@ def describe(verdict: Verdict) -> str:
 
 
 def dump(verdicts: Sequence[Verdict]) -> str:
+    """All of them as JSON text."""
     return json.dumps([v.to_json() for v in verdicts], indent=1) + "\n"

@@ -43,6 +43,7 @@ class Schedule:
 
     @property
     def seconds(self) -> float:
+        """The parts one after the other."""
         return self.compute + self.ici + self.dcn
 
 

@@ -9,6 +9,7 @@ _GIB = 2**30
 
 
 def gib(size: float) -> str:
+    """Bytes in GiB, two decimals."""
     return f"{size / _GIB:.2f}"
 
 

@@ -63,6 +63,7 @@ def main(values: flags.FlagValues) -> int:
     if values.stablehlo:
         return _write_stablehlo(values, to)
 
+    from jaxlm import mup
     from jaxlm.data import chat, sums
     from jaxlm.interop import gguf, hf
     from jaxlm.train import card, saved, summary
@@ -71,19 +72,20 @@ def main(values: flags.FlagValues) -> int:
     if run.config.model.kind == "decoder" and run.config.model.labels:
         raise ValueError(f"{values.workdir} holds a decoder with a head for labels, for which neither format has a place here (encoders with labels can be "
                          "exported): use jaxlm generate --classify")
+    cfg, params = mup.folded(run.config.model, run.params)
     tokenizer = run.tokenizer
     if run.chat_template:
         tokenizer = dataclasses.replace(tokenizer, files={**tokenizer.files, chat.FILE: run.chat_template.encode()})
     to.parent.mkdir(parents=True, exist_ok=True)
     if to.suffix == ".gguf":
-        file = gguf.write(to, run.config.model, run.params, tokenizer, {"float32": "f32", "float16": "f16", "q8_0": "q8_0"}[values.dtype])
+        file = gguf.write(to, cfg, params, tokenizer, {"float32": "f32", "float16": "f16", "q8_0": "q8_0"}[values.dtype])
         print(f"{to}, step {run.step} of {run.workdir}, read back and compared:\n{gguf.mapping(file)}")
         return 0
     # Whole or not at all.
     with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as temporary:
         folder = pathlib.Path(temporary) / "export"
         folder.mkdir()
-        source = hf.save(folder, run.config.model, run.params, dtype=values.dtype, architecture=values.architecture,
+        source = hf.save(folder, cfg, params, dtype=values.dtype, architecture=values.architecture,
                          extra={"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad})
         tokenizer.write_huggingface(folder)
         written = run.workdir / card.FILE
@@ -137,6 +139,8 @@ def _write_adapter(values: flags.FlagValues, to) -> int:
     if values.dtype != "float32":
         raise ValueError(f"--dtype={values.dtype} is not for --adapter: adapters are small and written in float32")
     config, step, adapters, told = saved.adapters(values.workdir, values.step)
+    if config.model.mup_head_size not in (0, config.model.filled().head_size):
+        raise ValueError("with model.mup_head_size the exported base has other query weights than the adapters were trained with: merge them, leave --adapter out")
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as temporary:
         folder = pathlib.Path(temporary) / "export"

@@ -46,6 +46,7 @@ class Answer(NamedTuple):
 
 
 class Metric(NamedTuple):
+    """How answers become a figure: columns of each item, which are added up, and what is made of the sums."""
     columns: Callable[[Task, Item, Answer], Sequence[float]] | None  # None: of a corpus's split, which has no answers (likelihood.Scores)
     figure: Callable[[np.ndarray], Any]  # sums [..., K] -> [...]
     higher_is_better: bool = True
@@ -127,6 +128,7 @@ def _exact(task: Task, item: Item, answer: Answer) -> float:
 
 
 def normalise(text: str) -> str:
+    """As SQuAD compares answers (Rajpurkar et al. 2016): small letters, without punctuation, articles and superfluous spaces."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 

@@ -15,6 +15,7 @@ MISSING = "TF-IDF + logistic regression is left out: pip install 'jaxlm[classify
 
 
 class Baseline(NamedTuple):
+    """What a simple model answers to the same texts."""
     name: str
     logits: np.ndarray  # [N, C], whose softmax (of multi_label the sigmoid) are its probabilities; of regress [N, 1] numbers
 

@@ -45,6 +45,7 @@ class Ask(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The task's, with what differs from its definition."""
         return self.task.name + f"-{self.shots}shot" * (self.shots != self.task.shots) + f"-first{self.limit}" * bool(self.limit)
 
 

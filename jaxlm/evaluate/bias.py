@@ -36,6 +36,7 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Task and metric."""
         return f"{self.task}/{self.metric}"
 
 
@@ -106,6 +107,7 @@ def check_limits(limits: Iterable[tuple[str, float]], names: Sequence[str]) -> d
 
 
 def broken(found: Sequence[Row]) -> list[Row]:
+    """Those that break their limit."""
     return [row for row in found if row.verdict == "BROKEN"]
 
 

@@ -90,6 +90,7 @@ class Task:
 
 
 class Item(NamedTuple):
+    """One question of a task."""
     number: int
     contexts: tuple[str, ...]  # what stands before each continuation; of "generate" the one prompt; of "loss" none
     continuations: tuple[str, ...]  # of "loss" the text itself

@@ -17,6 +17,7 @@ _LEAST = 5  # texts of a slice
 
 
 class Slice(NamedTuple):
+    """Texts that have a value in a column, and how right the model is about them."""
     column: str
     value: str
     texts: int
@@ -61,6 +62,7 @@ def columns(texts: Sequence[str], sources: Sequence[str], fields: Sequence[Mappi
 
 
 class Suspect(NamedTuple):
+    """A text whose label looks wrong."""
     place: int  # in the arrays given
     given: int  # class
     likely: int
@@ -104,6 +106,7 @@ def cross_validated(features: np.ndarray, truth: np.ndarray, folds: int = 5, see
 
 
 class Near(NamedTuple):
+    """An evaluated text that is almost one of the training texts."""
     place: int  # of the evaluated text
     train: int  # of the training text
     similarity: float
@@ -129,6 +132,7 @@ def near_duplicates(train: Sequence[str], texts: Sequence[str], threshold: float
 
 
 class Moving(NamedTuple):
+    """A word that moves answers."""
     word: str
     texts: int
     effect: float  # mean change of the class's probability (of a number: of the number) by the word's presence

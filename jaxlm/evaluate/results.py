@@ -23,6 +23,7 @@ FOLDER = "results"
 
 
 def folder(workdir: pathlib.Path, step: int) -> pathlib.Path:
+    """Where the results of a checkpoint lie."""
     return workdir / FOLDER / f"step-{step}"
 
 
@@ -35,6 +36,7 @@ def write(path: pathlib.Path, result: Mapping[str, Any], items: Sequence[Mapping
 
 
 def json_text(value: Mapping[str, Any]) -> str:
+    """A result as the text of its file."""
     return json.dumps(clean(value), indent=1, ensure_ascii=False) + "\n"
 
 
@@ -49,10 +51,12 @@ def replace(path: pathlib.Path, text: str) -> None:
 
 
 def items_of(path: pathlib.Path) -> pathlib.Path:
+    """The file of single items beside a result's."""
     return path.with_name(path.name.removesuffix(".json") + ".items.jsonl")
 
 
 def clean(value: Any) -> Any:
+    """JSON values for what numpy and dataclasses hold; what is not finite becomes null."""
     if isinstance(value, Mapping):
         return {key: clean(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -113,6 +117,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def number(value: float | None) -> str:
+    """For tables: four decimals, of large numbers two."""
     return "none" if value is None else f"{value:.4f}" if abs(value) < 100 else f"{value:,.2f}"
 
 
@@ -144,6 +149,7 @@ def compared(a: pathlib.Path, b: pathlib.Path, log=lambda line: None) -> list[di
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], a: str, b: str) -> str:
+    """Rows of a paired comparison of A and B, for people."""
     lines = [f"A = {a}", f"B = {b}", f"  {'task':<20} {'metric':<16} {'A':>9} {'B':>9} {'A - B':>9}   {'95 % interval':<20} {'p':>7}  A is"]
     for row in rows:
         verdict = row["verdict"]

@@ -18,6 +18,7 @@ from jaxlm.evaluate.likelihood import Scorer, one_behind
 
 
 class Request(NamedTuple):
+    """Tokens of which a model is to say how likely they are."""
     tokens: np.ndarray  # int32, what is read and then what is scored
     targets: int  # how many of the last tokens are scored
     place: int = -1  # of an encoder: of `tokens`, which are all read, the one that is scored alone
@@ -25,6 +26,7 @@ class Request(NamedTuple):
 
 
 class Score(NamedTuple):
+    """What the model says of a request."""
     logprob: float  # nats, of all targets
     greedy: bool  # whether the model ranks each of them first
 

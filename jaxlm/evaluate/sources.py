@@ -20,6 +20,7 @@ SUMS = "sha256.json"  # beside the files: what was noted on their first use
 
 
 class Read(NamedTuple):
+    """A task's items, and where they come from."""
     items: list[Item]
     examples: list[Item]
     origin: dict[str, Any]  # for the result: where from, sha256, and who vouches for it

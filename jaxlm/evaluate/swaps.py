@@ -23,6 +23,7 @@ _NO_NOUN = frozenset("a an the and or but to at in on by for of from with as if 
 
 
 class Swap(NamedTuple):
+    """Words that are exchanged to ask whether an answer depends on a group."""
     name: str
     groups: tuple[str, str]
     pairs: tuple[tuple[str, str], ...]

@@ -18,6 +18,7 @@ FILE = "verdict.json"
 
 
 class Verdict(NamedTuple):
+    """What a run's evaluations say of its checkpoints so far."""
     metric: str  # "validation/loss": name of the result and its metric
     keep_best: int  # how many checkpoints are kept
     best: int  # step that no earlier one matched: the test called it better than the best before it
@@ -43,6 +44,7 @@ def exhausted(workdir: pathlib.Path, patience: int) -> bool:
 
 
 def write(workdir: pathlib.Path, verdict: Verdict) -> None:
+    """Writes it into the workdir, in place of the last one."""
     results.replace(pathlib.Path(workdir) / FILE, json.dumps(results.clean(verdict._asdict()), indent=1) + "\n")
 
 

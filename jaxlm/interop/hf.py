@@ -44,7 +44,10 @@ def open_directory(folder: pathlib.Path | str) -> Source:
     family, cfg = hf_config.read(config)
     files = hf_files.open_files(folder)
     ours = shapes(cfg)
-    places = hf_names.places(family.table, ours, rows(cfg))
+    try:
+        places = hf_names.places(family.table, ours, rows(cfg))
+    except AssertionError:
+        raise ValueError(f"{folder / 'config.json'} describes a model that {family.architecture} is never: download it again") from None
     # Files saved from the model without its head lack the prefix that all other names have.
     prefix = family.prefix or places[0].theirs.partition(".")[0] + "."
     names, missing = {}, []

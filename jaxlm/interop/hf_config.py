@@ -53,11 +53,13 @@ def read(config: Json) -> tuple[Family, TransformerConfig]:
     try:
         values = family.read(config)
         believable(values)
+        if values["vocab_size"] < 1 or values["layers"] < 1:
+            raise ValueError(f"config.json of {family.architecture} has {values['vocab_size']} tokens and {values['layers']} layers: download it again")
         cfg = TransformerConfig(**values).filled()
     except KeyError as error:
         raise ValueError(f"config.json of {family.architecture} lacks {error.args[0]}: download it again") from None
-    except (TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"config.json of {family.architecture} holds a value of the wrong type ({error}): download it again") from None
+    except (TypeError, AttributeError, OverflowError, ZeroDivisionError, StopIteration, IndexError, RecursionError) as error:
+        raise ValueError(f"config.json of {family.architecture} holds a value of the wrong type or size ({error or type(error).__name__}): download it again") from None
     return family, cfg
 
 
@@ -65,9 +67,15 @@ def believable(values: Json, most: int = _MOST) -> None:
     """Refuses sizes of a model that cannot be meant, before anything is made as large.
 
     Raises:
-      ValueError: one line: a number that is not finite, a size above `most`, or a matrix of more than 2^36 numbers.
+      ValueError: one line: a value of another kind than `TransformerConfig` has there, a number that is not finite, a size above `most`, or a matrix of more
+        than 2^36 numbers.
     """
     for key, value in values.items():
+        kind = type(getattr(TransformerConfig, key, None))
+        kinds = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}.get(kind)
+        if kinds and (not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool)):
+            raise ValueError(f"the model's {key} is {str(value)[:60]!r}, of the wrong type, not {'yes or no' if kind is bool else 'text' if kind is str else 'a number'}: "
+                             "download it again")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"the model's {key} is {value}, not a finite number: download it again")
         if type(value) is int and abs(value) > most:

@@ -50,6 +50,7 @@ class Exported:
 
 
 def load(folder):
+    """The programs in a folder that `jaxlm export` wrote."""
     return Exported(folder)
 
 
@@ -82,6 +83,7 @@ def check(folder):
 
 
 def main(folder, words):
+    """Checks the folder, or continues token ids; returns the exit code."""
     if words == ["--check"]:
         error, bound = check(folder), json.loads((folder / "program.json").read_text())["tolerance"]
         print(f"largest difference {error:.3g}, allowed {bound:g}, on {jax.default_backend()}")

@@ -21,7 +21,7 @@ def attend(cfg: TransformerConfig, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH:
     With a cache (generation), a bias (T5) or dropout of probabilities (`dropout` and `key` of `attention.reference`) there is only `reference`: where
     devices share a row the compiler gathers the keys.
     """
-    options = {"causal": cfg.causal, "softcap": cfg.attention_softcap, "scale": (cfg.query_scale or cfg.head_size) ** -0.5}
+    options = {"causal": cfg.causal, "softcap": cfg.attention_softcap, "scale": cfg.score_scale}
     if cached or bias_BNTS is not None or dropping:
         biased = {} if bias_BNTS is None else {"bias_BNTS": bias_BNTS}
         return attention.reference(q_BTNH, k_BSKH, v_BSKH, queries, keys, window=window, **options, **biased, **dropping)

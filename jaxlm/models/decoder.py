@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm import mup
 from jaxlm.config import TransformerConfig
 from jaxlm.models import cache as caches
 from jaxlm.models import pipeline, stack
@@ -54,7 +55,7 @@ def build(cfg: TransformerConfig) -> Model:
     """The model of a config whose `vocab_size` is known (see `vocabulary`)."""
     assert cfg.vocab_size > 0
     cfg = cfg.filled()
-    return Model(functools.partial(_init, cfg), functools.partial(_apply, cfg), functools.partial(_projection, cfg),
+    return Model(mup.scaled(cfg, decoder_axes(cfg), functools.partial(_init, cfg)), functools.partial(_apply, cfg), functools.partial(_projection, cfg),
                  functools.partial(caches.empty, cfg), functools.partial(stack.unstack, cfg), decoder_axes(cfg))
 
 
@@ -153,7 +154,7 @@ def _projection(cfg: TransformerConfig, params: dict) -> Callable[[jax.Array], j
     multiply = lent(params["embed"]["tokens"].T if cfg.tied else params["head"]["kernel"], jnp.dtype(cfg.dtype), "embed", "vocab")
 
     def head(hidden: jax.Array) -> jax.Array:
-        hidden = hidden if cfg.logit_scale == 1 else hidden * jnp.asarray(cfg.logit_scale, hidden.dtype)
+        hidden = hidden if cfg.hidden_scale == 1 else hidden * jnp.asarray(cfg.hidden_scale, hidden.dtype)
         logits = multiply(hidden).astype(jnp.float32)
         return cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap) if cfg.final_softcap else logits
 

@@ -243,7 +243,7 @@ class CrossAttention(nn.Module):
         q = constrain(q, "batch", "sequence", "heads", "head_size")
         # Not causal and without a window, only segments count; positions of the two sides are not comparable.
         places = attention.Tokens(jnp.zeros_like(memory.segments), memory.segments)
-        out_BTNH = attention.reference(q, key, value, slots.queries, places, causal=False, softcap=cfg.attention_softcap, scale=(cfg.query_scale or h) ** -0.5,
+        out_BTNH = attention.reference(q, key, value, slots.queries, places, causal=False, softcap=cfg.attention_softcap, scale=cfg.score_scale,
                                        **_dropping(cfg, dropout_key))
         return project(out_BTNH, self.param("o", initialiser(cfg, n * h, d, into_residual=True), (n, h, d), jnp.float32), inputs=2), made
 

@@ -100,7 +100,7 @@ class Server:
         return _json(Refused(error.status_code, message).body(), error.status_code, dict(error.headers or {}))
 
     async def _failed(self, request: Request, error: Exception) -> Response:
-        _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        _log.error("%s %s failed", request.method, ascii(request.url.path[:200])[1:-1], exc_info=error)
         return _json(Refused(500, "the server failed at this request; its log says how", "server_error").body(), 500)
 
     # --- small endpoints ---
@@ -403,7 +403,7 @@ class Server:
         limit, found = self.options.max_body, bytearray()
         too_large = Refused(413, f"the body is larger than {limit} bytes", headers={"connection": "close"})
         length = request.headers.get("content-length", "0")
-        if not length.isdigit() or int(length[:20]) > limit:
+        if not (length.isascii() and length.isdigit()) or int(length[:20]) > limit:
             raise too_large
         async for chunk in request.stream():
             found += chunk
@@ -440,7 +440,7 @@ class _Guard:
             pass
         finally:
             self.server.stats.statuses[status] += 1
-            _log.info("%s %s %d %.3f s", scope["method"], request.url.path, status, time.monotonic() - begun)
+            _log.info("%s %s %d %.3f s", scope["method"], ascii(scope["path"][:200])[1:-1], status, time.monotonic() - begun)
 
     def _check(self, request: Request) -> None:
         options = self.server.options
@@ -448,7 +448,7 @@ class _Guard:
         if options.hosts and host.lower() not in options.hosts:
             raise Refused(421, "this server does not answer to that host name: see --host")  # a page elsewhere may have pointed its own name here
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if options.api_key and request.url.path not in OPEN and not hmac.compare_digest(given.encode(), options.api_key.encode()):
+        if options.api_key and request.scope["path"] not in OPEN and not hmac.compare_digest(given.encode(), options.api_key.encode()):
             raise Refused(401, "the API key is missing or wrong: send Authorization: Bearer KEY", "authentication_error",
                           headers={"www-authenticate": "Bearer"})
 

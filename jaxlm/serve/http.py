@@ -1,6 +1,7 @@
 """From a run to a listening server, and its end. Home of uvicorn."""
 
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 from jaxlm.config import LABELLED
 from jaxlm.serve.app import Options, Server
+from jaxlm.serve.connections import bounded
 from jaxlm.serve.engine import Engine, Limits
 from jaxlm.serve.talk import chatting
 from jaxlm.serve.texts import Texts
@@ -50,14 +52,18 @@ def serve(server: Server, host: str, port: int, drain: float, ready: Callable[[A
       OSError: the address is taken or not this machine's.
     """
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     print(f"{server.options.name} at {address}/v1", flush=True)
     limits = server.engine.limits if server.engine else Limits()
-    config = uvicorn.Config(server.app(), access_log=False, log_config=None, log_level="warning", limit_concurrency=limits.rows + limits.queue + 256,
-                            timeout_graceful_shutdown=max(1, round(drain)), timeout_keep_alive=30, server_header=False)
+    most = limits.rows + limits.queue + 256
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, most + 8192)), hard))  # those that have come are taken before any is looked at
+    config = uvicorn.Config(server.app(), http=bounded(H11Protocol, most - 32), ws="none", access_log=False, log_config=None, log_level="warning",
+                            limit_concurrency=most, timeout_graceful_shutdown=max(1, round(drain)), timeout_keep_alive=30, server_header=False)
     running = uvicorn.Server(config)
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):  # when all is done uvicorn raises again what it was told to end by: that is no failure

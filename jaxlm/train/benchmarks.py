@@ -142,6 +142,7 @@ def _training_texts(run: saved.Run, corpus: Corpus) -> Iterator[str]:
 
 
 def split_name(split: str, limit: int, data: str) -> str:
+    """The name of what was evaluated, in results."""
     return split + f"-of-{pathlib.Path(data).name}" * bool(data) + f"-{limit}documents" * bool(limit)
 
 

@@ -29,6 +29,7 @@ class Beside(NamedTuple):
 
 
 class Judged(NamedTuple):
+    """A classifier's figures on a split, beside simple models."""
     result: classify.Result
     answers: classify.Answers
     baselines: list[Beside]

@@ -118,6 +118,7 @@ def read_files(workdir: pathlib.Path, step: int) -> tuple[Config, tokenizers.Tok
 
 
 def read_template(workdir: pathlib.Path, step: int) -> str:
+    """The chat template in a checkpoint; empty: none."""
     there = (workdir / "checkpoints" / str(step) / "files" / chat.FILE).exists()
     return checkpoint.read_file(workdir, step, chat.FILE).decode() if there else ""
 

@@ -47,6 +47,7 @@ class Summary(NamedTuple):
 
     @property
     def labelled(self) -> bool:
+        """Whether the model gives labels."""
         return self.config.objective.name in LABELLED or self.config.model.labels > 0
 
     @property

@@ -12,6 +12,7 @@ import pytest
 from jaxlm import cli
 from jaxlm.data import chat, readers, shards, tokenizer
 from jaxlm.evaluate import sources
+from jaxlm.interop import hf_config
 from tests.fuzz import targets
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -157,6 +158,15 @@ def test_an_index_that_unpacks_to_more_than_it_is(forged):
         file.writestr("tokens.npy", bytes(10 << 20))
     with pytest.raises(ValueError, match="would unpack to more than it is"):
         shards.open_corpus(forged(**{"lengths-train.npz": out.getvalue()}))
+
+
+@pytest.mark.parametrize("change", [
+    {"vocab_size": False}, {"hidden_size": 0.5}, {"num_attention_heads": 0, "head_dim": None}, {"num_hidden_layers": 0}, {"vocab_size": 0}, {"rms_norm_eps": []},
+    {"tie_word_embeddings": 3}, {"intermediate_size": 1e308}, {"architectures": ["MistralForCausalLM"], "sliding_window": 4, "num_hidden_layers": 0}])
+def test_values_in_config_json_that_cannot_be(change):
+    content = json.loads((targets.MODELS / "llama" / "config.json").read_bytes())
+    with pytest.raises(ValueError, match="download it again"):
+        hf_config.read(content | change)
 
 
 def test_errors_write_no_escape_sequences():

@@ -5,6 +5,7 @@ import json
 import random
 import socket
 import threading
+import types
 import urllib.parse
 
 import httpx
@@ -12,7 +13,7 @@ import numpy as np
 import openai
 import pytest
 
-from jaxlm.serve import openapi
+from jaxlm.serve import app, openapi
 from tests.serve import live
 
 
@@ -114,6 +115,18 @@ def test_bodies_hosts_and_methods(server):
     assert "jaxlm_running 0" in text and 'jaxlm_http_responses_total{code="413"} 2' in text and "jaxlm_time_to_first_token_seconds_bucket" in text
     document = httpx.get(f"{address}/openapi.json").json()
     assert document == json.loads(json.dumps(openapi.document(server.options))) and "/v1/chat/completions" in document["paths"]
+
+
+@pytest.mark.parametrize("host", ["a/health?", "a/?", "a/ping#", "localhost/health?x="])
+def test_no_name_of_a_host_opens_a_path(host, monkeypatch):
+    """The key was not asked for where Starlette (before it looked at names of hosts) put the path of such a name before the request's own."""
+    from starlette import requests
+    monkeypatch.setattr(requests.Request, "url", property(lambda self: urllib.parse.urlparse(f"http://{host}{self.scope['path']}")))
+    guarded = app._Guard(None, types.SimpleNamespace(options=app.Options("tiny", api_key="secret")))
+    request = requests.Request({"type": "http", "method": "POST", "path": "/v1/completions", "headers": [(b"host", host.encode())]})
+    with pytest.raises(app.Refused) as caught:
+        guarded._check(request)
+    assert caught.value.status == 401
 
 
 def test_a_client_that_goes_frees_its_slot(server):
