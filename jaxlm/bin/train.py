@@ -37,12 +37,15 @@ def main(values: flags.FlagValues, overrides: list[tuple[str, str]]) -> int:
 
     import jax
 
-    from jaxlm import sharding
-    from jaxlm.train import loop
+    from jaxlm import peers, sharding
+    from jaxlm.data.run import is_mistake
+    from jaxlm.train import loop, stop
 
-    sharding.start_processes(values.coordinator, values.processes, values.process)
+    sharding.start_processes(values.coordinator, values.processes, values.process, heartbeat=10 + 3 * cfg.train.peer_seconds)
     try:
-        return loop.run(cfg, pathlib.Path(values.workdir))
+        with peers.joined(cfg.train.peer_seconds, is_mistake):
+            code = loop.run(cfg, pathlib.Path(values.workdir))
+        return stop.depart(code)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not bin.out_of_memory(error):
             raise
