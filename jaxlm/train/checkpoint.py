@@ -41,6 +41,7 @@ from jaxlm.train.lock import Lock
 from jaxlm.train.state import State
 
 MANIFEST = "MANIFEST.json"
+_NEVER = 2 * 10**9  # seconds
 
 # Orbax reports its own progress and each error it also raises; the user gets our one line instead.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
@@ -79,7 +80,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.workdir / "checkpoints", options=ocp.CheckpointManagerOptions(
             max_to_keep=None, enable_async_checkpointing=True, create=True, cleanup_tmp_directories=True,
             # Else a folder that cannot be made leaves threads waiting for it, and the process with them, for ten minutes.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False)))
+            # Its timeouts look at the clock on the wall, which may jump: ours is the watchdog.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False, timeout_secs=_NEVER)))
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -1,22 +1,26 @@
-"""Damaged files are named and not used; where nothing can be written a run says so and loses nothing."""
+"""Damaged files are named and not used; where nothing can be written a run says so and loses nothing; storage that is slow or gone for a moment and clocks that
+jump do no harm."""
 
 import dataclasses
 import errno
 import functools
+import itertools
 import json
 import os
 import random
 import resource
 import subprocess
 import sys
+import time
 from collections import Counter
 
 import jax
+import numpy as np
 import pytest
 
 from jaxlm import cli, config
-from jaxlm.data import sums
-from jaxlm.train import checkpoint, durable, loop, report, setup
+from jaxlm.data import patience, records, shards, sums
+from jaxlm.train import checkpoint, clock, durable, loop, report, setup
 from jaxlm.train.lock import Lock
 from tests.faults import damaged
 from tests.train import runs
@@ -241,3 +245,113 @@ def test_memory_that_really_ends_is_one_line_with_the_command(tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and "Traceback" not in done.stderr and last.startswith("jaxlm: out of memory on 1 x cpu (INTERNAL")
     assert f"jaxlm fit --config={recipe} --topology=v5e:2x2 --search --config.model.width=16384 --config.model.heads=8" in last
+
+
+# --- storage that is slow, stalls, vanishes and comes back; clocks that jump ---
+
+
+def failing(numbers):
+    """A function that raises these errors one after the other, then works."""
+    left = list(numbers)
+
+    def work():
+        if left:
+            number = left.pop(0)
+            raise OSError(number, os.strerror(number))
+        return "done"
+    return work
+
+
+def test_what_may_pass_is_tried_again_a_bounded_time(monkeypatch, capsys):
+    slept = []
+    monkeypatch.setattr(patience.time, "sleep", slept.append)
+    assert patience.patiently(failing([errno.EIO, errno.ESTALE]), "/mnt/a cannot be read") == "done"
+    assert slept == [1, 2] and capsys.readouterr().err.splitlines() == [
+        "jaxlm: warning: /mnt/a cannot be read (Input/output error); trying again in 1 s (1 of 5)",
+        "jaxlm: warning: /mnt/a cannot be read (Stale file handle); trying again in 2 s (2 of 5)"]
+    with pytest.raises(OSError, match="No space left"):
+        patience.patiently(failing([errno.ENOSPC]), "x")
+    assert len(slept) == 2
+    with pytest.raises(OSError, match="Input/output"):
+        patience.patiently(failing([errno.EIO] * 9), "x")
+    assert len(slept) == 2 + len(patience.WAITS) and sum(patience.WAITS) < 60
+
+
+def test_a_corpus_that_vanishes_and_comes_back_is_read_on(whole, tmp_path, monkeypatch):
+    """As a mount that is lost and made again: open handles are stale, the folder is empty, then everything is there."""
+    folder = whole[1].parent / "data"
+    corpus, gone, naps = shards.open_corpus(folder), folder.with_name("gone"), itertools.count(1)
+    expected = [corpus.read("train", i) for i in range(5)]
+    corpus._shard.cache_clear()
+    folder.rename(gone)
+    monkeypatch.setattr(patience.time, "sleep", lambda seconds: gone.rename(folder) if next(naps) == 3 else None)
+    assert all(np.array_equal(corpus.read("train", i), expected[i]) for i in range(5)) and next(naps) == 4
+    stale = iter([errno.ESTALE, errno.ENOTCONN])
+    read = records.read
+
+    def once(file, begin, size):
+        if (number := next(stale, None)) is not None:
+            raise OSError(number, os.strerror(number))
+        return read(file, begin, size)
+
+    monkeypatch.setattr(records, "read", once)
+    assert np.array_equal(corpus.read("train", 1), expected[1])
+    monkeypatch.setattr(records, "read", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, os.strerror(errno.EIO))))
+    with pytest.raises(ValueError, match=r"train-00000.array_record, record 0 is damaged \(.*Input/output error"):
+        corpus.read("train", 0)
+
+
+def test_a_checkpoint_is_not_passed_over_for_one_failed_read(whole, monkeypatch, capsys):
+    monkeypatch.setattr(patience.time, "sleep", lambda seconds: None)
+    original, left = type(durable.path_of(whole[1])).open, [errno.EIO]
+
+    def flaky(path, *arguments, **options):
+        if left and "params" in str(path):
+            number = left.pop()
+            raise OSError(number, os.strerror(number))
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(type(durable.path_of(whole[1])), "open", flaky)
+    assert checkpoint.newest(whole[1], log=pytest.fail) == 8 and not left
+    assert "cannot be read (Input/output error); trying again" in capsys.readouterr().err
+
+
+def test_a_stalled_read_is_said_and_changes_nothing(whole, tmp_path, monkeypatch, capsys):
+    cfg, reference = whole
+    read, calls = records.read, itertools.count(1)
+
+    def stalls(file, begin, size):
+        if next(calls) == 40:
+            time.sleep(1.0)
+        return read(file, begin, size)
+
+    monkeypatch.setattr(records, "read", stalls)
+    monkeypatch.setattr(clock, "_SLOW_SECONDS", 0.2)
+    assert loop.run(cfg, tmp_path / "run") == 0
+    assert f"warning: no batch for 0.2 s: does {whole[1].parent / 'data'} answer? train.watchdog_seconds says" in capsys.readouterr().out
+    assert runs.losses(tmp_path / "run") == runs.losses(reference)
+
+
+def test_a_slow_reader_is_said_once(monkeypatch):
+    notes, now = [], itertools.count()
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: float(next(now)))
+    ticks = clock.Clock(notes.append, "/mnt/corpus")
+    for _ in range(60):  # waits 2 of each 4 ticks
+        with ticks.waiting():
+            next(now)
+        ticks.finished()
+        if ticks._count % 10 == 0:
+            assert ticks.wait_share() == pytest.approx(0.5, abs=0.05)
+    assert len(notes) == 1 and "of the time for data from /mnt/corpus (perf/data_wait): try a larger data.threads" in notes[0]
+
+
+def test_clocks_that_jump_change_no_state_and_no_figure(whole, tmp_path, monkeypatch):
+    """The clock on the wall goes an hour back and a day on from one look to the next: what is measured uses another one."""
+    cfg, reference = whole
+    looks, real = itertools.count(), time.time
+    monkeypatch.setattr(time, "time", lambda: real() + (86400, -3600)[next(looks) % 2])
+    assert loop.run(cfg, tmp_path / "run") == 0 and next(looks) > 8
+    assert runs.losses(tmp_path / "run") == runs.losses(reference) and checkpoint.newest(tmp_path / "run", log=pytest.fail) == 8
+    rows = [row for row in report.read_metrics(tmp_path / "run") if "train/loss" in row]
+    assert all(0 < row["perf/step_seconds"] < 60 and row["perf/tokens_per_second"] > 0 and 0 <= row["perf/data_wait"] <= 1 for row in rows)
+    assert loop.run(cfg, tmp_path / "run") == 0  # the lock, too, knows no time
