@@ -185,7 +185,7 @@ def test_zstandard_that_unpacks_to_gigabytes_does_so_bit_by_bit(tmp_path):
         assert len(file._plain) <= 128 << 20
 
 
-@pytest.mark.parametrize("text", ['split = "' + "(" * 3000 + '"', "x = " + "[" * 3000, 'split = "x{99999999999}"'])
+@pytest.mark.parametrize("text", ['split = "' + "(" * 3000 + '"', "x = " + "[" * 3000, 'split = "x{99999999999}"', 'split = "x{' + "9" * 5000 + '}"', "x = " + "9" * 5000])
 def test_task_files_that_are_nested_without_end(text, tmp_path):
     (tmp_path / "t.toml").write_text(targets.TASK.replace('split = "\\n\\n+"', text))
     with pytest.raises(ValueError, match="is not TOML|is not a regular expression"):
