@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm import cli
 from jaxlm.data import chat, readers, shards, tokenizer
-from jaxlm.evaluate import sources
+from jaxlm.evaluate import definition, sources
 from jaxlm.interop import hf_config
 from tests.fuzz import targets
 
@@ -183,3 +183,10 @@ def test_zstandard_that_unpacks_to_gigabytes_does_so_bit_by_bit(tmp_path):
     with readers._ZstdFile(str(tmp_path / "a.jsonl.zst")) as file:
         file.read(1)
         assert len(file._plain) <= 128 << 20
+
+
+@pytest.mark.parametrize("text", ['split = "' + "(" * 3000 + '"', "x = " + "[" * 3000, 'split = "x{99999999999}"', 'split = "x{' + "9" * 5000 + '}"', "x = " + "9" * 5000])
+def test_task_files_that_are_nested_without_end(text, tmp_path):
+    (tmp_path / "t.toml").write_text(targets.TASK.replace('split = "\\n\\n+"', text))
+    with pytest.raises(ValueError, match="is not TOML|is not a regular expression"):
+        definition.load(tmp_path / "t.toml")

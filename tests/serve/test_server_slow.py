@@ -43,7 +43,7 @@ def test_attacks_keep_nobody_else_out(caplog, monkeypatch):
         tried = {"heads": ("200", lambda p: attacks.slow_heads(p, 200, 2)), "bodies": ("250", lambda p: attacks.slow_bodies(p, 250, 2)),
                  "connections": ("400, and 262 are kept", lambda p: attacks.connections(p, 400, 1)), "large": ("3 x 3 MB", lambda p: attacks.large_bodies(p, 3, 3 << 20)),
                  "headers": ("10", lambda p: attacks.header_floods(p, 10)), "paths": ("40", lambda p: attacks.paths(p, 40)), "hosts": ("8", lambda p: attacks.hosts(p, 8)),
-                 "malformed": ("36", lambda p: attacks.malformed(p, 36)), "gone": ("30", lambda p: attacks.disconnects(p, 30))}
+                 "malformed": ("90", lambda p: attacks.malformed(p, 90)), "gone": ("30", lambda p: attacks.disconnects(p, 30))}
         for name, (sent, attack) in tried.items():
             row = attacks.run(place, name, sent, attack)
             assert row.during < 20 and row.after < 20 and row.descriptors <= 4 and row.memory < 64 * 2**20, row
