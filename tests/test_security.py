@@ -32,6 +32,7 @@ ALLOWED = {
     "config.py": {"exec_module"},  # recipes are code, from the disk only
     "interop/stablehlo.py": {"subprocess"},  # runs what it has just written, with a list of arguments
     "search/jobs.py": {"subprocess"},  # jaxlm itself, several times, with its own arguments as a list
+    "peers.py": {"ctypes"},  # hears SIGABRT, by which jax ends a process that has lost its coordinator
     "train/setup.py": {"ctypes"},  # calls malloc_trim of the C library that runs us
     "sharding.py": {"urllib.request", "urllib.request.urlopen"},  # asks the metadata server of a Cloud TPU VM for this machine's neighbours
     "data/manifest.py": {"zipfile"},  # looks at the sizes in an .npz before numpy reads it; nothing is extracted
