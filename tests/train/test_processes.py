@@ -1,6 +1,5 @@
-"""Real processes: killed ones, and several that train one model over loopback. Minutes; .ci/run runs them with -m slow."""
+"""Real processes: interrupted ones, and several that train one model over loopback. Minutes; .ci/run runs them with -m slow."""
 
-import random
 import signal
 import socket
 import time
@@ -11,36 +10,6 @@ from jaxlm.train import checkpoint
 from tests.train import runs
 
 pytestmark = pytest.mark.slow
-
-
-def test_killed_at_twenty_random_points_nothing_changes(tmp_path):
-    """SIGKILL in start-up, compile, steps, saves and evaluations; the run goes on, with losses equal to the last bit."""
-    recipe = runs.recipe(tmp_path, steps=400, every=7)
-    command = lambda name: ("train", f"--config={recipe}", f"--workdir={tmp_path / name}", "--config.train.eval_every=50")
-    code, output = runs.finish(*command("whole"))
-    assert code == 0, output
-    draw, kills, during = random.Random(3), 0, set()
-    while kills < 20:
-        process = runs.start(*command("killed"))
-        begun = max(runs.losses(tmp_path / "killed"), default=0)
-        if draw.random() < 0.75:  # while it steps and saves; else wherever start-up is
-            while process.poll() is None and max(runs.losses(tmp_path / "killed"), default=0) <= begun:
-                time.sleep(0.02)
-            time.sleep(draw.random() * 0.5)
-        else:
-            time.sleep(draw.random() * 4)
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        kills += 1
-        during.add(max(runs.losses(tmp_path / "killed"), default=0))
-        for step in checkpoint.steps(tmp_path / "killed"):
-            checkpoint.verify(tmp_path / "killed", step)
-    assert kills == 20 and len(during) > 8, (kills, during)
-    code, output = runs.finish(*command("killed"))
-    assert code == 0, output
-    assert runs.losses(tmp_path / "killed") == runs.losses(tmp_path / "whole")
 
 
 def test_an_interrupt_saves_and_exits(tmp_path):
