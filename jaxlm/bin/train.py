@@ -38,11 +38,13 @@ def main(values: flags.FlagValues, overrides: list[tuple[str, str]]) -> int:
     import jax
 
     from jaxlm import sharding
-    from jaxlm.train import loop
+    from jaxlm.train import loop, webhook
 
     sharding.start_processes(values.coordinator, values.processes, values.process)
+    workdir = pathlib.Path(values.workdir)
     try:
-        return loop.run(cfg, pathlib.Path(values.workdir))
+        with webhook.telling(cfg.train.webhook, workdir):
+            return loop.run(cfg, workdir)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not bin.out_of_memory(error):
             raise
