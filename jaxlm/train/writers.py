@@ -29,6 +29,7 @@ def _wandb(workdir: pathlib.Path, config: Mapping[str, Any], ident: str) -> tupl
 def _mlflow(workdir: pathlib.Path, config: Mapping[str, Any], ident: str) -> tuple[Writer, str]:
     import mlflow
     if not os.environ.get("MLFLOW_TRACKING_URI"):
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # which MLflow 3.17 wants to hear; a database needs more packages
         mlflow.set_tracking_uri((workdir / "mlruns").as_uri())
     mlflow.set_experiment(_PROJECT)
     run = mlflow.start_run(run_id=ident or None, run_name=None if ident else workdir.name)
