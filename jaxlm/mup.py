@@ -68,7 +68,7 @@ def folded(cfg: TransformerConfig, params: Any) -> tuple[TransformerConfig, Any]
     hidden, plain = 1 / cfg.wider if cfg.tied else 1.0, dataclasses.replace(cfg, mup_width=0, mup_head_size=0)
     scores = cfg.score_scale / plain.score_scale
     if hidden != 1 and cfg.norm_position == "post":
-        raise ValueError("model.mup_width with model.norm_position=post and a tied output projection has a factor that no other weight can take in: it stays here")
+        raise ValueError("model.mup_width with model.norm_position=post and a tied output projection has a factor that no other weight takes in: it stays here")
     offset = float(cfg.norm_offset)
     rules = {"final_norm/scale": lambda w: (w + offset) * hidden - offset, "final_norm/bias": lambda w: w * hidden,
              "layers/attn/q": lambda w: w * scores, "layers/attn/q_bias": lambda w: w * scores, "layers/attn/q_norm": lambda w: (w + offset) * scores - offset}

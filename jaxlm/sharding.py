@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxlm import trees
+from jaxlm import peers, trees
 from jaxlm.config import MeshConfig
 
 # From the slowest network to the fastest, in the order in which neighbours are laid out.
@@ -45,11 +45,14 @@ RULES: Mapping[str, tuple[str, ...] | None] = {
 }
 
 
-def start_processes(coordinator: str = "", processes: int = 0, index: int = -1) -> None:
+def start_processes(coordinator: str = "", processes: int = 0, index: int = -1, *, heartbeat: float = 10) -> None:
     """Joins the processes of one run; does nothing for a single one.
 
     TPU pods and Slurm are recognised by jax itself. Elsewhere give the address of process 0, the number of processes and this one's index.
     Processes on CPUs talk over gloo.
+
+    Args:
+      heartbeat: seconds after which jax itself takes a silent process for dead and aborts the others.
 
     Raises:
       ValueError: flags given in part.
@@ -58,9 +61,9 @@ def start_processes(coordinator: str = "", processes: int = 0, index: int = -1) 
         if processes < 1 or not 0 <= index < processes:
             raise ValueError(f"--coordinator={coordinator} also needs --processes=N and --process=I with 0 <= I < N, got N={processes}, I={index}")
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(coordinator, processes, index, heartbeat_timeout_seconds=10)
+        jax.distributed.initialize(coordinator, processes, index, heartbeat_timeout_seconds=math.ceil(heartbeat))
     elif _cluster_size() > 1:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=math.ceil(heartbeat))
 
 
 def _cluster_size() -> int:
@@ -310,6 +313,7 @@ def together(work: Callable[[], int | None]) -> int | None:
     except Exception as raised:
         error = raised
     if jax.process_count() > 1:
+        peers.worked()
         rows = multihost_utils.process_allgather(np.array([-1 if value is None else value, error is not None], np.int32))
         value = None if rows[0, 0] < 0 else int(rows[0, 0])
         failed = np.flatnonzero(rows[:, 1])

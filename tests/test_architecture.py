@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "jaxlm"
 
 # Room of each module -> level. Rooms on one level do not know each other; a room knows itself and lower levels.
 LEVELS = {
-    "trees": 0, "config": 0, "chips": 0, "page": 0, "ops": 1, "data": 1, "sharding": 2, "moments": 2, "mup": 2, "models": 3, "optim": 3, "lora": 3, "objectives": 4, "metrics": 4, "generate": 5, "evaluate": 5, "interop": 5,
+    "trees": 0, "config": 0, "chips": 0, "page": 0, "ops": 1, "data": 1, "peers": 1, "sharding": 2, "moments": 2, "mup": 2, "models": 3, "optim": 3, "lora": 3, "objectives": 4, "metrics": 4, "generate": 5, "evaluate": 5, "interop": 5,
     "train": 6, "verify": 7, "aot": 7, "serve": 7, "search": 7, "bin": 8, "cli": 9, "__main__": 10, "__init__": -1,
 }
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from jaxlm import config, mup, optim, trees
 from jaxlm.config import Config, OptimConfig, TransformerConfig
 from jaxlm.interop import hf
 from jaxlm.models import decoder
+from jaxlm.train import evaluation, loop, saved
+from tests.train import runs
 
 CFG = TransformerConfig(vocab_size=64, context=16, layers=1, width=64, heads=4, kv_heads=2, feedforward=64)
 WIDE = dataclasses.replace(CFG, mup_width=16)
@@ -78,7 +81,7 @@ def test_an_export_computes_the_same_without_it(tmp_path, more):
 
 
 def test_post_norm_and_tied_cannot_be_folded():
-    with pytest.raises(ValueError, match="has a factor that no other weight can take in"):
+    with pytest.raises(ValueError, match="has a factor that no other weight takes in"):
         mup.folded(dataclasses.replace(WIDE, norm_position="post"), {})
 
 
@@ -93,3 +96,23 @@ def test_refused(keys, said):
     with pytest.raises(ValueError, match=said) as error:
         config.override(Config(), keys.items())
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_evaluated_and_exported(tmp_path, capsys):
+    cfg = runs.load(tmp_path, [("model.width", "32"), ("model.layers", "1"), ("model.mup_width", "8"), ("model.dropout", "0.0")], steps=6, every=3)
+    with runs.devices(1), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "sample", lambda *_: "")
+        assert loop.run(cfg, tmp_path / "run") == 0
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+        (tmp_path / "run" / "FINISHED").unlink()
+        before = runs.losses(tmp_path / "run")
+        assert loop.run(cfg, tmp_path / "run") == 0 and runs.losses(tmp_path / "run") == before
+        run = saved.open_run(tmp_path / "run")
+        plain, moved = mup.folded(run.config.model, run.params)
+        (tmp_path / "export").mkdir()
+        theirs = hf.load(hf.save(tmp_path / "export", plain, moved))
+        ours, back = (jax.jit(lambda p, c=c: decoder.build(c).head(p, decoder.build(c).apply(p, INPUTS)[0]))(p) for c, p in ((run.config.model, run.params), (
+            plain, theirs)))
+        np.testing.assert_allclose(ours, back, atol=1e-5)
+        assert run.config.model.wider == 4

@@ -11,6 +11,7 @@ seconds, memory grew by more than --memory_mib in one attack, descriptors did no
 import argparse
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -44,7 +45,7 @@ def main() -> int:
                                        env=runs.environment(optimised=True) | {"JAXLM_API_KEY": attacks.KEY})
         try:
             place = attacks.place_of(process.stdout.readline().split(" at ")[1].strip(), process.pid)
-            attacks.honest(place)
+            attacks.warm(place)
             chosen = attacks.attacks(given.scale, min(given.connections, files - 100))
             print(f"{files:,} open files are allowed\n\n| attack | sent | came back | honest client, worst s: during / after | memory MiB | descriptors |\n|---|---|---|---|---|---|")
             bad = []
@@ -56,7 +57,9 @@ def main() -> int:
                 bad += [name] * (max(row.during, row.after) > given.bound or row.memory > given.memory_mib * 2**20 or row.descriptors > 2)
             text = log.read_text(errors="replace")
             told = [word for word in (attacks.SECRET[:8], attacks.KEY[:8]) if word in text]
-            print(f"\nlog: {len(text):,} characters, {'tells ' + ' and '.join(told) if told else 'neither prompt nor key in it'}; traces: {text.count('Traceback')}")
+            traces = [trace.strip().split("\n\n")[0][-300:].replace("\n", " | ") for trace in re.findall(r"Traceback.*?\n(?=\S).*?\n", text, re.DOTALL)]
+            print(f"\nlog: {len(text):,} characters, {'tells ' + ' and '.join(told) if told else 'neither prompt nor key in it'}; traces: {len(traces)}")
+            print("".join(f"  {trace}\n" for trace in sorted(set(traces))), end="")
             print(f"failed: {', '.join(bad)}" if bad else "all bounds kept")
             return 1 if bad or told else 0
         finally:

@@ -1,7 +1,8 @@
 """Starts jaxlm commands with a fault in each: what tools/chaos.py drives.
 
-A request is a JSON line on stdin. {"argv": ["train", ...], "out": FILE, "plan": {...}} forks this process, which has imported everything and started
-nothing, and answers with the process id; {"poll": PID} answers with its exit code, the negative number of a signal, or null while it runs.
+A request is a JSON line on stdin. {"argv": ["train", ...], "out": FILE, "environment": {...}, "plan": {...}} forks this process, which has imported
+everything and started nothing, and answers with the process id; {"poll": PID} answers with its exit code, the negative number of a signal, or null while it
+runs.
 
 The fork runs jaxlm's real command line after it has wrapped some of its functions from outside: jaxlm itself carries no hooks. When the plan's `point` is
 reached for the `hit`-th time the fault happens: the signal `do`, or "raise" or "hang", after `delay` seconds in which the command goes on. Besides it
@@ -50,7 +51,8 @@ class Fault:
         self._log = open(plan["log"], "a", buffering=1)
         self._point, self._left, self._delay, self._do = plan.get("point", ""), plan.get("hit", 1), plan.get("delay", 0.0), plan.get("do", "SIGKILL")
         self._stall = plan.get("stall", 0.0)
-        self._index, self._lock, self.sealing, self.begun = plan.get("index", 0), threading.RLock(), False, False
+        self._index, self._lock, self.sealing = plan.get("index", 0), threading.RLock(), False
+        self.steps, self.training = 0, False
 
     def write(self, **row) -> None:
         """A line for the witness, on the disk before anything else happens."""
@@ -75,10 +77,8 @@ class Fault:
         return True
 
     def stall(self) -> None:
-        """Holds the caller up, as a slow disk would: in short pieces, as one that waits for a queue is woken by signals."""
-        end = time.monotonic() + self._stall
-        while time.monotonic() < end:
-            time.sleep(0.02)
+        """Holds the caller up, as a slow disk would."""
+        time.sleep(self._stall)
 
     def _later(self) -> None:
         time.sleep(self._delay)
@@ -86,7 +86,7 @@ class Fault:
 
     def happen(self) -> None:
         """The fault itself."""
-        self.write(event="fault", point=self._point, do=self._do)
+        self.write(event="fault", point=self._point, do=self._do, steps=self.steps)
         if self._do == "raise":
             raise RuntimeError("planted by tools/chaos.py")
         if self._do == "hang":
@@ -159,13 +159,13 @@ def plant(fault: Fault) -> None:
 
 
 def _wrap_steps(loop, fault: Fault) -> None:
-    def finished(*_) -> None:
-        if not fault.begun:
-            fault.begun = True
+    def logged(self, step, metrics) -> None:
+        if not fault.steps:
             fault.write(event="stepped")
+        fault.steps = step
         fault.at("step")
 
-    before(loop.Clock, "finished", finished)
+    after(loop._Log, "__call__", lambda _, *args: logged(*args))
 
 
 def _wrap_metrics(fault: Fault) -> None:
@@ -181,16 +181,21 @@ def _wrap_metrics(fault: Fault) -> None:
 
 
 def _wrap_batches(fault: Fault) -> None:
+    """The fault comes while the reader's thread holds a batch back, so that the loop waits for it."""
     from jaxlm.data import loader
-    original = loader.batches
+    original = loader._read_ahead
 
-    def slow(*args, **kwargs):
-        for item in original(*args, **kwargs):
+    def slow(element, *rest):
+        def held(number):
             if fault.at("data_wait"):
                 fault.stall()
-            yield item
+            return element(number)
 
-    loader.batches = slow
+        return original(held if fault.training else element, *rest)
+
+    before(loader, "batches", lambda *_, **__: setattr(fault, "training", True))
+    after(loader, "batches", lambda *_, **__: setattr(fault, "training", False))
+    loader._read_ahead = slow
 
 
 def start(request: dict) -> int:
@@ -218,6 +223,7 @@ def main() -> None:
         elif pid := start(request):
             print(pid, flush=True)
         else:
+            os.environ |= request["environment"]
             fault = Fault(request["plan"])
             fault.write(event="begin")
             plant(fault)

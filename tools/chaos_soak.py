@@ -9,7 +9,7 @@ import sys
 import time
 
 EVERY = 10.0  # seconds between two samples
-WARM = 300.0  # seconds of a life before its memory counts: compile, first evaluations, allocators
+WARM = 5000  # steps of a life before its memory counts: compile, first evaluations and saves, allocators
 # The lives of the run: share of the time, and how each ends. The last one is long enough to see a slow leak.
 LIVES = ((1 / 8, "SIGTERM"), (1 / 8, "SIGKILL"), (3 / 4, "SIGTERM"))
 TICK = os.sysconf("SC_CLK_TCK")
@@ -60,7 +60,8 @@ def verdict(rows: list[dict]) -> dict:
     """Of the last life, after its warm-up: growth of memory from the median of the first tenth to that of the last, and what else must not grow."""
     ends = [row for row in rows if "ended" in row]
     life = max(row["life"] for row in rows)
-    seen = [row for row in rows if row["life"] == life and "rss_mib" in row and row["age"] >= WARM]
+    samples = [row for row in rows if row["life"] == life and "rss_mib" in row]
+    seen = [row for row in samples if row["step"] >= samples[0]["step"] + WARM]
     if len(seen) < 30:
         raise SystemExit("too few samples after the warm-up: let it run longer")
     tenth = max(3, len(seen) // 10)
@@ -68,11 +69,11 @@ def verdict(rows: list[dict]) -> dict:
     first, last = seen[:tenth], seen[-tenth:]
     growth = middle(last, "rss_mib") / middle(first, "rss_mib") - 1
     rate = lambda part: (part[-1]["cpu"] - part[0]["cpu"]) / max(1, part[-1]["step"] - part[0]["step"])
-    return {"minutes": round((seen[-1]["age"] - seen[0]["age"]) / 60, 1), "lives": life + 1, "ends": [row["ended"] for row in ends], "steps": rows[-2]["step"],
+    return {"minutes": round((seen[-1]["age"] - seen[0]["age"]) / 60, 1), "lives": life + 1, "ends": [row["ended"] for row in ends], "steps": seen[-1]["step"],
             "rss_mib": [round(middle(first, "rss_mib"), 1), round(middle(last, "rss_mib"), 1)], "memory_growth": round(growth, 5),
             "descriptors": [middle(first, "descriptors"), middle(last, "descriptors")], "threads": [middle(first, "threads"), middle(last, "threads")],
             "cpu_seconds_per_step": [round(rate(seen[:len(seen) // 3]), 6), round(rate(seen[-(len(seen) // 3):]), 6)],
-            "passed": growth < 0.02 and middle(last, "descriptors") <= middle(first, "descriptors") + 1 and middle(last, "threads") <= middle(first, "threads") + 1}
+            "passed": growth < 0.02 and all(middle(last, key) <= middle(first, key) + 1 for key in ("descriptors", "threads"))}
 
 
 def plot(rows: list[dict], path: pathlib.Path) -> None:

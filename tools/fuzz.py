@@ -21,7 +21,7 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-STUCK = 90.0  # seconds without a new input
+STUCK = 300.0  # seconds without a new input
 
 
 def fuzz(name: str, first: int, count: int) -> tuple[list[dict], float, int]:

@@ -3,8 +3,8 @@
   python tools/mup_widths.py coordinates            sizes of activations over widths and steps, as a table; exit code 1 if muP's grow with the width
   python tools/mup_widths.py rates --svg=docs/mup.svg --json=mup.json      the best learning rate of each width (docs/search.md has the figures)
 
-Every model has 2 layers, heads of 16, and bytes as tokens; the base width is the first of --widths. The coordinate check (Yang et al. 2022, appendix D.1) takes a
-few steps of Adam at one learning rate: where a parametrisation is right, no activation grows with the width, at the first step or at any later one.
+Every model has 2 layers, heads of 16, and bytes as tokens; the base width is the first of --widths. The coordinate check (Yang et al. 2022, appendix D.1)
+takes a few steps of Adam at one learning rate: where a parametrisation is right, no activation grows with the width, at the first step or at any later one.
 """
 
 import argparse
@@ -34,8 +34,8 @@ NAMES = ("standard", "muP")
 
 def model(width: int, base: int) -> TransformerConfig:
     """A decoder of a width; `base` 0 is the standard parametrisation."""
-    return TransformerConfig(vocab_size=256, context=LENGTH, layers=2, width=width, heads=width // 16, feedforward=2 * width, gated=False, activation="gelu_tanh", init_std=0.06,
-                             mup_width=base)
+    return TransformerConfig(vocab_size=256, context=LENGTH, layers=2, width=width, heads=width // 16, feedforward=2 * width, gated=False,
+                             activation="gelu_tanh", init_std=0.06, mup_width=base)
 
 
 def batches(text: np.ndarray, seed: int) -> Iterator[dict[str, jax.Array]]:
@@ -150,8 +150,11 @@ def optimum(losses: dict[float, float]) -> float:
 
 def draw(found: dict[str, dict[int, dict[float, float]]], path: str) -> None:
     """Loss over the learning rate, a line for each width, both parametrisations side by side."""
+    import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text as text: a quarter of the size
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     FigureCanvasSVG(figure)
@@ -159,7 +162,8 @@ def draw(found: dict[str, dict[int, dict[float, float]]], path: str) -> None:
         for number, (width, losses) in enumerate(found[name].items()):
             axes.plot([2.0 ** e for e in losses], list(losses.values()), color=f"C{number}", marker=".", label=f"width {width}")
             axes.axvline(2.0 ** optimum(losses), color=f"C{number}", linestyle=":")
-        axes.set(title=name, xlabel="learning rate (dotted: the best)", xscale="log")
+        axes.set(title=name, xlabel="learning rate (dotted: the best)")
+        axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("loss on held-out text")
     figure.axes[1].legend(fontsize="small")

@@ -37,14 +37,16 @@ def main(values: flags.FlagValues, overrides: list[tuple[str, str]]) -> int:
 
     import jax
 
-    from jaxlm import sharding
-    from jaxlm.train import loop, webhook
+    from jaxlm import peers, sharding
+    from jaxlm.data.run import is_mistake
+    from jaxlm.train import loop, stop, webhook
 
-    sharding.start_processes(values.coordinator, values.processes, values.process)
+    sharding.start_processes(values.coordinator, values.processes, values.process, heartbeat=10 + 3 * cfg.train.peer_seconds)
     workdir = pathlib.Path(values.workdir)
     try:
-        with webhook.telling(cfg.train.webhook, workdir):
-            return loop.run(cfg, workdir)
+        with peers.joined(cfg.train.peer_seconds, is_mistake), webhook.telling(cfg.train.webhook, workdir):
+            code = loop.run(cfg, workdir)
+        return stop.depart(code)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not bin.out_of_memory(error):
             raise

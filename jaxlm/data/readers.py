@@ -22,6 +22,7 @@ LONGEST = 64 << 20  # the largest record, in bytes: a line, a page, a cell
 PAIR = "\x1e"  # between the input and the target of a pair, which go through preparation as one text (the record separator of ASCII)
 
 _BLOCK = 1 << 20  # bytes read at a time
+_PACKED = 4 << 10  # bytes of Zstandard unpacked at a time: 4 may become 128 Ki, so these never more than 128 MiB
 _WHOLE = 64 << 10  # the largest text, in bytes, that is one document
 _PIECE = (4 << 10, 16 << 10)  # characters of the documents that a larger one is divided into
 _BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
@@ -509,7 +510,7 @@ class _ZstdFile(io.RawIOBase):
             import zstandard
         except ImportError:
             raise ValueError(f"{path}: reading .zst needs zstandard: pip install 'jaxlm[data]'") from None
-        self._file = open(path, "rb")
+        self._file = open(path, "rb", _BLOCK // 8)
         self._codec, self._error = zstandard.ZstdDecompressor(), zstandard.ZstdError
         self._frame, self._compressed, self._plain = None, b"", memoryview(b"")
 
@@ -518,7 +519,7 @@ class _ZstdFile(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         while not self._plain:
-            self._compressed = self._compressed or self._file.read(_BLOCK // 8)
+            self._compressed = self._compressed or self._file.read(_PACKED)
             if not self._compressed:
                 if self._frame is not None:
                     raise EOFError

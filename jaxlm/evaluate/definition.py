@@ -140,7 +140,7 @@ def load(path: pathlib.Path) -> dict[str, Task]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"task file {path} cannot be read: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"task file {path} is not TOML: {error}") from None
     if not tables:
         raise ValueError(f"task file {path} defines no task: write a table [NAME]; see jaxlm/evaluate/definition.py")
@@ -220,8 +220,8 @@ def _check_field(where: str, spec: Any) -> None:
 def _pattern(where: str, key: str, pattern: str) -> None:
     try:
         re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"{where}: {key}={pattern!r} is not a regular expression: {error}") from None
+    except (re.error, ValueError, TypeError, RecursionError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{where}: {key}={str(pattern)[:100]!r} is not a regular expression: {error}") from None
 
 
 def _near(key: str, known) -> str:

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 INSTALL = "a search needs optuna: pip install 'jaxlm[search]'"
 STORAGES = {"journal": "journal.log", "sqlite": "study.db"}
-SAMPLERS = ("tpe", "random", "grid", "cmaes")
-PRUNERS = ("asha", "hyperband", "median", "none")
 FACTOR = 3  # of ASHA and Hyperband: one trial in three goes on from each rung; rungs are after 1, 3, 9 ... evaluations
 ATTEMPTS = 3  # processes that a trial may take with it before it counts as failed
 _WORTHLESS = "not finite"  # how the note of a pruned trial begins that never goes on
@@ -98,7 +96,8 @@ def take(study: Study, sampler: str, pruner: str, trials: int, seed: int = 0) ->
     """The next trial to work on, or None when there is none: one that was left by a process that died; of ASHA one that goes on; else a new one.
 
     Args:
-      sampler, pruner: names of `SAMPLERS` and `PRUNERS`; "grid" does each combination once.
+      sampler: "tpe", "random", "cmaes", or "grid", which does each combination once.
+      pruner: "asha", "hyperband", "median" or "none".
       trials: how many the study has in the end; a grid has as many as it has combinations.
       seed: of what is drawn at random; each trial's draws depend on its number too.
 
@@ -153,6 +152,12 @@ def judge(study: Study, taken: Taken, curve: Sequence[float]) -> bool:
         return False
     # What is in line already (a grid) is heard first: the more trials a rung has, the surer is its best third.
     return any(row.state == "waiting" for row in known) or taken.number not in _best_third(study, known, len(curve))
+
+
+def leave(taken: Taken) -> None:
+    """Gives back a trial that is to go on: this process was asked to stop, which does not count as ending over it."""
+    taken.trial.set_user_attr("attempts", taken.attempt - 1)
+    taken.lock.__exit__()
 
 
 def finish(study: Study, taken: Taken, *, figure: float | None = None, pruned: bool = False, note: str = "") -> None:

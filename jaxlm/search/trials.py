@@ -36,10 +36,14 @@ def run(study: Study, sampler: str, pruner: str, trials: int, seed: int, note: C
         note(f"trial {number}  {describe(study, taken.values)}{again}")
         try:
             code, word = _one(study, taken)
+        except (KeyboardInterrupt, SystemExit):  # before the run's first step
+            studies.leave(taken)
+            raise
         finally:
             taken.lock.__exit__()
             jax.clear_caches()
         if word is None:
+            studies.leave(taken)
             note(f"trial {number}  stopped with a checkpoint; the same command goes on with it")
             return code
         note(f"trial {number}  {word}")

@@ -16,6 +16,8 @@ def bounded(protocol: type, most: int) -> type:
       protocol: `uvicorn.protocols.http.h11_impl.H11Protocol`.
       most: connections; fewer than uvicorn's `limit_concurrency`, above which it answers 503.
     """
+    import h11
+
     waiting: dict[Any, None] = {}  # connections without a whole request, the oldest first
 
     class Bounded(protocol):
@@ -32,6 +34,12 @@ def bounded(protocol: type, most: int) -> type:
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             self._look()
+
+        def send_400_response(self, message: str) -> None:
+            try:
+                super().send_400_response(message)
+            except h11.LocalProtocolError:  # the answer was given before the request went wrong: a trace in the log for each would be the client's to order
+                self.transport.abort()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()

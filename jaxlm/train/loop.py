@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxlm import config as configs
-from jaxlm import sharding, trees
+from jaxlm import peers, sharding, trees
 from jaxlm import metrics as figures
 from jaxlm.config import Config
 from jaxlm.data import audit, chat, ledger, loader, mixture, pack, prepare, rows, shards
@@ -20,7 +20,7 @@ from jaxlm.train import clock as clocks
 from jaxlm.train import lock as locks
 from jaxlm.train.clock import Clock
 from jaxlm.train.state import State
-from jaxlm.train.stop import StopRequest, Watchdog
+from jaxlm.train.stop import Stopped, StopRequest, Watchdog, abandon
 
 # Of a run among many (jaxlm search): told the step and the figure of each evaluation (None where it is not finite) and says whether the run ends there.
 Judge = Callable[[int, float | None], bool]
@@ -41,11 +41,10 @@ def run(config: Config, workdir: pathlib.Path, judge: Judge | None = None) -> in
     """
     best.check(config)
     writers.check(config.train.writers)
-    stop = StopRequest()
     progress = report.Progress()
     note = progress.note if jax.process_index() == 0 else lambda line: None
     clock, account = Clock(note), energy.Account(config.energy)
-    with locks.Lock(workdir) as lock, account:
+    with StopRequest() as stop, locks.Lock(workdir) as lock, account:
         config = initial.resolve(config, workdir)
         sharding.first(lambda: _adopt(config, workdir))
         peak = report.peak_flops()
@@ -57,8 +56,8 @@ def run(config: Config, workdir: pathlib.Path, judge: Judge | None = None) -> in
                                      evaluation.scorer(config.objective, parts.model, mesh))
         keep_every = parts.steps("checkpoint.keep_every", config.checkpoint.keep_every)
         with checkpoint.Checkpoints(lock, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best, keep_every=keep_every,
-                                    log=note) as checkpoints, jax.set_mesh(mesh):
-            return _train(parts, subject, epoch, workdir, checkpoints, stop, progress, peak, judge, clock, account)
+                                    log=note) as checkpoints, jax.set_mesh(mesh), Watchdog(config.train.watchdog_seconds) as watchdog:
+            return _train(parts, subject, epoch, workdir, checkpoints, stop, watchdog, progress, peak, judge, clock, account)
 
 
 def _adopt(config: Config, workdir: pathlib.Path) -> None:
@@ -79,11 +78,13 @@ def open_corpus(config: Config, folder: pathlib.Path, note: Callable[[str], None
 
 
 def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSize, workdir: pathlib.Path, checkpoints: checkpoint.Checkpoints,
-           stop: StopRequest, progress: report.Progress, peak: tuple[float, str], judge: Judge | None, clock: Clock, account: energy.Account) -> int:
+           stop: StopRequest, watchdog: Watchdog, progress: report.Progress, peak: tuple[float, str], judge: Judge | None, clock: Clock,
+           account: energy.Account) -> int:
     config, total, primary = parts.config, parts.total, jax.process_index() == 0
     corpus, tokenizer, task = subject.corpus, subject.tokenizer, subject.task
     note = progress.note if primary else lambda line: None
     start, state, history, borrowed = resume.start(parts, corpus, task, workdir, note)
+    watchdog.beat()
     note(_introduction(parts, epoch, state, start, peak[1], [*_sources(parts, corpus, task), *rows.notes(task, corpus.splits["train"]),
                                                              f"energy is {account.source}"]))
     finished = workdir / "FINISHED"
@@ -135,12 +136,20 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
     saved_step, step, found, costs = start, start, None, best.history(config, workdir, start)
     early, judged = best.ends(config, workdir, costs), False  # the first: killed after its last evaluation
     stop.arm()
+    watchdog.beat()
     clock.begin(str(corpus.folder))
     trace = profile.Trace(workdir, parts.steps("train.profile", config.train.profile), note)
-    with Watchdog(config.train.watchdog_seconds) as watchdog, clock, trace, contextlib.closing(reporter) if primary else contextlib.nullcontext():
+    with clock, trace, contextlib.closing(reporter) if primary else contextlib.nullcontext():
         while step < total and not early and not judged and not stop.at(step):
             with clock.spent("data"):
-                batch = sharding.to_device(parts.mesh, next(batches)[1], config.data.batch_size)
+                try:
+                    with stop.waiting():
+                        local = next(batches)[1]
+                except Stopped:
+                    abandon(batches)
+                    break
+                batch = sharding.to_device(parts.mesh, local, config.data.batch_size)
+            peers.worked()
             step += 1
             trace.before(step, state)
             state, new = run_step(step, state, batch)
@@ -151,6 +160,7 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
             if not (due("eval", step) or due("save", step)):
                 continue
             log(*pending)
+            watchdog.beat()
             pending = None
             found = None
             if due("eval", step) and not stop.now():
@@ -244,18 +254,14 @@ def _score(subject: evaluation.Subject, params: Any, split: str, limit: int, wat
     def alive(*_) -> None:
         watchdog.beat()
         if stop.now():
-            raise _Stopped
+            raise Stopped
 
     try:
         if subject.task.labelled:
             return evaluation.classified(subject, params, split, limit=limit, progress=alive)[0].summary
         return evaluation.score(subject, params, split, limit=limit, progress=alive)
-    except _Stopped:
+    except Stopped:
         return None
-
-
-class _Stopped(Exception):
-    pass
 
 
 def _best(parts: setup.Setup, state: State, step: int, workdir: pathlib.Path, note: Callable[[str], None]) -> tuple[Any, int]:

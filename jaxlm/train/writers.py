@@ -1,4 +1,4 @@
-"""The rows of metrics.jsonl for Weights & Biases, MLflow and trackio too, each by its own package and settings (WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_DIR ...)."""
+"""The rows of metrics.jsonl for Weights & Biases, MLflow and trackio too, each by its own package and settings (WANDB_MODE, MLFLOW_TRACKING_URI, ...)."""
 
 import json
 import os
@@ -6,6 +6,8 @@ import pathlib
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from jaxlm.train import durable
 
 FILE = "writers.json"  # of a workdir: writer -> the run's id there, so that a resumed run goes on in it
 _PROJECT = "jaxlm"
@@ -74,7 +76,7 @@ class Writers:
             except Exception as error:  # its network, account or disk, not ours
                 self._failed(name, error)
         if names:
-            path.write_text(json.dumps(known) + "\n", encoding="utf-8")
+            durable.rewrite(path, json.dumps(known) + "\n")
 
     def _failed(self, name: str, error: Exception) -> None:
         self._note(f"warning: {name} is left out: {type(error).__name__}: {' '.join(str(error).split())[:300]}")

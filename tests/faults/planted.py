@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import random
 import shutil
@@ -69,8 +70,9 @@ def visited(of: Base, letter: str, step: int) -> set[int]:
             if one.id == name and one.piece.start <= 1 < one.piece.stop}
 
 
-def plant(of: Base, step: int, path: str, place: tuple[int, ...], value: float, workdir: pathlib.Path) -> None:
-    """A copy of the run that ends with the checkpoint of `step`, in which one parameter has another value."""
+def plant(of: Base, step: int, path: str, place: tuple[int, ...], value: float, workdir: pathlib.Path,
+          **train: object) -> config.Config:
+    """A copy of the run that ends with the checkpoint of `step`, in which one parameter has another value; and its config, with other keys of `train`."""
     later = lambda folder, names: [name for name in names if name == "FINISHED" or folder.endswith("checkpoints") and int(name) >= step]
     shutil.copytree(of.workdir, workdir, ignore=later)
     parts = resume.build(of.config, sharding.make_mesh(of.config.mesh, jax.devices()[:1]), of.corpus)[0]
@@ -80,8 +82,12 @@ def plant(of: Base, step: int, path: str, place: tuple[int, ...], value: float, 
     leaf[place + (0,) * (leaf.ndim - len(place))] = value
     flat[path] = jax.device_put(leaf, flat[path].sharding)
     files = {p.name: p.read_bytes() for p in (of.workdir / "checkpoints" / str(step) / "files").iterdir()}
+    other = lambda cfg: dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, **train))
+    files["config.json"] = config.to_json(other(config.from_json(files["config.json"].decode()))).encode()
+    (workdir / "config.json").write_text(config.to_json(other(of.config)))
     with Lock(workdir) as lock, checkpoint.Checkpoints(lock, keep_last=99, keep_best=0, keep_every=0) as checkpoints:
         checkpoints.save(step, state._replace(params=trees.unflatten(flat)), files)
+    return other(of.config)
 
 
 def bad_steps(workdir: pathlib.Path) -> list[dict]:
@@ -107,12 +113,10 @@ def parameter(of: Base, step: int, path: str, layer: int, value: float, workdir:
 
 
 def activation(of: Base, step: int, letter: str, workdir: pathlib.Path) -> str:
-    """A letter's embedding so large that what follows overflows: of the steps that go on just those are skipped that hold its document, which both name."""
-    plant(of, step, "embed/tokens", (ord(letter),), 3e38, workdir)
-    name, last = document(of, letter), step + 50
-    config_ = dataclasses.replace(of.config, train=dataclasses.replace(of.config.train, steps=f"{last} steps", spike=0.0, bad_steps=4))
-    (workdir / "config.json").write_text(config.to_json(config_))
-    loop.run(config_, workdir)
+    """A letter's embedding infinite: of the steps that go on just those are skipped that hold its document, which both name. (3e38 overflows in some steps
+    only: in others the norm makes it 0, and its gradient too.)"""
+    name = document(of, letter)
+    loop.run(plant(of, step, "embed/tokens", (ord(letter),), math.inf, workdir, steps=f"{step + 50} steps", spike=0.0, bad_steps=4), workdir)
     skipped = {row["step"]: row for row in bad_steps(workdir) if row["step"] > step}
     expected = visited(of, letter, step)
     assert expected, "a letter that is not seen plants nothing"

@@ -152,10 +152,6 @@ def test_what_differs_from_the_log_is_said(base):
 
 
 @pytest.mark.slow
-def test_planted_faults_are_found_and_named(tmp_path):
-    """Three of the fifty of `python tools/chaos_storage.py numbers`."""
-    found = planted.base(tmp_path, 320, 40)
-    assert planted.parameter(found, 280, "layers/mlp/down", 1, math.nan, tmp_path / "nan") == ""
-    assert planted.parameter(found, 240, "layers/attn/q", 2, math.inf, tmp_path / "inf") == ""
-    visits = planted.noise(found)
-    assert visits and planted.poisoned(found, *visits[-1]) == ""
+def test_planted_faults_are_found_and_named(base, tmp_path):
+    """One of the fifty of `python tools/chaos_storage.py numbers`; the test of a token that overflows is another."""
+    assert planted.parameter(base, 40, "layers/mlp/down", 1, math.nan, tmp_path / "nan") == ""

@@ -74,14 +74,14 @@ def test_a_damaged_config_is_named(tmp_path):
 
 @pytest.mark.slow
 def test_no_damage_is_silent(tmp_path):
-    """60 of the 500 of `python tools/chaos_storage.py flips`."""
+    """30 of the 500 of `python tools/chaos_storage.py flips`."""
     world, dice, found = damaged.world(tmp_path), random.Random(2), Counter()
     for kind in damaged.KINDS:
-        for path in damaged.files_of(world, kind, 10, dice):
+        for path in damaged.files_of(world, kind, 5, dice):
             said = damaged.trial(world, kind, path, dice.choice(["flip", "zero", "cut"]), dice)
             assert said in ("named", "harmless"), (path, said)
             found[said] += 1
-    assert found["named"] > 50
+    assert found["named"] >= 25
 
 
 # --- a disk that refuses ---
@@ -335,9 +335,10 @@ def test_a_stalled_read_is_said_and_changes_nothing(whole, tmp_path, monkeypatch
 def test_a_slow_reader_is_said_once(monkeypatch):
     notes, now = [], itertools.count()
     monkeypatch.setattr(clock.time, "perf_counter", lambda: float(next(now)))
-    ticks = clock.Clock(notes.append, "/mnt/corpus")
+    ticks = clock.Clock(notes.append)
+    ticks.begin("/mnt/corpus")
     for _ in range(60):  # waits 2 of each 4 ticks
-        with ticks.waiting():
+        with ticks.spent("data"):
             next(now)
         ticks.finished()
         if ticks._count % 10 == 0:

@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm import cli
 from jaxlm.data import chat, readers, shards, tokenizer
-from jaxlm.evaluate import sources
+from jaxlm.evaluate import definition, sources
 from jaxlm.interop import hf_config
 from tests.fuzz import targets
 
@@ -172,3 +172,21 @@ def test_values_in_config_json_that_cannot_be(change):
 def test_errors_write_no_escape_sequences():
     assert cli.one_line(ValueError("a \x1b[2J\ud800\u202e\n b " + "c" * 9999)).startswith("a \\x1b[2J\\ud800\\u202e b ccc")
     assert len(cli.one_line(ValueError("c" * 9999))) < 2100
+
+
+def test_zstandard_that_unpacks_to_gigabytes_does_so_bit_by_bit(tmp_path):
+    import zstandard
+    with open(tmp_path / "a.jsonl.zst", "wb") as file, zstandard.ZstdCompressor().stream_writer(file) as packed:
+        for _ in range(400):
+            packed.write(bytes(1 << 20))
+    assert (tmp_path / "a.jsonl.zst").stat().st_size < 100_000
+    with readers._ZstdFile(str(tmp_path / "a.jsonl.zst")) as file:
+        file.read(1)
+        assert len(file._plain) <= 128 << 20
+
+
+@pytest.mark.parametrize("text", ['split = "' + "(" * 3000 + '"', "x = " + "[" * 3000, 'split = "x{99999999999}"', 'split = "x{' + "9" * 5000 + '}"', "x = " + "9" * 5000])
+def test_task_files_that_are_nested_without_end(text, tmp_path):
+    (tmp_path / "t.toml").write_text(targets.TASK.replace('split = "\\n\\n+"', text))
+    with pytest.raises(ValueError, match="is not TOML|is not a regular expression"):
+        definition.load(tmp_path / "t.toml")

@@ -22,7 +22,7 @@ def test_four_processes_share_a_study_and_one_is_killed(tmp_path):
     command = ("search", f"--config={recipe}", f"--workdir={folder}", "--space=optim.lr=log(1e-3,1e-1);optim.b2=0.95,0.99", "--trials=7", *TINY)
     processes = [runs.start(*command) for _ in range(4)]
     victim = None
-    end = time.monotonic() + 200
+    end = time.monotonic() + 600
     while victim is None and time.monotonic() < end:  # whoever has a trial that saved something and is far from its end
         time.sleep(0.02)
         for lock in folder.glob("running/*/LOCK"):
@@ -32,7 +32,7 @@ def test_four_processes_share_a_study_and_one_is_killed(tmp_path):
                 victim.send_signal(signal.SIGKILL)
                 break
     assert victim is not None
-    outputs = {p: p.communicate(timeout=200)[0] for p in processes}
+    outputs = {p: p.communicate(timeout=600)[0] for p in processes}
     assert [p.returncode for p in processes if p is not victim] == [0] * 3, outputs
     if "ended over it" not in "".join(outputs.values()):  # the others had ended before
         outputs["last"] = runs.finish(*command)[1]
@@ -46,7 +46,8 @@ def test_four_processes_share_a_study_and_one_is_killed(tmp_path):
         ended = len(re.findall(rf"^trial {row.number}  (?:loss|ends early)", said, re.M))
         assert said.count(f"trial {row.number}  optim") == log.count("\nplan ") == ended + (row.number == number), said
         assert len(row.curve) == show.last_step(opened, row.number) // 50 and checkpoint.steps(study.workdir(opened, row.number))
-        assert [metrics["step"] for metrics in report.read_metrics(study.workdir(opened, row.number)) if "eval/loss" in metrics] == [50, 100, 150][:len(row.curve)]
+        evaluated = [metrics["step"] for metrics in report.read_metrics(study.workdir(opened, row.number)) if "eval/loss" in metrics]
+        assert evaluated == [50, 100, 150][:len(row.curve)]
     assert "resumed after step" in (study.workdir(opened, number) / "log.txt").read_text()
     assert said.count("s; see ") == 1 and f"trial {number}  optim" in said and "best: trial" in said  # the corpus was prepared once
     best = study.best_row(opened, rows)

@@ -12,8 +12,8 @@ def test_a_line_and_a_file_say_the_same(tmp_path):
     line = space.read("optim.lr=log(1e-4, 1e-2,5); data.batch_size=8,16 ,32; optim.warmup=uniform(1%,10%); model.windows=(0,),(64,0);"
                       "model.layers=uniform(2,6,3); train.steps=log(100 steps,400 steps); optim.name=adamw,lion", Config())
     assert line == {"optim.lr": Range(1e-4, 1e-2, True, False, "", 5), "data.batch_size": Choice(("8", "16", "32")),
-                    "optim.warmup": Range(1, 10, False, False, "%"), "model.windows": Choice(("(0,)", "(64,0)")), "model.layers": Range(2, 6, False, True, "", 3),
-                    "train.steps": Range(100, 400, True, True, "steps"), "optim.name": Choice(("adamw", "lion"))}
+                    "optim.warmup": Range(1, 10, False, False, "%"), "model.windows": Choice(("(0,)", "(64,0)")),
+                    "model.layers": Range(2, 6, False, True, "", 3), "train.steps": Range(100, 400, True, True, "steps"), "optim.name": Choice(("adamw", "lion"))}
     path = tmp_path / "space.toml"
     path.write_text('"optim.lr" = "log(1e-4,1e-2,5)"\n"model.layers" = "uniform(2,6,3)"\n[data]\nbatch_size = [8, 16, 32]\n[optim]\nname = ["adamw", "lion"]\n'
                     'warmup = "uniform(1%,10%)"\n[model]\nwindows = [[0], [64, 0]]\n[train]\nsteps = "log(100 steps,400 steps)"\n')

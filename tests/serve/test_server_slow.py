@@ -11,7 +11,8 @@ import time
 import httpx
 import pytest
 
-from tests.serve import live
+from jaxlm.serve import connections
+from tests.serve import attacks, live
 from tests.serve.test_server import attack, check
 from tests.train import runs
 
@@ -29,6 +30,27 @@ def test_2000_hostile_requests_leave_nothing_behind():
         before = resident()
         check(server, address, attack(address, 1000))
         assert resident() - before < 40 * 2**20, f"{(resident() - before) / 2**20:.0f} MiB more"
+
+
+def test_attacks_keep_nobody_else_out(caplog, monkeypatch):
+    """The table of tools/attack_server.py with small numbers: connections beyond what the server takes, and everything that no client should send."""
+    monkeypatch.setattr(connections, "WAIT", 3.0)
+    caplog.set_level("INFO")
+    attacks.raise_descriptors()
+    with live.serving(api_key=attacks.KEY, max_tokens=32) as (server, address):
+        place = attacks.place_of(address)
+        attacks.warm(place)
+        tried = {"heads": ("200", lambda p: attacks.slow_heads(p, 200, 2)), "bodies": ("250", lambda p: attacks.slow_bodies(p, 250, 2)),
+                 "connections": ("400, and 262 are kept", lambda p: attacks.connections(p, 400, 1)), "large": ("3 x 3 MB", lambda p: attacks.large_bodies(p, 3, 3 << 20)),
+                 "headers": ("10", lambda p: attacks.header_floods(p, 10)), "paths": ("40", lambda p: attacks.paths(p, 40)), "hosts": ("8", lambda p: attacks.hosts(p, 8)),
+                 "malformed": ("90", lambda p: attacks.malformed(p, 90)), "gone": ("30", lambda p: attacks.disconnects(p, 30))}
+        for name, (sent, attack) in tried.items():
+            row = attacks.run(place, name, sent, attack)
+            assert row.during < 20 and row.after < 20 and row.descriptors <= 4 and row.memory < 64 * 2**20, row
+            assert "500" not in row.came and (name not in ("hosts", "paths") or "x 200" not in row.came.replace("1 x 200", "")), row
+        live.settled(server, 60)
+    told = caplog.text
+    assert attacks.SECRET[:8] not in told and attacks.KEY not in told and "Traceback" not in told
 
 
 def test_sigterm_finishes_what_was_accepted(tmp_path):

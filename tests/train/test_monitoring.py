@@ -75,7 +75,6 @@ def test_writers_get_every_row_and_one_that_fails_is_left_out(told):
     assert len(made["trackio"].rows("log")) == 1 and [name for name, *_ in made["wandb"].calls][-1] == "finish"
     known = json.loads((workdir / writers.FILE).read_text())
     assert set(known) == {"wandb", "mlflow", "trackio"} and known["mlflow"] == "m1"
-    assert not any(str(value).startswith("env:") for value in known.values())
 
 
 def test_a_resumed_run_goes_on_in_its_own(fakes, tmp_path):
@@ -130,7 +129,8 @@ def test_a_hook_hears_of_the_end(listener, tmp_path, monkeypatch, capsys):
     with webhook.telling(url + "/moved", tmp_path):
         pass
     assert [path for path, _ in got] == ["/secret", "/x", "/moved"]
-    assert got[0][1] == {"event": "finished", "run": tmp_path.name, "step": 0, "loss": 2.5, "error": "", "text": f"jaxlm: {tmp_path.name} finished, newest checkpoint step 0"}
+    assert got[0][1] == {"event": "finished", "run": tmp_path.name, "step": 0, "loss": 2.5, "error": "",
+                         "text": f"jaxlm: {tmp_path.name} finished, newest checkpoint step 0"}
     assert got[1][1]["event"] == "failed" and got[1][1]["error"] == "ValueError" and "private" not in str(got[1])
     out = capsys.readouterr().out
     assert out == "warning: train.webhook: not delivered (HTTPError 302)\n"
