@@ -53,6 +53,9 @@ def three(monkeypatch):
     yield made, said
     for peer in made:
         peer._ended.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("peers"):
+            thread.join(30)
 
 
 def until(holds, seconds=30.0):
