@@ -541,8 +541,14 @@ class TrainConfig:
     watchdog_seconds: float = 1800.0  # end the process when no step, restore or compile finishes for so long; 0: off
     peer_seconds: float = 20.0  # of several processes: end all when one has not been heard of for so long
     sample_prompt: str = ""  # text continued at each evaluation; empty: the beginning of a validation document
+    layer_norms: bool = False  # log the norms of gradient and update of each parameter, by layer: grad_norm/layers/3/attn/q
+    profile: Duration = Duration("0")  # at this step begins a trace of five steps for XProf, in WORKDIR/plugins/profile; 0: none
+    writers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()  # where the figures go besides metrics.jsonl and TensorBoard (docs/monitoring.md)
+    webhook: str = ""  # a URL (https), or env:NAME of the variable that holds it, that is told when the run ends or fails; empty: none
 
     def __post_init__(self):
+        _need(not self.webhook or bool(re.match(r"https://.|env:\w+$|http://(localhost|127\.0\.0\.1|\[::1\])[:/]", self.webhook)),
+              "train.webhook must be an https URL, or env:NAME of the environment variable that holds one")
         for key in ("microbatches", "bad_steps"):
             _need(getattr(self, key) > 0, f"train.{key}={getattr(self, key)} must be positive")
         _need(self.peer_seconds >= 1, f"train.peer_seconds={self.peer_seconds} must be at least 1")

@@ -39,12 +39,13 @@ def main(values: flags.FlagValues, overrides: list[tuple[str, str]]) -> int:
 
     from jaxlm import peers, sharding
     from jaxlm.data.run import is_mistake
-    from jaxlm.train import loop, stop
+    from jaxlm.train import loop, stop, webhook
 
     sharding.start_processes(values.coordinator, values.processes, values.process, heartbeat=10 + 3 * cfg.train.peer_seconds)
+    workdir = pathlib.Path(values.workdir)
     try:
-        with peers.joined(cfg.train.peer_seconds, is_mistake):
-            code = loop.run(cfg, pathlib.Path(values.workdir))
+        with peers.joined(cfg.train.peer_seconds, is_mistake), webhook.telling(cfg.train.webhook, workdir):
+            code = loop.run(cfg, workdir)
         return stop.depart(code)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not bin.out_of_memory(error):

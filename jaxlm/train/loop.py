@@ -15,7 +15,7 @@ from jaxlm.config import Config
 from jaxlm.data import audit, chat, ledger, loader, mixture, pack, prepare, rows, shards
 from jaxlm.data import stream as streams
 from jaxlm.evaluate import classify, compression
-from jaxlm.train import best, checkpoint, classified, durable, energy, evaluation, health, initial, report, resume, setup
+from jaxlm.train import best, checkpoint, classified, durable, energy, evaluation, health, initial, profile, report, resume, setup, writers
 from jaxlm.train import clock as clocks
 from jaxlm.train import lock as locks
 from jaxlm.train.clock import Clock
@@ -40,6 +40,7 @@ def run(config: Config, workdir: pathlib.Path, judge: Judge | None = None) -> in
       ValueError, OSError: one line, for whatever the user can mend.
     """
     best.check(config)
+    writers.check(config.train.writers)
     progress = report.Progress()
     note = progress.note if jax.process_index() == 0 else lambda line: None
     clock, account = Clock(note), energy.Account(config.energy)
@@ -122,7 +123,7 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
     account.resume(before)
     spent = lambda: clock.row() | account.row()
     reporter = report.Reporter(workdir, start, {"config": configs.to_json(config), "parameters": report.overview(state.params)},
-                               tolerance) if primary else None
+                               tolerance, writers.Writers(config.train.writers, workdir, configs.to_dict(config), note)) if primary else None
     if reporter and before:  # the rows after the checkpoint are gone, what they took is not
         reporter.scalars(start, spent())
     vitals = health.Health(
@@ -137,7 +138,8 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
     stop.arm()
     watchdog.beat()
     clock.begin(str(corpus.folder))
-    with clock, contextlib.closing(reporter) if primary else contextlib.nullcontext():
+    trace = profile.Trace(workdir, parts.steps("train.profile", config.train.profile), note)
+    with clock, trace, contextlib.closing(reporter) if primary else contextlib.nullcontext():
         while step < total and not early and not judged and not stop.at(step):
             with clock.spent("data"):
                 try:
@@ -149,6 +151,7 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
                 batch = sharding.to_device(parts.mesh, local, config.data.batch_size)
             peers.worked()
             step += 1
+            trace.before(step, state)
             state, new = run_step(step, state, batch)
             if pending:  # the metrics of the step before: the device is busy with the next one meanwhile
                 log(*pending)
@@ -341,9 +344,10 @@ class _Log:
         if self._reporter is None:
             return
         seconds = self._clock.step_seconds
-        means = figures.means(values.pop("sums"))
+        means, norms = figures.means(values.pop("sums")), values.pop("norms", {})
         if self._due(step):
             self._reporter.scalars(step, {
+                **report.by_layer(norms),
                 **{f"train/{name}": value for name, value in means.items()}, **{f"train/{name}": float(value) for name, value in values.items()},
                 "train/skipped": self._vitals.skipped, "train/spikes": self._vitals.spikes, "train/tokens": step * self._tokens,
                 "perf/tokens_per_second": self._computed / seconds, "perf/mfu": self._load / seconds, "perf/step_seconds": seconds,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import TransformerConfig
-from jaxlm.train import durable
+from jaxlm.train import durable, writers
 
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # warns of each NaN that it is given; health.py says more
 
@@ -33,11 +33,12 @@ class Reporter:
       resume_step: the checkpoint that the run goes on from, 0 for none.
       facts: texts for TensorBoard by name: the config, the table of parameters.
       tolerance: what to do when something cannot be written: a row is then missing, those before and after it are whole.
+      also: where else the rows go.
     """
 
     def __init__(self, workdir: pathlib.Path, resume_step: int, facts: Mapping[str, str],
-                 tolerance: durable.Tolerance = durable.Tolerance(False, print)):
-        self._path, self._tolerance = workdir / "metrics.jsonl", tolerance
+                 tolerance: durable.Tolerance = durable.Tolerance(False, print), also: writers.Writers | None = None):
+        self._path, self._tolerance, self._also = workdir / "metrics.jsonl", tolerance, also
         drop_rows_after(self._path, resume_step)
         self._board = _Board(workdir)
         if resume_step:  # TensorBoard forgets what an interrupted process showed from here on
@@ -53,6 +54,8 @@ class Reporter:
             durable.append(self._path, json.dumps({"step": step, **values}) + "\n")
         with self._tolerance():
             self._board.scalars(step, values)
+        if self._also:
+            self._also.scalars(step, values)
 
     def text(self, step: int, name: str, text: str) -> None:
         """Shows a text in TensorBoard."""
@@ -63,6 +66,8 @@ class Reporter:
     def close(self) -> None:
         """Writes what is left."""
         self._board.close()
+        if self._also:
+            self._also.close()
 
 
 class _Board:
@@ -225,6 +230,17 @@ class Progress:
             print("\r" + " " * self._width + "\r", end="")
             self._width = 0
         print(line, flush=True)
+
+
+def by_layer(norms: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The "norms" of `train_step` as metrics: grad_norm/layers/3/attn/q."""
+    found = {}
+    for kind, paths in norms.items():
+        for path, norm in paths.items():
+            before, _, after = path.partition("layers/")
+            each = {f"{before}layers/{i}/{after}": value for i, value in enumerate(norm)} if norm.ndim else {path: norm}
+            found |= {f"{kind}_norm/{name}": float(value) for name, value in each.items()}
+    return found
 
 
 def duration(seconds: float) -> str:

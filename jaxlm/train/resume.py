@@ -21,7 +21,8 @@ from jaxlm.train.state import State
 
 # What may differ when a run goes on in its workdir: how it is computed and reported, not what is computed.
 FREE = ("mesh.", "checkpoint.", "eval.", "audit.", "energy.", "train.microbatches", "train.log_every", "train.eval_every", "train.eval_documents",
-        "train.bad_steps", "train.spike", "train.on_spike", "train.watchdog_seconds", "train.peer_seconds", "train.sample_prompt", "data.dir", "data.source",
+        "train.bad_steps", "train.spike", "train.on_spike", "train.watchdog_seconds", "train.peer_seconds", "train.sample_prompt", "train.layer_norms",
+        "train.profile", "train.webhook", "train.writers", "data.dir", "data.source",
         "data.threads", "data.prefetch", "model.remat", "model.attention", "model.sequence_attention", "model.pipeline_", "objective.chunk_rows")
 
 

@@ -160,7 +160,8 @@ def build(config: Config, mesh: Mesh, tokenizer_size: int, tokens_per_epoch: int
     objective = OBJECTIVES[config.objective.name]
     objective = functools.partial(distilled, objective) if config.objective.teacher else objective
     objective = functools.partial(objective, config.objective, model, **({} if mate is None else {"companion": mate[0].model}))
-    step = functools.partial(train_step, objective=objective, tx=tx, rate=rate, trainable=trainable, microbatches=parts, ema=config.optim.ema)
+    step = functools.partial(train_step, objective=objective, tx=tx, rate=rate, trainable=trainable, microbatches=parts, ema=config.optim.ema,
+                             layer_norms=config.train.layer_norms)
     borrowed = lambda path: path.startswith(COMPANION + "/") or config.lora.rank > 0 and not trainable[path]
 
     def gradient(params: Any, batch: dict[str, jax.Array]) -> tuple[Any, Any]:

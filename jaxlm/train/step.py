@@ -28,7 +28,7 @@ def init_state(params: Any, tx: optax.GradientTransformation, trainable: Mapping
 
 def train_step(state: State, batch: Mapping[str, jax.Array], limits: jax.Array | None = None, *, objective: Callable[..., Sums],
                tx: optax.GradientTransformation, rate: Callable[[jax.Array], jax.Array], trainable: Mapping[str, bool], microbatches: int = 1,
-               ema: float = 0.0) -> tuple[State, dict[str, Any]]:
+               ema: float = 0.0, layer_norms: bool = False) -> tuple[State, dict[str, Any]]:
     """Gradient of the sum of losses over the sum of weights of the whole batch, however it is cut; then one update.
 
     A loss or gradient that is not finite leaves parameters and moments as they are; only the step and the optimiser's counters (whole scalars) go on.
@@ -41,9 +41,11 @@ def train_step(state: State, batch: Mapping[str, jax.Array], limits: jax.Array |
       trainable: path -> trained or frozen; frozen parameters get no gradient.
       microbatches: parts of the batch, computed one after the other.
       ema: decay of the average, 0 for none.
+      layer_norms: tell the norms of gradient and update of each parameter too.
 
     Returns:
-      The next state, and `{"sums": Sums, "lr", "grad_norm", "param_norm", "skipped"}` as float32 scalars; the norms are of what is trained.
+      The next state, and `{"sums": Sums, "lr", "grad_norm", "param_norm", "skipped"}` as float32 scalars; the norms are of what is trained. With
+      `layer_norms` also `"norms": {"grad": {path: norm}, "update": {path: norm}}`, of stacked layers float32 [L].
     """
     train, frozen = trees.split(state.params, trainable)
     grads, sums = mean_gradient(train, frozen, batch, jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), objective, microbatches)
@@ -58,7 +60,15 @@ def train_step(state: State, batch: Mapping[str, jax.Array], limits: jax.Array |
     params = trees.merge(trained, frozen)
     average = None if state.ema is None else jax.tree.map(lambda a, p: a * ema + p * (1 - ema), state.ema, trained)
     metrics = {"sums": sums, "lr": jnp.asarray(rate(state.step), jnp.float32), "grad_norm": norm, "param_norm": optax.tree.norm(trained), "skipped": 1.0 - finite.astype(jnp.float32)}
+    if layer_norms:
+        metrics["norms"] = {"grad": _norms(grads), "update": _norms(updates)}
     return State(state.step + 1, params, keep(opt, state.opt), average, state.key), metrics
+
+
+def _norms(tree: Any) -> dict[str, jax.Array]:
+    """Euclidean norm of each leaf, float32; of one under `layers`, whose first axis is the layer, [L]."""
+    size = lambda path, x: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=tuple(range(1 if "layers" in path.split("/") and x.ndim else 0, x.ndim))))
+    return {path: size(path, x) for path, x in trees.flatten(tree).items()}
 
 
 def mean_gradient(train: Any, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array, objective: Callable[..., Sums], microbatches: int) -> tuple[Any, Sums]:
