@@ -314,11 +314,6 @@ def test_kills_lose_nothing_acknowledged(tmp_path):
     run_kills(tmp_path, 6, 0)
 
 
-@pytest.mark.slow
-def test_many_kills_lose_nothing_acknowledged(tmp_path):
-    run_kills(tmp_path, 30, 1)
-
-
 # --- a disk that refuses ---
 
 
