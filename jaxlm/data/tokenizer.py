@@ -551,25 +551,32 @@ def _word_piece_tree(vocab: bytes, names: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _proto(model: bytes) -> Any:
-    """A SentencePiece model file as an object to read and change."""
-    from sentencepiece import sentencepiece_model_pb2
+    """A SentencePiece model file as an object to read and change.
 
+    Raises:
+      ValueError: one line: it is none, or protobuf here is older than the one that sentencepiece was made with (Apache Beam wants it so).
+    """
+    try:
+        from google.protobuf.message import DecodeError
+        from sentencepiece import sentencepiece_model_pb2
+    except Exception as error:  # protobuf's own, which older ones do not have
+        raise ValueError(f"sentencepiece and protobuf do not go together here ({' '.join(str(error).split())[:160]}): pip install -U protobuf") from None
     proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(model)
+    try:
+        proto.ParseFromString(model)
+    except DecodeError as error:
+        raise ValueError(f"a SentencePiece model is damaged ({error})") from None
     return proto
 
 
 def _from_sentencepiece(files: Mapping[str, bytes], key: str, names: Mapping[str, Any], name: str) -> Tokenizer:
     """A SentencePiece model, with the tokens that Hugging Face's descriptions add to it as pieces of their own."""
-    from google.protobuf.message import DecodeError
-
     model = files[key]
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        _proto(model)
         for i in range(processor.vocab_size()):  # a piece may not be UTF-8
             processor.id_to_piece(i)
-    except (RuntimeError, UnicodeDecodeError, DecodeError):
+    except (RuntimeError, UnicodeDecodeError):
         processor = None
     if not model or processor is None:
         raise ValueError(f"{name} is not a SentencePiece model, or a damaged one ({len(model)} bytes)")
