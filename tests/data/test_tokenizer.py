@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from jaxlm.config import TokenizerConfig
 from jaxlm.data import tokenizer
@@ -182,6 +183,7 @@ def test_an_older_protobuf_is_no_matter_until_it_is_needed(monkeypatch):
     """Apache Beam wants one that sentencepiece's own description of its files refuses."""
     model = tokenizer.train(TRAINING[:50], CONFIGS["bpe"]).model
     monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
+    monkeypatch.delattr(sentencepiece, "sentencepiece_model_pb2", raising=False)
     assert tokenizer.from_bytes(model).encode("the mat")[-1] >= 0
     with pytest.raises(ValueError, match="do not go together here .*pip install -U protobuf"):
         tokenizer._proto(model)
