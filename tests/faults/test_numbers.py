@@ -1,6 +1,5 @@
 """What is not finite, and what stands out, is skipped or said, named with its documents, and found again by replay."""
 
-import functools
 import json
 import math
 
@@ -10,18 +9,10 @@ import numpy as np
 import pytest
 
 from jaxlm import cli
-from jaxlm.train import health, loop, nonfinite, replay, report, setup
+from jaxlm.train import health, loop, nonfinite, replay, report
 from tests.faults import planted
-from tests.train import runs
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """And parts that are compiled once, as in tests/train."""
-    with runs.devices(1), pytest.MonkeyPatch.context() as patch:
-        for module, name in ((setup, "build"), (report, "measure_matmul")):
-            patch.setattr(module, name, functools.cache(getattr(module, name)))
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@ jump do no harm."""
 
 import dataclasses
 import errno
-import functools
 import itertools
 import json
 import os
@@ -20,20 +19,13 @@ import pytest
 
 from jaxlm import cli, config
 from jaxlm.data import patience, records, shards, sums
-from jaxlm.train import checkpoint, clock, durable, loop, report, setup
+from jaxlm.train import checkpoint, clock, durable, loop, report
 from jaxlm.train.lock import Lock
 from tests.faults import damaged
 from tests.train import runs
 from tests.train.checkpoint_worker import make_state
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """And parts that are compiled once, as in tests/train."""
-    with runs.devices(1), pytest.MonkeyPatch.context() as patch:
-        for module, name in ((setup, "build"), (report, "measure_matmul")):
-            patch.setattr(module, name, functools.cache(getattr(module, name)))
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 # --- damaged files ---
