@@ -119,6 +119,16 @@ def of_kind(device_kind: str) -> Chip | None:
     return next((CHIPS[name] for mark, name in marks if mark in kind), None)
 
 
+# Dense peak in FLOP/s (bfloat16, of the T4 float16) of chips that have no row above because nothing here plans for them; from the vendors' data sheets.
+_OLDER = {"tpu v3": 123e12, "tpu v2": 45e12, "nvidia l4": 121e12, "tesla t4": 65e12}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s that one chip could do at best, by its data sheet; None where it is not known."""
+    chip = of_kind(device_kind)
+    return chip.flops if chip else next((peak for name, peak in _OLDER.items() if name == device_kind.lower()), None)
+
+
 def like(device_kind: str, devices: int) -> str:
     """The known topology nearest to `devices` devices of that kind, as `jax.Device` names it; v5e where the kind is not known."""
     chip = of_kind(device_kind) or CHIPS["h100" if "nvidia" in device_kind.lower() else "v5e"]

@@ -142,8 +142,9 @@ _GPU = ("--xla_gpu_triton_gemm_any=true", "--xla_gpu_enable_latency_hiding_sched
 _NVIDIA = pathlib.Path("/proc/driver/nvidia/version")  # where the driver runs, whatever jax will find
 
 # Each step of XLA on CPUs allocates its temporaries anew, and the kernel then clears them page by page: 1 GB and 250,000 faults a step for a model of 11 M
-# parameters. In pages of 2 MB instead of 4 kB a step takes 0.7 of the time (docs/performance.md). The C library reads this when a process begins.
-_PAGES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+# parameters. In pages of 2 MB instead of 4 kB a step takes 0.7 of the time; and with 2 heaps for each core, not 8, less memory lies about in heaps that
+# threads have left (docs/performance.md). The C library reads this when a process begins.
+_PAGES = ("GLIBC_TUNABLES", f"glibc.malloc.hugetlb=1:glibc.malloc.arena_max={2 * (os.cpu_count() or 1)}")
 _PAGES_ON_REQUEST = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 

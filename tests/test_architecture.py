@@ -17,7 +17,7 @@ LEVELS = {
 
 HOMES = {
     "sentencepiece": {"data/tokenizer.py"}, "tokenizers": {"data/tokenizer.py"}, "gguf": {"interop/gguf.py"}, "flatbuffers": set(), "grain": {"data/loader.py"}, "array_record": {"data/shards.py"}, "pyarrow": {"data/readers.py"}, "tensorflow_datasets": {"data/tfds.py"},
-    "zstandard": {"data/readers.py"}, "tensorboardX": {"train/report.py"}, "pynvml": {"train/meters.py"}, "wandb": {"train/writers.py"}, "mlflow": {"train/writers.py"}, "trackio": {"train/writers.py"}, "clu": {"train/report.py"}, "orbax": {"train/checkpoint.py"},
+    "zstandard": {"data/readers.py"}, "tensorboardX": {"train/report.py"}, "pynvml": {"train/meters.py"}, "wandb": {"train/writers.py"}, "mlflow": {"train/writers.py"}, "trackio": {"train/writers.py"}, "ray": {"search/ray_tune.py"}, "clu": {"train/report.py"}, "orbax": {"train/checkpoint.py"},
     "optax": {"optim.py", "moments.py", "train/step.py"}, "flax": {"models/layers.py"}, "ml_collections": {"config.py"}, "safetensors": {"interop/hf_files.py"},
     "absl": {"cli.py", "bin/prepare.py", "bin/tokenizer.py", "bin/train.py", "bin/eval.py", "bin/generate.py",
              "bin/import.py", "bin/export.py", "bin/search.py", "bin/data.py", "bin/replay.py", "bin/verify.py", "bin/fit.py", "bin/report.py", "bin/serve.py"},

@@ -52,3 +52,10 @@ def test_bad_prices(tmp_path, content, words):
 def test_the_topology_of_this_machine(kind, count, name):
     assert chips.like(kind, count) == name
     chips.topology(name)
+
+
+@pytest.mark.parametrize("kind, peak", [("TPU v6 lite", 918e12), ("TPU v5", 459e12), ("TPU v5 lite", 197e12), ("TPU v4", 275e12), ("TPU v3", 123e12), ("TPU v2", 45e12),
+                                        ("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12), ("Tesla T4", 65e12), ("cpu", None),
+                                        ("NVIDIA L40S", None)])
+def test_the_peak_of_a_device(kind, peak):
+    assert chips.peak_flops(kind) == peak

@@ -34,6 +34,7 @@ ALLOWED = {
     "train/webhook.py": {"urllib.request"},  # tells the URL of train.webhook that the run has ended
     "train/writers.py": {"__import__"},  # a package out of a table, which train.writers names
     "search/jobs.py": {"subprocess"},  # jaxlm itself, several times, with its own arguments as a list
+    "search/ray_tune.py": {"subprocess"},  # jaxlm itself, on a trial's workdir, with a list of arguments
     "peers.py": {"ctypes"},  # hears SIGABRT, by which jax ends a process that has lost its coordinator
     "train/setup.py": {"ctypes"},  # calls malloc_trim of the C library that runs us
     "sharding.py": {"urllib.request", "urllib.request.urlopen"},  # asks the metadata server of a Cloud TPU VM for this machine's neighbours

@@ -109,9 +109,9 @@ class Side:
     """A process of tools/bench_side.py."""
 
     def __init__(self, name: str, asked: dict, python: str):
-        self.name, self.seconds, self.rss, self.peaks = name, [], 0.0, []
+        self.name, self.seconds, self.rss = name, [], 0.0
         script = pathlib.Path(__file__).with_name("bench_side.py")
-        self._process = subprocess.Popen([sys.executable if name == "jaxlm" else python, script, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        self._process = subprocess.Popen([sys.executable if name in ("floor", "jaxlm") else python, script, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          stderr=subprocess.PIPE, text=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"})
         self.facts = self._ask(json.dumps(asked))
 
@@ -127,7 +127,6 @@ class Side:
         self.rss = found["rss"]
         if counts:
             self.seconds.append(found["seconds"])
-            self.peaks += [found["peak"]] if "peak" in found else []
 
     def close(self) -> None:
         self._process.communicate()
@@ -136,19 +135,19 @@ class Side:
 def measure(name: str, cfg: Config, names: list[str], python: str, rounds: int, steps: int) -> None:
     """Prints the table of one model."""
     tokens, asked = cfg.data.batch_size * cfg.data.sequence_length, describe(cfg)
-    found = [Side(side, asked, python) for side in names]
-    for side in found:
+    floor, *found = turns = [Side(side, asked, python) for side in ("floor", *names)]
+    for side in turns:
         side.turn(3, counts=False)  # compiles, and fills caches
     for number in range(rounds):
-        for side in found:
+        for side in turns:
             print(f"\r{name}, round {number + 1} of {rounds}: {side.name:<20}", end="", file=sys.stderr, flush=True)
             side.turn(steps)
     print(file=sys.stderr)
-    for side in found:
+    for side in turns:
         side.close()
     ours, other = found[0], [s.facts["parameters"] for s in found if s.facts["parameters"] != found[0].facts["parameters"]]
     assert not other, f"not the same model: {ours.facts['parameters']} parameters against {other}"
-    peak, flops = statistics.median(ours.peaks), ours.facts["flops"]
+    peak, flops = 1 / statistics.median(floor.seconds), ours.facts["flops"]
     print(f"\n{name}: {ours.facts['parameters']:,} parameters, {cfg.data.batch_size} x {cfg.data.sequence_length} tokens, {cfg.model.dtype}; "
           f"{ours.facts['device']}, {os.cpu_count()} cores, compiled in {ours.facts['compile']:.1f} s\nfloor of a step: {flops / peak * 1e3:,.1f} ms ({flops / 1e9:,.1f} GFLOP at "
           f"{peak / 1e9:,.0f} GFLOP/s)\n")

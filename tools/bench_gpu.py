@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from absl import flags  # noqa: E402
 
-from jaxlm import cli, config  # noqa: E402
+from jaxlm import chips, cli, config  # noqa: E402
 from jaxlm.models import presets  # noqa: E402
 
 # Model -> rows of a batch, tokens of a row. The vocabulary is padded to a multiple of 64, as nanoGPT's. Both sides of 1B must fit into 80 GB together.
@@ -202,8 +202,7 @@ def compare(cfg: config.Config, rounds: int, steps: int, with_torch: bool) -> li
     print("\r", end="", file=sys.stderr)
     shapes = jax.eval_shape(_init(cfg), jax.random.key(0))
     flops = report.flops_per_token(cfg.model, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)), length) * rows * length
-    kind = jax.devices()[0].device_kind.lower()
-    peak = next((peak for name, peak in report.PEAKS if name in kind), math.nan)
+    peak = chips.peak_flops(jax.devices()[0].device_kind) or math.nan
     found = []
     for side in sides:
         second = statistics.median(times[side.name])

@@ -29,10 +29,9 @@ class Turns:
 
     def __call__(self) -> None:
         if not self._left:
-            more = self._done() or {}
+            self._done()
             if self._steps:
-                self._say(seconds=(time.perf_counter() - self._begin) / self._steps, rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-                          **(more() if callable(more) else more))
+                self._say(seconds=(time.perf_counter() - self._begin) / self._steps, rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
             line = sys.stdin.readline()
             if not line.strip():
                 os._exit(0)
@@ -67,15 +66,24 @@ def jaxlm(asked: dict) -> None:
         step = setup.compiled(parts.step, state, batch)
         compiled, params = time.perf_counter() - start, trees.count(state.params)
 
-        def done():
-            jax.block_until_ready(metrics)
-            return lambda: {"peak": report.peak_flops()[0]}  # called when the time is taken
-
-        turn = Turns(done, parameters=params, version=f"jax {jax.__version__}", compile=compiled,
+        turn = Turns(lambda: jax.block_until_ready(metrics), parameters=params, version=f"jax {jax.__version__}", compile=compiled,
                      device=f"{jax.device_count()} x {jax.devices()[0].device_kind}", flops=rows * length * report.flops_per_token(parts.config.model, params, length))
         while True:
             turn()
             state, metrics = step(state, batch)
+
+
+def floor(asked: dict) -> None:
+    """The machine's speed: seconds of one FLOP in a plain matrix product, as `jaxlm train` measures it."""
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+    from jaxlm import cli
+
+    cli.set_environment(verbose=False)
+    from jaxlm.train import report
+
+    print("{}", flush=True)
+    while sys.stdin.readline().strip():
+        print(json.dumps({"seconds": 1 / report.peak_flops()[0], "rss": 0.0}), flush=True)
 
 
 def _torch(asked: dict, build, loss, compiled: bool) -> None:
@@ -177,7 +185,7 @@ def hf(asked: dict) -> None:
     transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[Turn()]).train()
 
 
-SIDES = {"jaxlm": jaxlm, "nanoGPT": nanogpt, "nanoGPT compiled": lambda asked: nanogpt(asked, compiled=True), "HF Trainer": hf, "litgpt": litgpt}
+SIDES = {"floor": floor, "jaxlm": jaxlm, "nanoGPT": nanogpt, "nanoGPT compiled": lambda asked: nanogpt(asked, compiled=True), "HF Trainer": hf, "litgpt": litgpt}
 
 if __name__ == "__main__":
     SIDES[sys.argv[1]](json.loads(sys.stdin.readline()))

@@ -28,6 +28,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("coordinator", "", "host:port of process 0, for several processes outside TPU pods and Slurm.", flag_values=values)
     flags.DEFINE_integer("processes", 0, "Number of processes, with --coordinator.", flag_values=values)
     flags.DEFINE_integer("process", -1, "Index of this process, with --coordinator.", flag_values=values)
+    flags.DEFINE_bool("trial", False, "The run is one of many that are compared on the validation split: no samples, and it never looks at the test split.",
+                      flag_values=values)
 
 
 def main(values: flags.FlagValues, overrides: list[tuple[str, str]]) -> int:
@@ -45,7 +47,7 @@ def main(values: flags.FlagValues, overrides: list[tuple[str, str]]) -> int:
     workdir = pathlib.Path(values.workdir)
     try:
         with peers.joined(cfg.train.peer_seconds, is_mistake), webhook.telling(cfg.train.webhook, workdir):
-            code = loop.run(cfg, workdir)
+            code = loop.run(cfg, workdir, (lambda step, figure: False) if values.trial else None)
         return stop.depart(code)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not bin.out_of_memory(error):

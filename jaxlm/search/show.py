@@ -28,7 +28,7 @@ def summary(study: Study, note: Callable[[str], None]) -> None:
     metric, steps = study.config.checkpoint.metric, last_step(study, found.number)
     text = (f"The best of {sum(row.state == 'complete' for row in rows)} complete trials of {study.folder}: trial {found.number}, validation {metric} "
             f"{found.figure:.4f} after {steps} steps.\n\n    {describe(study, found.values)}\n")
-    path.write_text(configs.to_recipe(studies.trial_config(study, found.values), text), encoding="utf-8")
+    path.write_text(configs.to_recipe(studies.trial_config(*study[:3], found.values), text), encoding="utf-8")
     note(f"best: trial {found.number}, {metric} {found.figure:.4f}, {describe(study, found.values)}\n"
          f"its run is in {studies.workdir(study, found.number)}, its config in {path}")
     if importlib.util.find_spec("matplotlib") is None:

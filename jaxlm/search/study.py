@@ -35,9 +35,9 @@ _IDENTITY, _NAME = "study.json", "jaxlm"
 
 
 class Study(NamedTuple):
-    folder: pathlib.Path
     config: Config  # of all trials, before their values
     space: Space
+    folder: pathlib.Path
     lock: Lock  # whoever takes a trial holds it
     optuna: "optuna.Study"
 
@@ -89,7 +89,7 @@ def open_study(folder: pathlib.Path, config: Config, space: Space, storage: str 
             raise ValueError(f"{folder / STORAGES[kind]} is damaged ({' '.join(str(error).split())}): choose another --workdir") from None
         if config.train.init_from and spaces.shares_corpus(space):  # the model and the tokenizer that it decides, once for all trials
             config = initial.resolve(config, folder)
-    return Study(folder, config, space, lock, study)
+    return Study(config, space, folder, lock, study)
 
 
 def take(study: Study, sampler: str, pruner: str, trials: int, seed: int = 0) -> Taken | None:
@@ -209,14 +209,14 @@ def best_row(study: Study, found: list[Row]) -> Row | None:
     return min((row for row in found if row.state == "complete"), key=lambda row: sign * row.figure, default=None)
 
 
-def trial_config(study: Study, values: dict[str, Any]) -> Config:
-    """The config of a trial's run.
+def trial_config(config: Config, space: Space, folder: pathlib.Path, values: dict[str, Any]) -> Config:
+    """The config of a trial's run, of a search in a folder.
 
     Raises:
       ValueError: one line: its values do not go together.
     """
-    shared = [] if study.config.data.dir or not spaces.shares_corpus(study.space) else [("data.dir", str((study.folder / "data").absolute()))]
-    return configs.override(study.config, [*shared, *spaces.overrides(study.space, values)])
+    shared = [] if config.data.dir or not spaces.shares_corpus(space) else [("data.dir", str((folder / "data").absolute()))]
+    return configs.override(config, [*shared, *spaces.overrides(space, values)])
 
 
 def workdir(study: Study, number: int) -> pathlib.Path:

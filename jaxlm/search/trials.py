@@ -12,6 +12,7 @@ from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.search import space as spaces
 from jaxlm.search import study as studies
+from jaxlm.search.space import Space
 from jaxlm.search.study import Study, Taken
 from jaxlm.train import best, health, loop
 
@@ -27,7 +28,8 @@ def run(study: Study, sampler: str, pruner: str, trials: int, seed: int, note: C
     Raises:
       ValueError, OSError: one line: what keeps all trials from running.
     """
-    _corpus(study, note)
+    with studies.holding(study.lock):
+        prepare(study.config, study.space, study.folder, note)
     failures = 0
     while (taken := studies.take(study, sampler, pruner, trials, seed)) is not None:
         number = taken.number
@@ -53,6 +55,19 @@ def run(study: Study, sampler: str, pruner: str, trials: int, seed: int, note: C
     return 0
 
 
+def prepare(config: Config, space: Space, folder: pathlib.Path, note: Callable[[str], None]) -> None:
+    """Prepares what all trials of a search in `folder` learn from, where they share it.
+
+    Raises:
+      ValueError, OSError: one line: no corpus, or none to compare trials on.
+    """
+    if spaces.shares_corpus(space):
+        config = studies.trial_config(config, space, folder, {})
+        corpus = loop.open_corpus(config, pathlib.Path(config.data.dir), note)
+        if not len(corpus.splits["validation"].tokens):
+            raise ValueError("trials are compared on the validation split, and there is none: set data.validation, such as --config.data.validation=0.05")
+
+
 def describe(study: Study, values: dict[str, Any]) -> str:
     """A trial's values on one line."""
     return "  ".join(f"{key}={study.space[key].text(value) if isinstance(value, str) else short(study, key, value)}" for key, value in values.items())
@@ -71,16 +86,6 @@ def result(config: Config, workdir: pathlib.Path) -> float | None:
     return choose(figures) if figures else None
 
 
-def _corpus(study: Study, note: Callable[[str], None]) -> None:
-    """Prepares what all trials learn from, one process for all."""
-    if spaces.shares_corpus(study.space):
-        config = studies.trial_config(study, {})
-        with studies.holding(study.lock):
-            corpus = loop.open_corpus(config, pathlib.Path(config.data.dir), note)
-        if not len(corpus.splits["validation"].tokens):
-            raise ValueError("trials are compared on the validation split, and there is none: set data.validation, such as --config.data.validation=0.05")
-
-
 def _one(study: Study, taken: Taken) -> tuple[int, str | None]:
     """Does a trial; returns the run's exit code and how the trial ended, None where it did not."""
     number, metric = taken.number, study.config.checkpoint.metric
@@ -93,7 +98,7 @@ def _one(study: Study, taken: Taken) -> tuple[int, str | None]:
         return bool(ended)
 
     try:
-        config = studies.trial_config(study, taken.values)
+        config = studies.trial_config(*study[:3], taken.values)
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.py").write_text(configs.to_recipe(config, f"Trial {number} of {study.folder}: {describe(study, taken.values)}"), encoding="utf-8")
         with open(workdir / "log.txt", "a", encoding="utf-8") as file, contextlib.redirect_stdout(file), _signals():

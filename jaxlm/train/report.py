@@ -14,14 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm import chips
 from jaxlm.config import TransformerConfig
 from jaxlm.train import durable, writers
 
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # warns of each NaN that it is given; health.py says more
-
-# Dense bfloat16 peak of one chip in FLOP/s, from the vendors' data sheets; the first entry whose name is in `device_kind` counts.
-PEAKS = (("v6 lite", 918e12), ("v6e", 918e12), ("v5p", 459e12), ("v5 lite", 197e12), ("v5e", 197e12), ("v4", 275e12), ("v3", 123e12), ("v2", 45e12),
-         ("h200", 989e12), ("h100", 989e12), ("a100", 312e12), ("l4", 121e12), ("t4", 65e12))
 
 
 class Reporter:
@@ -178,10 +175,8 @@ def _flops_of_pair(cfg: TransformerConfig, read: int, said: int) -> float:
 
 def peak_flops() -> tuple[float, str]:
     """FLOP/s that all devices could do at best, and where the figure comes from: a data sheet, or, on CPUs, a matrix product measured now."""
-    kind = jax.devices()[0].device_kind.lower()
-    for name, peak in PEAKS:
-        if name in kind:
-            return peak * jax.device_count(), f"{jax.device_count()} x {peak / 1e12:.0f} TFLOP/s (data sheet, bf16)"
+    if peak := chips.peak_flops(jax.devices()[0].device_kind):
+        return peak * jax.device_count(), f"{jax.device_count()} x {peak / 1e12:.0f} TFLOP/s (data sheet, bf16)"
     measured = measure_matmul()
     return measured * (1 if jax.default_backend() == "cpu" else jax.device_count()), f"{measured / 1e9:.0f} GFLOP/s (measured matrix product, f32)"
 

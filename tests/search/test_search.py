@@ -79,7 +79,7 @@ def test_asha_finds_the_grids_best_in_two_fifths_of_its_steps(tmp_path, monkeypa
         return 0
 
     monkeypatch.setattr(loop, "run", replay)
-    monkeypatch.setattr(trials, "_corpus", lambda *_: None)
+    monkeypatch.setattr(trials, "prepare", lambda *_: None)
     best = study.best_row(grid, rows).figure
     for seed in range(3):
         asha = study.open_study(tmp_path / f"asha{seed}", cfg, found)

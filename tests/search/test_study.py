@@ -34,7 +34,7 @@ def pretend(monkeypatch, figure=lambda cfg, evaluation: (abs(cfg.optim.lr - 0.01
         return 0
 
     monkeypatch.setattr(loop, "run", run)
-    monkeypatch.setattr(trials, "_corpus", lambda *_: None)
+    monkeypatch.setattr(trials, "prepare", lambda *_: None)
     return begun
 
 
@@ -143,7 +143,7 @@ sys.stdin.read()
 def test_a_trial_that_is_asked_to_stop_is_left_and_goes_on(tmp_path, monkeypatch):
     """However often: only processes that die over a trial are counted."""
     said, opened = [], open_study(tmp_path)
-    monkeypatch.setattr(trials, "_corpus", lambda *_: None)
+    monkeypatch.setattr(trials, "prepare", lambda *_: None)
     monkeypatch.setattr(loop, "run", lambda cfg, workdir, judge: 130)  # Ctrl-C: saved, not finished
     for _ in range(study.ATTEMPTS + 1):
         assert trials.run(opened, "random", "none", 1, 0, said.append) == 130 and study.others(opened) == []
@@ -165,8 +165,8 @@ def test_the_best_config_is_a_file(tmp_path, monkeypatch):
     trials.run(opened, "tpe", "none", 6, 0, said.append)
     show.summary(opened, said.append)
     found = study.best_row(opened, study.rows(opened))
-    assert config.load(str(tmp_path / "study" / "best.py")) == study.trial_config(opened, found.values)
-    assert config.load(str(study.workdir(opened, 2) / "config.py")) == study.trial_config(opened, study.rows(opened)[2].values)
+    assert config.load(str(tmp_path / "study" / "best.py")) == study.trial_config(*opened[:3], found.values)
+    assert config.load(str(study.workdir(opened, 2) / "config.py")) == study.trial_config(*opened[:3], study.rows(opened)[2].values)
     assert config.load(str(tmp_path / "study" / "best.py")).data.dir == str(tmp_path / "study" / "data")
     assert (tmp_path / "study" / "search.png").read_bytes().startswith(b"\x89PNG")
     index, shares = study.importances(opened, study.rows(opened))
