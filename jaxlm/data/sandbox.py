@@ -208,9 +208,9 @@ def _program(text: str):
         "tojson": lambda value, ensure_ascii=False, indent=None, **options: json.dumps(value, ensure_ascii=ensure_ascii, indent=at(indent, 64))}
     environment.filters = {name: bounded(work) for name, work in (theirs | ours).items() if name not in _NO_USE}
     environment.filters["counted"] = counted
-    environment.globals = {name: value for name, value in environment.globals.items() if name in ("dict", "namespace", "cycler", "joiner")} | {
-        "raise_exception": refuse, "range": lambda *bounds: range(*bounds),
-        "strftime_now": lambda form: datetime.datetime.now().strftime(at(str(form), 100))}
+    # Jinja's own range ends at 100,000: filters such as list and unique take all of one before they can be asked how much it is.
+    environment.globals = {name: value for name, value in environment.globals.items() if name in ("dict", "namespace", "cycler", "joiner", "range")} | {
+        "raise_exception": refuse, "strftime_now": lambda form: datetime.datetime.now().strftime(at(str(form), 100))}
     return environment.from_string(text), state
 
 

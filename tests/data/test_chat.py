@@ -56,6 +56,7 @@ def test_messages_cannot_speak_for_others(kind):
     ("{{ 'a'.ljust(999999999) }}", "cannot write"), ("{{ messages.append(1) }}", "cannot write"), ("{{ ''.__class__.__mro__ }}", "cannot write"),
     ("{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}", "more than"),
     ("{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(40) %}{% set ns.x = ns.x.replace('a', 'aaaa') %}{% endfor %}", "more than"),
+    ("{{ range(999999999)|list }}", "too big"), ("{{ range(99999999)|unique|list|length }}", "too big"),
     ("{{ raise_exception('roles must alternate') }}", "roles must alternate"), ("{% if %}", "is not Jinja"), ("{{ nothing.at_all }}", "cannot write"),
 ])
 def test_templates_are_bounded(text, words):
