@@ -90,6 +90,8 @@ def main() -> int:
     given = parser.parse_args()
     from tests.fuzz import driver, targets
     names = given.target.split(",") if given.target else list(targets.TARGETS)
+    if unknown := sorted(set(names) - set(targets.TARGETS)):
+        parser.error(f"--target={unknown[0]} is not known; known: {', '.join(targets.TARGETS)}")
     if given.keep:
         for number in range(given.first, given.first + given.inputs):
             folder = pathlib.Path(given.keep) / f"{names[0]}-{number}"

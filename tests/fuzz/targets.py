@@ -401,6 +401,7 @@ HOSTILE = [
     "{{ dict(a=1) | xmlattr }}", "{{ 'x' | format }}", "{{ '%999999999d' % 1 }}", "{{ 'a'.ljust(1000000000) }}", "{{ 2 ** 10000000 }}", "{{ '{:>9999999}'.format(1) }}",
     "{{ (1, 2) * 99999999 }}", "{{ messages | map(attribute='__class__') | list }}", "{{ 'x' | attr('__class__') }}", "{{ [1] | map('format') | list }}",
     "{% generation %}{{ 'x' * 99999 }}{% endgeneration %}", "{{ 'aaaaaaaa' | replace('', 'x' * 9999999) }}", "{{ 'a'.replace('a', 'b' * 9999999999) }}",
+    "{{ range(1000000000) | list }}", "{{ range(90000000) | unique | list | length }}", "{{ range(90000000) | groupby('a') }}",
     "{% call(x) m() %}{% endcall %}", "{% set x %}{{ 'y' * 999999 }}{% endset %}{{ x * 999999 }}", "{{ 'x'|string * 10|int }}", "{{ lipsum(9999) }}",
     "{{ ('x' * 1000000) | urlize }}", "{{ range(1000000000000) | list | length }}", "{{ ('<' * 1000000) | escape | escape | escape | escape | length }}",
     "{{ 'x'.encode('utf-16') }}", "{{ 0 / 0 }}", "{{ [] | first | upper }}", "{{ ('\\ud800') }}", "{{ messages[100000000000000000000] }}", "{% raw %}{% endraw %}",
