@@ -292,6 +292,7 @@ def to_device(mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int) -> d
     Where devices share a row its tokens lie in zig-zag order, in all arrays alike. Nothing on the devices depends on the order: positions and segments
     say what a token sees, and what is computed for each token lies where the token does.
     """
+    peers.worked()  # what follows all processes do together: one that does not come to it is behind
     parts = mesh.shape["sequence"]
     place = lambda key: NamedSharding(mesh, spec(("batch", None))) if key in PER_ROW else batch_sharding(mesh)
     if parts == 1:

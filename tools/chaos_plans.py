@@ -113,7 +113,9 @@ def losses_of_a_process(lab: Lab, trials: int, draw: random.Random, tally: Tally
     number, workdir, kinds = 0, lab.folder / "lost0", {"killed": "SIGKILL", "stopped": "SIGSTOP", "stuck": "hang", "raising": "raise"}
     while tally.trials < trials and len(tally.broken) < 4:
         kind, victim = list(kinds)[tally.trials % len(kinds)], draw.randrange(lab.processes)
-        point = draw.choice([name for name in KILLS if name not in ("prepare", "restore", "finish", "exit") and (victim == 0 or name not in ONLY_FIRST)])
+        # An error inside the acknowledgement makes the save fail, rightly; the witness has seen it acknowledged.
+        never = ("prepare", "restore", "finish", "exit", *["save.after"] * (kind == "raising"))
+        point = draw.choice([name for name in KILLS if name not in never and (victim == 0 or name not in ONLY_FIRST)])
         plans: list[dict] = [{} for _ in range(lab.processes)]
         plans[victim] = {"point": point, "hit": draw.randint(*KILLS[point]), "do": kinds[kind]}
         life = Life(lab, workdir, plans, f"--config.train.peer_seconds={PEER}", f"--config.train.watchdog_seconds={WATCHDOG}")

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxlm import config as configs
-from jaxlm import peers, sharding, trees
+from jaxlm import sharding, trees
 from jaxlm import metrics as figures
 from jaxlm.config import Config
 from jaxlm.data import audit, chat, ledger, loader, mixture, pack, prepare, rows, shards
@@ -149,7 +149,6 @@ def _train(parts: setup.Setup, subject: evaluation.Subject, epoch: pack.EpochSiz
                     abandon(batches)
                     break
                 batch = sharding.to_device(parts.mesh, local, config.data.batch_size)
-            peers.worked()
             step += 1
             trace.before(step, state)
             state, new = run_step(step, state, batch)
