@@ -1,4 +1,5 @@
 import io
+import types
 import urllib.request
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxlm import sharding
+from jaxlm import peers, sharding
 from jaxlm.config import MeshConfig
 
 
@@ -129,3 +130,11 @@ def test_who_starts_processes(monkeypatch, environment, accelerator, answer, exp
 def test_coordinator_needs_all_flags():
     with pytest.raises(ValueError, match="also needs --processes=N and --process=I"):
         sharding.start_processes("127.0.0.1:1", 2, -1)
+
+
+def test_a_batch_counts_before_its_work_begins(monkeypatch):
+    """So that a process that waits for the others in its first batch is ahead of one that never came to it."""
+    here = types.SimpleNamespace(steps=0)
+    monkeypatch.setattr(peers, "_current", here)
+    sharding.to_device(sharding.make_mesh(MeshConfig()), {"tokens": np.zeros((8, 4), np.int32)}, 8)
+    assert here.steps == 1
