@@ -29,6 +29,7 @@ class State(threading.local):
     """What a template has written in its present run (of each thread), and how much it has done."""
 
     def begin(self) -> None:
+        """A new run: nothing written, nothing counted."""
         self.pieces, self.steps, self.made, self.inside, self.end = [], 0, 0, False, time.monotonic() + SECONDS
 
     def write(self, text: str) -> None:

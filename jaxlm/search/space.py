@@ -31,9 +31,11 @@ class Choice(NamedTuple):
     values: tuple[str, ...]  # each as after --config.KEY=
 
     def text(self, value: str) -> str:
+        """The value as after --config.KEY=."""
         return value
 
     def points(self, key: str) -> list[str]:
+        """The values of a grid."""
         return list(self.values)
 
     def __str__(self) -> str:

@@ -45,6 +45,7 @@ _log = logging.getLogger("jaxlm.serve")
 
 @dataclass(frozen=True)
 class Options:
+    """How a server presents itself, and what it grants one request."""
     name: str  # the model's id
     api_key: str = ""  # empty: none is needed
     hosts: tuple[str, ...] = ()  # names that a request may call the server by; empty: any
@@ -72,6 +73,7 @@ class Server:
         self._feedback = threading.Lock()
 
     def app(self) -> Starlette:
+        """The ASGI application, with every path."""
         post = lambda path, handler: Route(path, self._with_body(handler), methods=["POST"])
         routes = [Route("/", self.page), Route("/health", self.health), Route("/ping", self.health), Route("/metrics", self.metrics),
                   Route("/openapi.json", self.document), Route("/v1/models", self.models), Route("/v1/models/{model:path}", self.model),
@@ -106,23 +108,29 @@ class Server:
     # --- small endpoints ---
 
     async def page(self, request: Request) -> Response:
+        """GET /: the page to try the model on."""
         text, policy = _page()
         headers = {"cache-control": "no-cache", "content-security-policy": policy, "referrer-policy": "no-referrer"}
         return Response(text, headers=headers, media_type="text/html")
 
     async def health(self, request: Request) -> Response:
+        """GET /health, /ping: 200, or 503 while the server closes."""
         return _json({"status": "closing" if self.closing else "ok"}, 503 if self.closing else 200)
 
     async def metrics(self, request: Request) -> Response:
+        """GET /metrics: counts for Prometheus."""
         return Response(self.stats.text(self.engine.load() if self.engine else {}), media_type="text/plain; version=0.0.4")
 
     async def document(self, request: Request) -> Response:
+        """GET /openapi.json: what every path takes."""
         return _json(openapi.document(self.options))
 
     async def models(self, request: Request) -> Response:
+        """GET /v1/models: the one model."""
         return _json({"object": "list", "data": [self._model()]})
 
     async def model(self, request: Request) -> Response:
+        """GET /v1/models/NAME: the same, or 404."""
         self._named(request.path_params["model"])
         return _json(self._model())
 
@@ -140,6 +148,7 @@ class Server:
     # --- generation ---
 
     async def completions(self, request: Request, given: Any) -> Response:
+        """POST /v1/completions: continues texts or token ids."""
         body = self._checked_body(request, fields.COMPLETION, given)
         prompts, echo = _several(body["prompt"]), body["echo"]
         asks = await asyncio.to_thread(self._checked, lambda: [ask for prompt in prompts for ask in self._asks(
@@ -154,6 +163,7 @@ class Server:
         return await self._answer(request, body, asks, base, base["object"], len(prompts), choice, choice, before)
 
     async def chats(self, request: Request, given: Any) -> Response:
+        """POST /v1/chat/completions: answers a chat, in the form of the checkpoint's template."""
         body = self._checked_body(request, fields.CHAT, given)
         if self.engine and self.chat is None:
             raise Refused(422, "this checkpoint came without a chat template: use /v1/completions, or start the server with --chat_template")
@@ -285,6 +295,7 @@ class Server:
     # --- encoders ---
 
     async def embeddings(self, request: Request, given: Any) -> Response:
+        """POST /v1/embeddings: a vector for each text, of encoders without labels."""
         body = self._checked_body(request, fields.EMBEDDING, given)
         if not self.texts or self.texts.labels:
             raise Refused(422, f"{self.options.name} gives no embeddings: serve an encoder without labels for them")
@@ -293,6 +304,7 @@ class Server:
         return _json({"object": "list", "data": data, "model": self.options.name, "usage": _input_usage(rows)})
 
     async def classify(self, request: Request, given: Any) -> Response:
+        """POST /v1/classify: a label, labels or a number for each text."""
         body = self._checked_body(request, fields.CLASSIFY, given)
         if not self.texts or self.texts.cfg.output != "sequence_labels":
             raise Refused(422, f"{self.options.name} does not label texts: serve a classifier for it")
@@ -323,6 +335,7 @@ class Server:
     # --- feedback ---
 
     async def feedback(self, request: Request, given: Any) -> Response:
+        """POST /v1/feedback: keeps a rating or a better answer as a line to train on."""
         body = self._checked_body(request, fields.FEEDBACK, given)
         if self.options.feedback is None:
             raise Refused(404, "feedback is not kept here: start the server with --feedback=FILE")

@@ -40,6 +40,7 @@ class Busy(Exception):
 
 @dataclass(frozen=True)
 class Limits:
+    """What an engine holds at a time, and in which types."""
     rows: int = 32  # requests that are answered at a time
     queue: int = 256  # requests that may wait
     cache_bytes: int = 2**30  # for keys and values

@@ -15,6 +15,7 @@ class Refused(Exception):
         self.status, self.kind, self.param, self.headers, self.code = status, kind, param, dict(headers or {}), code
 
     def body(self) -> dict[str, Any]:
+        """The JSON that the client gets."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
 
@@ -107,18 +108,22 @@ def document(fields: Mapping[str, Field]) -> dict[str, Any]:
 
 
 def text(about: str, **options: Any) -> Field:
+    """A field that holds a string."""
     return Field(("string",), about, **options)
 
 
 def number(about: str, low: float, high: float, default: float) -> Field:
+    """A field that holds a number from low to high."""
     return Field(("number",), about, default, low=low, high=high)
 
 
 def integer(about: str, low: int, high: int, default: int | None = None) -> Field:
+    """A field that holds a whole number from low to high."""
     return Field(("integer",), about, default, low=low, high=high)
 
 
 def flag(about: str) -> Field:
+    """A field that holds true or false, false where it is left out."""
     return Field(("boolean",), about, False)
 
 

@@ -27,6 +27,7 @@ class Pages:
         return self.count - len(self._free) - len(self._idle)
 
     def needed(self, tokens: int) -> int:
+        """Pages for so many tokens."""
         return -(-tokens // self.size)
 
     def take(self, prompt: Sequence[int], tokens: int) -> tuple[list[int], int] | None:

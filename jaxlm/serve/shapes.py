@@ -26,6 +26,7 @@ def usage(pieces: Sequence[Piece], prompts: int) -> dict[str, Any]:
 
 
 def finish(piece: Piece) -> str | None:
+    """Why an answer ended, in OpenAI's words; None while it has not."""
     return piece.finish or None
 
 
@@ -51,4 +52,5 @@ def _finite(share: float) -> float:
 
 
 def vector(values: np.ndarray, encoding: str) -> list[float] | str:
+    """Numbers of an embedding, or their float32 bytes (little-endian) in base64."""
     return base64.b64encode(values.astype("<f4").tobytes()).decode() if encoding == "base64" else values.tolist()

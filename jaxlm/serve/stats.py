@@ -7,14 +7,18 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 
 
 class Histogram:
+    """Counts of seconds by bucket, and their sum."""
+
     def __init__(self):
         self.counts, self.sum = [0] * (len(SECONDS) + 1), 0.0
 
     def add(self, seconds: float) -> None:
+        """Counts one."""
         self.counts[bisect.bisect_left(SECONDS, seconds)] += 1
         self.sum += seconds
 
     def lines(self, name: str) -> list[str]:
+        """The exposition format of Prometheus."""
         total, lines = 0, [f"# TYPE {name} histogram"]
         for end, count in zip((*map(str, SECONDS), "+Inf"), self.counts):
             total += count
@@ -23,6 +27,8 @@ class Histogram:
 
 
 class Stats:
+    """All that a server counts."""
+
     def __init__(self):
         self.counters: collections.Counter[str] = collections.Counter()
         self.finished: collections.Counter[str] = collections.Counter()  # by why
@@ -31,16 +37,20 @@ class Stats:
         self.error = ""  # the last failure of the device
 
     def count(self, **amounts: int) -> None:
+        """Adds to counters by name."""
         self.counters.update(amounts)
 
     def token(self, seconds: float, first: bool) -> None:
+        """A token came so many seconds after its request (the first of an answer) or after the one before."""
         (self.first if first else self.between).add(seconds)
 
     def ended(self, why: str, drawn: int) -> None:
+        """An answer ended: why, and after how many drawn tokens."""
         self.finished[why] += 1
         self.counters["generated_tokens"] += drawn
 
     def failed(self, error: Exception) -> None:
+        """The device failed."""
         self.error = f"{type(error).__name__}: {error}"
 
     def text(self, load: dict[str, int]) -> str:
