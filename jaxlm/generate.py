@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm import peers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.models import cache as caches
 from jaxlm.models.decoder import Model
@@ -85,6 +86,7 @@ def generate(model: Model, params: Any, prompts: Sequence[Sequence[int]], *, max
         draw = {"temperature": np.float32(settings.temperature), "top_k": np.int32(settings.top_k), "top_p": np.float32(settings.top_p),
                 "min_p": np.float32(settings.min_p), "penalty": np.float32(settings.repetition_penalty), "seed": np.uint32(settings.seed),
                 "vocab": np.int32(vocab_size or np.iinfo(np.int32).max)}
+        peers.worked()  # what follows all processes do together
         if jax.default_backend() == "cpu":  # where a step would copy the weights out of their stacks; a second copy of them is no matter there
             params = _unstack(model, params)
         token_B, decoding = _prefill(model, params, tokens, lengths, draw, slots=bucket((width if model.start is None else 1) + max_tokens - 1))
