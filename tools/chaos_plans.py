@@ -245,17 +245,21 @@ MESHES = ((2, ("fsdp=2",)), (2, ("data=2", "fsdp=1")), (4, ("data=2", "fsdp=2"))
 
 
 def meshes(lab: Lab, trials: int, draw: random.Random, tally: Tally) -> None:
-    """A run that is killed goes on with other devices: losses within 1e-5 of the undisturbed run's, and equal up to there."""
+    """A run that is killed goes on with other devices: losses within 1e-5 of the undisturbed run's, and equal up to there. Without dropout, whose draws for a
+    token depend on where it lies."""
     from jaxlm.train import checkpoint
     from tests.train import runs
+    without = "--config.model.dropout=0.0"
+    Life(lab, lab.folder / "without", [{}], without).wait(2 * PATIENCE)
+    lab.losses = runs.losses(lab.folder / "without")
     for number in range(trials):
         devices, flags = MESHES[number % len(MESHES)]
         name, workdir = " x ".join(flags), lab.folder / f"mesh{number}"
-        begun = Life(lab, workdir, [{"point": "save.after", "hit": draw.randint(1, 8)}])
+        begun = Life(lab, workdir, [{"point": "save.after", "hit": draw.randint(1, 8)}], without)
         begun.wait(PATIENCE)
         inspect(lab, workdir)
         saved = checkpoint.steps(workdir)[-1]
-        life = Life(lab, workdir, [{}], *(f"--config.mesh.{flag}" for flag in flags), devices=devices)
+        life = Life(lab, workdir, [{}], without, *(f"--config.mesh.{flag}" for flag in flags), devices=devices)
         life.wait(PATIENCE)
         found = runs.losses(workdir)
         worst = max(abs(found.get(step, 0) / loss - 1) for step, loss in lab.losses.items())
