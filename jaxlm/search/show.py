@@ -91,7 +91,7 @@ def picture(study: Study, rows: list[Row], path: pathlib.Path) -> None:
             curves.plot(range(1, len(row.curve) + 1), row.curve, color="tab:red" if chosen else "tab:blue", alpha=1 if chosen else 0.35,
                         marker="x" if row.state == "pruned" else "", markevery=[-1], zorder=3 if chosen else 1)
     curves.set(title="Learning curves (red: the best)", xlabel="evaluation", ylabel=metric)
-    _focus(curves, [value for row in rows for value in row.curve])
+    _focus(study, curves, [value for row in rows for value in row.curve])
     try:
         index, importance = studies.importances(study, rows)
     except ImportError:  # scikit-learn, which fits the forest
@@ -125,11 +125,13 @@ def _history(study: Study, rows: list[Row], axes: Any) -> None:
         line.append((row.number, so_far))
     axes.step(*zip(*line) if line else ([], []), where="post", color="tab:red", label="best so far")
     axes.set(title="Trials", xlabel="trial", ylabel=study.config.checkpoint.metric)
-    _focus(axes, [row.figure for row in rows if row.figure is not None])
+    _focus(study, axes, [row.figure for row in rows if row.figure is not None])
     axes.legend(fontsize="small")
 
 
 def _slice(study: Study, rows: list[Row], key: str, axes: Any) -> None:
+    from matplotlib import ticker
+
     given, shown = study.space[key], [row for row in rows if row.figure is not None]
     place = (lambda value: given.values.index(value)) if isinstance(given, spaces.Choice) else float
     for state, colour, mark in (("complete", "tab:blue", "o"), ("pruned", "tab:orange", "x")):
@@ -139,15 +141,19 @@ def _slice(study: Study, rows: list[Row], key: str, axes: Any) -> None:
         axes.set_xticks(range(len(given.values)), given.values)
     elif given.log:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.set(xlabel=key, ylabel=study.config.checkpoint.metric)
-    _focus(axes, [row.figure for row in shown])
+    _focus(study, axes, [row.figure for row in shown])
 
 
-def _focus(axes: Any, values: list[float]) -> None:
-    """Leaves out of sight what lies far outside: one trial that diverged would press all others into a line."""
+def _focus(study: Study, axes: Any, values: list[float]) -> None:
+    """Leaves out of sight what is far worse than the most: one trial that diverged would press all others into a line."""
     if len(values) > 3:
         ordered = sorted(values)
         low, high = ordered[len(values) // 4], ordered[3 * len(values) // 4]
         reach = 3 * (high - low) or 1.0
-        bottom, top = max(min(values), low - reach), min(max(values), high + reach)
-        axes.set_ylim(bottom - 0.05 * (top - bottom or 1), top + 0.05 * (top - bottom or 1))
+        bottom, top = (ordered[0], min(ordered[-1], high + reach)) if best.lower(study.config) else (max(ordered[0], low - reach), ordered[-1])
+        margin = 0.05 * (top - bottom) or 1.0
+        axes.set_ylim(bottom - margin, top + margin)
