@@ -36,9 +36,13 @@ def bounded(protocol: type, most: int) -> type:
             self._look()
 
         def send_400_response(self, message: str) -> None:
+            # A request may go wrong while it is being answered, or after: a trace in the log for each would be the client's to order.
+            if self.cycle is not None:
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
             try:
                 super().send_400_response(message)
-            except h11.LocalProtocolError:  # the answer was given before the request went wrong: a trace in the log for each would be the client's to order
+            except h11.LocalProtocolError:
                 self.transport.abort()
 
         def on_response_complete(self) -> None:

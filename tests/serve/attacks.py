@@ -272,8 +272,9 @@ def run(place: Place, name: str, sent: str, attack: Callable[[Place], Awaitable[
 
 
 def warm(place: Place) -> None:
-    """Lets the server compile what the attacks ask for: rows alone and together, streams, log-probabilities."""
-    asyncio.run(many(40, lambda number: say(place, request("/v1/completions", body(max_tokens=20, logprobs=(None, 20)[number % 2])), wait=300), together=40))
+    """Lets the server compile what the attacks ask for: rows alone and together, as many as 1 to 40, with log-probabilities and without."""
+    for rows in (1, 2, 4, 8, 16, 40):
+        asyncio.run(many(rows, lambda number: say(place, request("/v1/completions", body(max_tokens=20, logprobs=(None, 20)[number % 2])), wait=300), together=rows))
     assert honest(place) < 60, "the server does not answer before it is attacked"
 
 
