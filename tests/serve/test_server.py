@@ -129,6 +129,15 @@ def test_no_name_of_a_host_opens_a_path(host, monkeypatch):
     assert caught.value.status == 401
 
 
+def test_a_request_that_goes_wrong_while_it_is_answered_leaves_no_trace(server, caplog):
+    where = urllib.parse.urlparse(server[1])
+    with socket.create_connection((where.hostname, where.port)) as client:
+        client.sendall(b"POST /nowhere HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\nno length\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 400")
+    assert httpx.get(f"{server[1]}/health").status_code == 200
+    assert "Invalid HTTP request" in caplog.text and "Traceback" not in caplog.text
+
+
 def test_a_client_that_goes_frees_its_slot(server):
     server, address = server
     for stream in (True, False):
