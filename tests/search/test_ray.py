@@ -17,15 +17,22 @@ from tests.train import runs
 TINY = [("model.layers", "1"), ("model.width", "16"), ("model.dropout", "0.0"), ("train.eval_every", "20"), ("checkpoint.keep_last", "1")]
 
 
-@pytest.fixture
-def tuner(tmp_path, monkeypatch):
-    """What makes a tuner of a space, on a cluster of one node that the test ends."""
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster of one node."""
     ray = pytest.importorskip("ray")
-    from ray import tune
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parents[2]))
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
 
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parents[2]))
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+
+@pytest.fixture
+def tuner(cluster, tmp_path):
+    """What makes a tuner of a space."""
+    from ray import tune
 
     def make(line, failures=0, **chosen):
         cfg = runs.load(tmp_path, TINY, steps=60, every=20)
@@ -35,8 +42,7 @@ def tuner(tmp_path, monkeypatch):
                           tune_config=tune.TuneConfig(metric="loss", mode="min", **chosen), run_config=tune.RunConfig(
                               storage_path=str(tmp_path / "ray"), verbose=0, failure_config=tune.FailureConfig(max_failures=failures)))
 
-    yield make
-    ray.shutdown()
+    return make
 
 
 @pytest.mark.slow
