@@ -88,8 +88,8 @@ def plot(rows: list[dict], path: pathlib.Path) -> None:
         minutes = [row["seconds"] / 60 for row in part]
         for axis, key in zip(axes, ("rss_mib", "descriptors", "threads")):
             axis.plot(minutes, [row[key] for row in part], color="tab:blue", linewidth=1)
-        wide = 6  # samples: the log has a line every so many steps only
-        rates = [(b["cpu"] - a["cpu"]) / max(1, b["step"] - a["step"]) * 1e3 for a, b in zip(part, part[wide:])]
+        wide = 30  # samples: the log has a line every so many steps only; and not from the start, which compiles
+        rates = [(b["cpu"] - a["cpu"]) / (b["step"] - a["step"]) * 1e3 if b["step"] > a["step"] > part[0]["step"] else None for a, b in zip(part, part[wide:])]
         axes[3].plot(minutes[wide:], rates, color="tab:blue", linewidth=1)
     for axis, label in zip(axes, ("resident MiB", "open descriptors", "threads", "CPU ms per step")):
         axis.set_ylabel(label)
