@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import sys
 import threading
 import time
 
@@ -83,13 +84,13 @@ def test_a_trial_that_is_killed_goes_on_from_its_checkpoint_and_one_that_fails_s
     thread.join()
     good, = (result for result in results if not result.error)
     bad, = results.errors
-    assert "model.heads" in str(bad) or "heads" in str(bad)
+    assert "heads" in str(bad)
     assert good.metrics["step"] == 60 and good.metrics["workdir"] == str(killed[0])
     assert "resumed after step" in (killed[0] / "log.txt").read_text()
     assert [row["step"] for row in report.read_metrics(killed[0]) if "eval/loss" in row] == [20, 40, 60]
 
 
-def test_a_space_becomes_rays(monkeypatch):
+def test_a_space_becomes_rays():
     pytest.importorskip("ray")
     cfg = config.Config()
     found = ray_tune.param_space(space.read("optim.lr=log(1e-4,1e-2,3); data.batch_size=uniform(2,4,2); optim.b2=0.95,0.99", cfg))
@@ -100,6 +101,6 @@ def test_a_space_becomes_rays(monkeypatch):
 
 
 def test_without_ray_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install 'jaxlm\[ray\]'"):
         ray_tune.param_space({})
