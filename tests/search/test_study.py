@@ -228,3 +228,13 @@ def test_jobs_share_the_gpus():
     assert jobs.share(0, 4, []) == {}
     assert [jobs.share(i, 2, ["0", "1", "2", "3"]) for i in range(2)] == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
     assert jobs.share(2, 3, ["5"]) == {"CUDA_VISIBLE_DEVICES": "5", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.30"}
+
+
+def test_the_best_trial_is_in_sight_and_a_hopeless_one_is_not(tmp_path):
+    class Axes:
+        def set_ylim(self, *limits):
+            self.limits = limits
+
+    axes, opened = Axes(), open_study(tmp_path / "study")
+    show._focus(opened, axes, [5.9, 7.9, 8.0, 8.2, 8.3, 8.3, 900.0])
+    assert axes.limits[0] < 5.9 and 8.3 < axes.limits[1] < 20
